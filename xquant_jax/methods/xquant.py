@@ -1,0 +1,116 @@
+"""XQuant (Tomar et al. 2025, arXiv 2508.10395): the quantized layer input is stored, keys and values rematerialized.
+
+K = H: one stream x of width D, quantized along the token; K = x^ W_k, V = x^ W_v.
+K < H: two latents z_k = X U_k (along the channel) and z_v = X U_v (along the token); K = z^_k S_k B_k^T, likewise V,
+from the SVD W = U S B^T: of the whole weight (`joint`, the paper's) or of each kv head's part (`per_head`).
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels import KeyRebuild
+from pallas_kernels.xla import expand
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
+from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
+from xquant_jax.quantization import StreamSpec
+
+Basis = Literal["joint", "per_head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class XQuant(Method):
+    """X (K = H) or its latents (K < H) at `bits` bits. The bases apply to K < H only."""
+
+    name: ClassVar[str] = "xquant"
+    bits: int = 4
+    key_basis: Basis | None = None  # None: per_head where K < H
+    value_basis: Basis | None = None
+    group: int = 0  # 0: the largest divisor of the width that is not above 128
+
+    def __post_init__(self) -> None:
+        for option in ("key_basis", "value_basis"):
+            if getattr(self, option) not in (None, "joint", "per_head"):
+                raise ConfigError(f"{option}={getattr(self, option)} is not supported; choose joint or per_head")
+
+    def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
+        if config.is_multi_head:
+            if self.key_basis or self.value_basis:
+                raise ConfigError(
+                    "basis applies to grouped-query models; this one has a key/value head per query head, "
+                    "and xquant stores X itself: leave basis out"
+                )
+            return {"x": StreamSpec(config.width, self.bits, "token", self.group)}
+        key, value = (_latent_width(config, basis) for basis in self._bases())
+        return {
+            "key": StreamSpec(key, self.bits, "channel"),
+            "value": StreamSpec(value, self.bits, "token", self.group),
+        }
+
+    def factors(self, source: FactorSource) -> Any:
+        params = source.layer_params()
+        if source.config.is_multi_head:
+            factors = {side: {"up": params[side]["kernel"]} for side in ("key", "value")}
+        else:
+            key, value = self._bases()
+            factors = {"key": dict(source.svd(key)["key"]), "value": dict(source.svd(value)["value"])}
+        for side in ("key", "value"):
+            if source.config.qkv_bias:
+                factors[side]["bias"] = params[side]["bias"]
+        if source.config.qk_norm:
+            factors["key"]["norm"] = params["key_norm"]["scale"]
+        return factors
+
+    def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
+        if "down" not in factors["key"]:
+            return {"x": new.x}
+        down = {side: factors[side]["down"].reshape(new.x.shape[-1], -1) for side in ("key", "value")}
+        return {side: new.x @ matrix for side, matrix in down.items()}
+
+    def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
+        key, value = ("x", "x") if config.is_multi_head else ("key", "value")
+        v = expand(vectors[value], factors["value"]["up"], config.num_kv_heads)
+        if config.qkv_bias:
+            v = v + _heads(factors["value"]["bias"], config)
+        return _key_rebuild(factors, config)(vectors[key], config.num_kv_heads), v
+
+    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
+        up = factors["value"]["up"]
+        key, value = ("x", "x") if config.is_multi_head else ("key", "value")
+
+        def project(out: Array) -> Array:
+            batch, length, heads, _ = out.shape
+            grouped = out.reshape(batch, length, config.num_kv_heads, heads // config.num_kv_heads, -1)
+            if up.ndim == 3:
+                v = jnp.einsum("btkgc,kcd->btkgd", grouped, up, preferred_element_type=jnp.float32)
+            else:
+                dense = up.reshape(-1, config.num_kv_heads, config.head_dim)
+                v = jnp.einsum("btkgc,ckd->btkgd", grouped, dense, preferred_element_type=jnp.float32)
+            if config.qkv_bias:
+                v = v + _heads(factors["value"]["bias"], config)[:, None]
+            return v.reshape(batch, length, heads, config.head_dim)
+
+        heads = config.num_kv_heads if up.ndim == 3 else 1
+        return Absorbed(key, _key_rebuild(factors, config), value, heads, project)
+
+    def _bases(self) -> tuple[Basis, Basis]:
+        return self.key_basis or "per_head", self.value_basis or "per_head"
+
+
+def _latent_width(config: ModelConfig, basis: Basis) -> int:
+    """R, or less where the model is narrower than its keys and the SVD has fewer directions."""
+    if basis == "joint":
+        return min(config.width, config.kv_width)
+    return config.num_kv_heads * min(config.width, config.head_dim)
+
+
+def _key_rebuild(factors: Any, config: ModelConfig) -> KeyRebuild:
+    key = factors["key"]
+    return KeyRebuild(key["up"], key.get("bias"), key.get("norm"), config.norm_eps)
+
+
+def _heads(bias: Array, config: ModelConfig) -> Array:
+    return bias.reshape(config.num_kv_heads, config.head_dim)

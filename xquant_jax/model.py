@@ -1,0 +1,127 @@
+"""The transformer: embedding, layers under `lax.scan`, final norm, logits; with a cache or without.
+
+The cache is read inside the layer scan and written after it: the stacked history enters as a constant plus the
+layer's index, and only the new tokens' vectors travel out.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from xquant_jax import attention
+from xquant_jax.attention import Geometry
+from xquant_jax.cache import Cache, append
+from xquant_jax.config import ModelConfig
+from xquant_jax.layers import Block
+from xquant_jax.methods.base import NewTokens, Stored
+
+UNLIMITED = 2**30
+"""A sliding window that no sequence reaches."""
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer; owns parameters only. The parameters of all layers are stacked, leading axis L.
+
+    `implementation` chooses the kernels, see `pallas_kernels.api`.
+    """
+
+    config: ModelConfig
+    implementation: str | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.width, param_dtype=c.dtype)
+        self.layers = self.param("layers", self._init_layers)
+        self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, param_dtype=c.dtype)
+        if not c.tied_embeddings:
+            wide = partial(lax.dot_general, preferred_element_type=jnp.float32)
+            self.head = nn.Dense(c.vocab_size, use_bias=False, param_dtype=c.dtype, dot_general=wide)
+
+    def _init_layers(self, rng: Array) -> Any:
+        c = self.config
+
+        def init(key: Array) -> Any:
+            h = jnp.zeros((1, 1, c.width), c.dtype)
+            return Block(c, parent=None).init(key, h, lambda x, q, k, v: (q, None))["params"]
+
+        return jax.vmap(init)(jax.random.split(rng, c.num_layers))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        factors: tuple[Any, ...],
+        counts: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits of each sequence's last new token, and the cache with the new tokens appended.
+
+        The first `counts` of the T tokens of each sequence are new, the rest is padding: neither attended to nor
+        stored. They see everything stored, and each other exactly. `factors` is `CacheConfig.factors(...)`.
+        The caller makes sure that there is room (`check_room`) and flushes (`flush`, `flush_when_due`).
+        """
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+        h = self.embed(tokens)
+        start, emitted = 0, []
+        for segment, segment_factors in zip(cache.segments, factors, strict=True):
+
+            def layer(h: Array, number: Array, segment=segment, factors=segment_factors, start=start) -> Any:
+                pick = partial(lax.dynamic_index_in_dim, index=start + number, keepdims=False)
+                stored = Stored(segment, number, cache.flushed, cache.in_window)
+                return self._cached_layer(h, pick, jax.tree.map(pick, factors), stored, cache.lengths, positions)
+
+            h, new = lax.scan(layer, h, jnp.arange(segment.num_layers))
+            start += segment.num_layers
+            emitted.append(new)
+        last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        return self._logits(last), append(cache, tuple(emitted), counts)
+
+    def _cached_layer(
+        self, h: Array, pick: Any, factors: Any, stored: Stored, lengths: Array, positions: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        c, method = self.config, stored.segment.method
+        geometry = self._geometry(positions, pick(self._sliding_windows()))
+
+        def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
+            own = attention.attend(q, k, v, geometry, origin=lengths, count=q.shape[1])
+            old = method.attend(factors, q, stored, geometry, c, self.implementation)
+            return attention.merge(own, old).out, method.encode(factors, NewTokens(x, k, v, geometry))
+
+        return self._block(jax.tree.map(pick, self.layers), h, attend)
+
+    def score(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of every position, without a cache: for training and for comparison."""
+        batch, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+
+        def layer(h: Array, xs: tuple[Any, Array]) -> tuple[Array, None]:
+            params, sliding_window = xs
+            geometry = self._geometry(positions, sliding_window)
+
+            def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                return attention.attend(q, k, v, geometry, origin=positions[:, 0], count=length).out, None
+
+            return self._block(params, h, attend)
+
+        h, _ = lax.scan(jax.checkpoint(layer), self.embed(tokens), (self.layers, self._sliding_windows()))
+        return self._logits(h)
+
+    def _block(self, params: Any, h: Array, attend: Any) -> tuple[Array, Any]:
+        return Block(self.config, parent=None).apply({"params": params}, h, attend)
+
+    def _geometry(self, positions: Array, sliding_window: Array) -> Geometry:
+        c = self.config
+        return Geometry(positions, sliding_window, jnp.asarray(c.rope.frequencies(c.head_dim)), c.softmax_scale)
+
+    def _sliding_windows(self) -> Int[Array, " L"]:
+        return jnp.asarray([window or UNLIMITED for window in self.config.sliding_windows], jnp.int32)
+
+    def _logits(self, h: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
+        h = self.final_norm(h)
+        if not self.config.tied_embeddings:
+            return self.head(h)
+        return jnp.einsum("...d,vd->...v", h, self.embed.embedding, preferred_element_type=jnp.float32)
