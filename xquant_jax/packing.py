@@ -15,8 +15,8 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (4, 4)}
 """Widths in bits of the planes of a code, low bits first."""
 
 
-def pack(codes: UInt[Array, "*rest 128 C"], bits: int) -> tuple[UInt32[Array, "*rest words C"], ...]:
-    """One array of 4p words per plane of p bits. `codes` must be below 2**bits."""
+def pack(codes: UInt[Array, "*rest 128 C"], bits: int) -> tuple[UInt32[Array, "..."], ...]:
+    """One array [*rest, 4p, C] per plane of p bits. `codes` must be below 2**bits."""
     planes, low = [], 0
     for p in PLANES[bits]:
         plane = (codes.astype(jnp.uint32) >> low) & (2**p - 1)
@@ -27,7 +27,7 @@ def pack(codes: UInt[Array, "*rest 128 C"], bits: int) -> tuple[UInt32[Array, "*
     return tuple(planes)
 
 
-def unpack(planes: tuple[UInt32[Array, "*rest words C"], ...], bits: int) -> UInt32[Array, "*rest 128 C"]:
+def unpack(planes: tuple[UInt32[Array, "..."], ...], bits: int) -> UInt32[Array, "*rest 128 C"]:
     """The codes that `pack` was given."""
     codes, low = jnp.uint32(0), 0
     for p, words in zip(PLANES[bits], planes, strict=True):

@@ -73,11 +73,12 @@ def quantize(x: Float[Array, "*rest 128 C"], spec: StreamSpec) -> Blocks:
     """Quantizes and packs; every leading axis is kept."""
     if spec.bits == UNQUANTIZED:
         return Blocks((x.astype(spec.dtype),), None, None, spec)
-    levels = lax.optimization_barrier(jnp.float32(2**spec.bits - 1))  # a constant divisor becomes a rounded product
     grouped = _group(x.astype(jnp.float32), spec)
     axis = -1 if spec.axis == "token" else -2
     zero = _round_down(grouped.min(axis=axis, keepdims=True))
     span = grouped.max(axis=axis, keepdims=True) - zero.astype(jnp.float32)
+    # a divisor that XLA can see is constant becomes a product with its rounded reciprocal; this one it cannot see
+    levels = jnp.where(span >= 0, jnp.float32(2**spec.bits - 1), 1.0)
     scale = jnp.maximum(_round_up(span / levels), jnp.bfloat16(SMALLEST_NORMAL))
     codes = jnp.round((grouped - zero.astype(jnp.float32)) / scale.astype(jnp.float32))
     codes = jnp.clip(codes, 0, 2**spec.bits - 1).astype(jnp.uint32).reshape(x.shape)

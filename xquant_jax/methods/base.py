@@ -6,7 +6,7 @@ A method is a small frozen dataclass whose fields are its options; a new one is 
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -24,6 +24,7 @@ ABSORB_UP_TO = 16
 """New tokens per step up to which values are absorbed (decode and drafts); beyond, rebuilding them is cheaper."""
 
 
+@runtime_checkable
 class FactorSource(Protocol):
     """Where a method finds the matrices it needs; every leaf has the leading axis L."""
 

@@ -6,7 +6,7 @@ from the SVD W = U S B^T: of the whole weight (`joint`, the paper's) or of each 
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -18,7 +18,7 @@ from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
 from xquant_jax.quantization import StreamSpec
 
-Basis = Literal["joint", "per_head"]
+BASES = ("joint", "per_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,15 @@ class XQuant(Method):
 
     name: ClassVar[str] = "xquant"
     bits: int = 4
-    key_basis: Basis | None = None  # None: per_head where K < H
-    value_basis: Basis | None = None
+    key_basis: str | None = None  # joint or per_head; None: per_head where K < H
+    value_basis: str | None = None
     group: int = 0  # 0: the largest divisor of the width that is not above 128
 
     def __post_init__(self) -> None:
         for option in ("key_basis", "value_basis"):
-            if getattr(self, option) not in (None, "joint", "per_head"):
-                raise ConfigError(f"{option}={getattr(self, option)} is not supported; choose joint or per_head")
+            basis = getattr(self, option)
+            if basis is not None and basis not in BASES:
+                raise ConfigError(f"{option}={basis} is not supported; choose {' or '.join(BASES)}")
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         if config.is_multi_head:
@@ -96,11 +97,11 @@ class XQuant(Method):
         heads = config.num_kv_heads if up.ndim == 3 else 1
         return Absorbed(key, _key_rebuild(factors, config), value, heads, project)
 
-    def _bases(self) -> tuple[Basis, Basis]:
+    def _bases(self) -> tuple[str, str]:
         return self.key_basis or "per_head", self.value_basis or "per_head"
 
 
-def _latent_width(config: ModelConfig, basis: Basis) -> int:
+def _latent_width(config: ModelConfig, basis: str) -> int:
     """R, or less where the model is narrower than its keys and the SVD has fewer directions."""
     if basis == "joint":
         return min(config.width, config.kv_width)

@@ -1,0 +1,199 @@
+"""XQuant computed another way: numpy, one sequence, one token at a time, nothing packed, nothing absorbed.
+
+Prompt tokens see each other exactly. A stored token is read back from its quantized block once that is whole, and
+from bfloat16 before; keys and values are rebuilt from it at every step.
+
+Rounding to bfloat16 and to codes is discontinuous: two correct computations may store a neighbouring value here and
+there, and at two bits one such code shows in the logits. So `adopt` compares what is stored value by value, allows few
+neighbours, and goes on from what the library stored.
+"""
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from xquant_jax.config import ModelConfig
+
+bf16 = ml_dtypes.bfloat16
+
+
+def directed(value: float, up: bool) -> np.float32:
+    """The neighbouring bfloat16 of a float32 value, found by looking at candidates one after the other."""
+    nearest = np.asarray(value, bf16)
+    if up and nearest.astype(np.float64) < value:
+        nearest = np.nextafter(nearest, np.asarray(math.inf, bf16))
+    if not up and nearest.astype(np.float64) > value:
+        nearest = np.nextafter(nearest, np.asarray(-math.inf, bf16))
+    return nearest.astype(np.float32)
+
+
+def fake_quantize(group: np.ndarray, bits: int) -> np.ndarray:
+    """One group, quantized and read back, value by value as design section 4 writes it."""
+    group = group.astype(np.float32)
+    zero = directed(group.min(), up=False)
+    scale = directed(np.float32(group.max() - zero) / np.float32(2**bits - 1), up=True)
+    scale = max(scale, np.float32(2.0**-126))
+    codes = np.clip(np.rint((group - zero) / scale), 0, 2**bits - 1)
+    return (codes * scale + zero).astype(np.float32)
+
+
+def fake_quantize_block(block: np.ndarray, bits: int, axis: str, group: int) -> np.ndarray:
+    """A block of 128 token vectors, in groups along the channel or along the token."""
+    out = np.empty_like(block, dtype=np.float32)
+    if axis == "channel":
+        for c in range(block.shape[1]):
+            out[:, c] = fake_quantize(block[:, c], bits)
+    else:
+        for t in range(block.shape[0]):
+            for start in range(0, block.shape[1], group):
+                out[t, start : start + group] = fake_quantize(block[t, start : start + group], bits)
+    return out
+
+
+def read_block(history: Any, layer: int, row: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """One packed block as float32 [128, C], token by token, and the size of a code's step at every value."""
+    codes, low = 0, 0
+    for words in history.words:
+        words = np.asarray(words[layer, row, number])
+        p = len(words) // 4  # bits of this plane
+        plane = [(words[t % (4 * p)] >> np.uint32(p * (t // (4 * p)))) & np.uint32(2**p - 1) for t in range(128)]
+        codes = codes + (np.stack(plane).astype(np.int64) << low)
+        low += p
+    scale = np.asarray(history.scale[layer, row, number]).astype(np.float32)
+    zero = np.asarray(history.zero[layer, row, number]).astype(np.float32)
+    if len(scale) == 128:  # along the token: one scale for a run of channels
+        scale, zero = (np.repeat(a, codes.shape[1] // a.shape[1], axis=1) for a in (scale, zero))
+    return (codes * scale + zero).astype(np.float32), np.broadcast_to(scale, codes.shape)
+
+
+def assert_neighbours(theirs: np.ndarray, ours: np.ndarray, step: np.ndarray | float) -> None:
+    """At most a step apart plus a neighbouring bfloat16, and 97 % equal (one extreme rounded otherwise moves its
+    whole group a little)."""
+    off = np.abs(theirs - ours) - 1e-5 * np.abs(ours).max()  # less what float32 sums are off by
+    assert (off <= 1.02 * step + np.abs(ours) / 128).all()
+    assert (off > 0).sum() <= max(0.03 * off.size, 3)
+
+
+def rms(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
+
+
+def rope(x: np.ndarray, position: int, theta: float) -> np.ndarray:
+    """Rotates the pairs of one head's vector as complex numbers."""
+    half = x.shape[-1] // 2
+    turn = np.exp(1j * position * theta ** (-np.arange(half) / half))
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+class Reference:
+    """A model and what its xquant cache stores: per layer and stream all vectors, and those read back from blocks."""
+
+    def __init__(self, config: ModelConfig, params: Any, factors: Any, bits: int) -> None:
+        self.c, self.params, self.factors, self.bits = config, params, factors, bits
+        self.stored: list[dict[str, list[np.ndarray]]] = [{} for _ in range(config.num_layers)]
+        self.whole: list[dict[str, list[np.ndarray]]] = [{} for _ in range(config.num_layers)]
+        self.length = 0
+
+    def layer(self, i: int) -> Any:
+        pick = lambda tree: {k: pick(v) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in tree.items()}  # noqa: E731
+        return pick(self.params["layers"]), pick(self.factors)
+
+    def keys_values(self, w: Any, f: Any, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys before RoPE and values of every stored token, [S, K, d]."""
+        read = {}
+        for name, vectors in self.stored[i].items():
+            old = self.whole[i].get(name, [])
+            fresh = [np.asarray(v, bf16).astype(np.float64)[None] for v in vectors[128 * len(old) :]]
+            read[name] = np.concatenate([*old, *fresh])
+        both = []
+        for side in ("key", "value"):
+            z = read["x"] if "x" in read else read[side]
+            up = f[side]["up"]
+            if up.ndim == 3:
+                heads = np.split(z, self.c.num_kv_heads, axis=1)
+                kv = np.stack([h @ up[n] for n, h in enumerate(heads)], axis=1)
+            else:
+                kv = (z @ up).reshape(len(z), self.c.num_kv_heads, self.c.head_dim)
+            if "bias" in w[side]:
+                kv = kv + w[side]["bias"].reshape(self.c.num_kv_heads, self.c.head_dim)
+            if side == "key" and self.c.qk_norm:
+                kv = rms(kv, w["key_norm"]["scale"], self.c.norm_eps)
+            both.append(kv)
+        return both[0], both[1]
+
+    def store(self, i: int, f: Any, x: np.ndarray) -> None:
+        if "down" in f["key"]:
+            vectors = {s: x @ f[s]["down"].reshape(len(x), -1) for s in ("key", "value")}
+        else:
+            vectors = {"x": x}
+        for name, vector in vectors.items():
+            self.stored[i].setdefault(name, []).append(vector)
+
+    def quantize_whole_blocks(self) -> None:
+        for stored, whole in zip(self.stored, self.whole, strict=True):
+            for name, vectors in stored.items():
+                blocks = whole.setdefault(name, [])
+                while 128 * (len(blocks) + 1) <= len(vectors):
+                    part = np.stack(vectors[128 * len(blocks) : 128 * (len(blocks) + 1)])
+                    part = part.astype(bf16).astype(np.float32)
+                    group = max(g for g in range(1, 129) if part.shape[1] % g == 0)
+                    axis = "channel" if name == "key" else "token"
+                    blocks.append(fake_quantize_block(part, self.bits, axis, group))
+
+    def adopt(self, streams: Any, row: int) -> None:
+        """Checks the library's stored streams of one sequence against these, then takes them over."""
+        for i in range(self.c.num_layers):
+            for name, stream in streams.items():
+                blocks, vectors = self.whole[i][name], self.stored[i][name]
+                for n, block in enumerate(blocks):
+                    theirs, step = read_block(stream.history, i, row, n)
+                    assert_neighbours(theirs, block, step)
+                    blocks[n] = theirs
+                first = 128 * len(blocks)
+                if first < len(vectors):
+                    theirs = np.asarray(stream.window[i, row, : len(vectors) - first]).astype(np.float32)
+                    assert_neighbours(theirs, np.asarray(vectors[first:]).astype(bf16).astype(np.float32), 0.0)
+                    vectors[first:] = list(theirs)
+
+    def feed(self, tokens: list[int]) -> np.ndarray:
+        """Appends tokens that see each other exactly; returns the logits of the last."""
+        c = self.c
+        hs = [np.asarray(self.params["embed"]["embedding"][t], np.float64) for t in tokens]
+        for i in range(c.num_layers):
+            w, f = self.layer(i)
+            old_k, old_v = self.keys_values(w, f, i) if self.length else (np.zeros((0, c.num_kv_heads, c.head_dim)),) * 2
+            ks = [rope(k, s, c.rope.theta) for s, k in enumerate(old_k)]
+            vs = list(old_v)
+            for n, h in enumerate(hs):
+                x = rms(h, w["attention_norm"]["scale"], c.norm_eps)
+                q, k, v = (
+                    (x @ w[p]["kernel"] + w[p].get("bias", 0)).reshape(-1, c.head_dim) for p in ("query", "key", "value")
+                )
+                if c.qk_norm:
+                    q, k = rms(q, w["query_norm"]["scale"], c.norm_eps), rms(k, w["key_norm"]["scale"], c.norm_eps)
+                at = self.length + n
+                ks.append(rope(k, at, c.rope.theta))
+                vs.append(v)
+                q = rope(q, at, c.rope.theta)
+                out = np.empty((c.num_heads, c.head_dim))
+                window = c.sliding_windows[i] or at + 1
+                keys, values = np.stack(ks)[-window:], np.stack(vs)[-window:]
+                for head in range(c.num_heads):
+                    kv = head // (c.num_heads // c.num_kv_heads)
+                    score = keys[:, kv] @ q[head] / math.sqrt(c.head_dim)
+                    p = np.exp(score - score.max())
+                    out[head] = p @ values[:, kv] / p.sum()
+                self.store(i, f, x)
+                h = h + out.reshape(-1) @ w["output"]["kernel"] + w["output"].get("bias", 0)
+                y = rms(h, w["mlp_norm"]["scale"], c.norm_eps)
+                gate = y @ w["gate"]["kernel"]
+                hs[n] = h + (gate / (1 + np.exp(-gate)) * (y @ w["up"]["kernel"])) @ w["down"]["kernel"]
+        self.length += len(tokens)
+        self.quantize_whole_blocks()
+        last = rms(hs[-1], np.asarray(self.params["final_norm"]["scale"], np.float64), c.norm_eps)
+        if c.tied_embeddings:
+            return last @ np.asarray(self.params["embed"]["embedding"], np.float64).T
+        return last @ np.asarray(self.params["head"]["kernel"], np.float64)

@@ -1,0 +1,144 @@
+"""The cache's bytes and its bookkeeping: windows, flushes, ragged rows, capacity."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import tiny_config
+from xquant_jax.cache import Cache, allocate, append, cache_bytes, check_room, flush, flush_when_due
+from xquant_jax.errors import CacheFullError
+from xquant_jax.methods import CacheConfig
+from xquant_jax.quantization import dequantize
+
+CONFIG = tiny_config(width=256, num_heads=8, num_kv_heads=2, head_dim=64)  # R = 128
+LENGTHS = np.asarray([300, 255, 127, 1], np.int32)
+
+
+def vectors(cache: Cache, length: int, seed: int = 0) -> tuple[dict[str, jax.Array], ...]:
+    """Random vectors for every stream, [L, B, T, C]."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        {
+            name: jnp.asarray(rng.standard_normal((*s.window.shape[:2], length, s.window.shape[3])), jnp.float32)
+            for name, s in segment.streams.items()
+        }
+        for segment in cache.segments
+    )
+
+
+def feed(cache: Cache, new: Any, piece: int) -> Cache:
+    """Appends LENGTHS tokens, `piece` at a time, right-padded."""
+    step = jax.jit(lambda cache, new, counts: flush(append(cache, new, counts)))
+    for start in range(0, LENGTHS.max(), piece):
+        part = jax.tree.map(lambda a, start=start: a[:, :, start : start + piece], new)
+        cache = step(cache, part, np.clip(LENGTHS - start, 0, piece))
+    return cache
+
+
+@pytest.mark.parametrize("spec", ["int8", "xquant:3", "xquant:4,first=1@2"])
+def test_one_at_a_time_in_chunks_and_at_once_store_the_same_bytes(spec: str) -> None:
+    empty = allocate(CacheConfig.parse(spec), CONFIG, batch=4, tokens=300)
+    new = vectors(empty, 300)
+    at_once = feed(empty, new, 300)
+    assert (at_once.flushed == LENGTHS // 128).all()
+
+    @jax.jit
+    def one_at_a_time(cache: Cache) -> Cache:
+        def body(i: jax.Array, cache: Cache) -> Cache:
+            token = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1, axis=2), new)
+            return flush_when_due(append(cache, token, (i < LENGTHS).astype(jnp.int32)))
+
+        return jax.lax.fori_loop(0, 300, body, cache)
+
+    for other in (feed(empty, new, 100), one_at_a_time(empty)):
+        assert (other.lengths == at_once.lengths).all()
+        for a, b in zip(at_once.segments, other.segments, strict=True):
+            for name in a.streams:
+                jax.tree.map(np.testing.assert_array_equal, a.streams[name].history, b.streams[name].history)
+                for row, kept in enumerate(LENGTHS % 128):
+                    windows = (s.streams[name].window[:, row, :kept] for s in (a, b))
+                    np.testing.assert_array_equal(*map(np.asarray, windows))
+
+
+def test_stored_vectors_come_back_in_order() -> None:
+    cache = allocate(CacheConfig.parse("bf16,dtype=float32"), CONFIG, batch=4, tokens=300)
+    new = vectors(cache, 300)
+    cache = feed(cache, new, 70)
+    for name, stream in cache.segments[0].streams.items():
+        history = np.asarray(dequantize(stream.history))
+        for row, length in enumerate(LENGTHS):
+            whole = length // 128
+            old = history[:, row, :whole].reshape(2, whole * 128, -1)
+            got = np.concatenate([old, np.asarray(stream.window)[:, row, : length % 128]], axis=1)
+            np.testing.assert_array_equal(got, np.asarray(new[0][name])[:, row, :length])
+
+
+def test_padding_is_never_stored() -> None:
+    """A row without new tokens keeps its window and history untouched."""
+    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=4, tokens=300)
+    cache = feed(cache, vectors(cache, 300), 300)
+    after = flush(append(cache, vectors(cache, 200, seed=1), np.asarray([0, 200, 0, 0], np.int32)))
+    for name, stream in cache.segments[0].streams.items():
+        other = after.segments[0].streams[name]
+        for row in (0, 2, 3):
+            kept = LENGTHS[row] % 128
+            np.testing.assert_array_equal(
+                np.asarray(stream.window)[:, row, :kept], np.asarray(other.window)[:, row, :kept]
+            )
+            jax.tree.map(
+                lambda a, b, row=row: np.testing.assert_array_equal(a[:, row], b[:, row]), stream.history, other.history
+            )
+
+
+def test_rejected_tokens_are_taken_back_by_shortening_lengths() -> None:
+    """A window with room for a draft: of 10 tokens 4 are accepted, and the next ones take their places."""
+    cache = allocate(CacheConfig.parse("bf16,dtype=float32"), CONFIG, batch=1, tokens=300, max_step=10)
+    new = vectors(cache, 140)
+    cache = flush(append(cache, jax.tree.map(lambda a: a[:, :, :125], new), np.asarray([125])))
+    drafted = append(cache, vectors(cache, 10, seed=9), np.asarray([10]))
+    assert (drafted.flushed == 0).all()
+    assert drafted.in_window == 135
+    kept = drafted.replace(lengths=drafted.lengths - 10)
+    kept = append(kept, jax.tree.map(lambda a: a[:, :, 125:130], new), np.asarray([5]))
+    kept = flush_when_due(kept)
+    assert kept.flushed == 1
+    for name, stream in kept.segments[0].streams.items():
+        block = np.asarray(dequantize(stream.history))[:, 0, 0]
+        np.testing.assert_array_equal(block, np.asarray(new[0][name])[:, 0, :128])
+        np.testing.assert_array_equal(np.asarray(stream.window)[:, 0, :2], np.asarray(new[0][name])[:, 0, 128:130])
+
+
+def formula(spec: str) -> float:
+    """Bytes per token and layer of design section 3, for R = 128 and D = 256."""
+    name, _, bits = spec.partition(",")[0].partition(":")
+    return {"bf16": 4 * 128, "int8": 2 * 128 * 8.25 / 8, "xquant": 2 * 128 * (int(bits or 0) + 0.25) / 8}[name]
+
+
+@pytest.mark.parametrize("spec", ["bf16", "int8", *(f"xquant:{b}" for b in (2, 3, 4, 8)), "xquant:2,basis=joint"])
+def test_bytes_are_exactly_those_of_the_formula(spec: str) -> None:
+    cache = allocate(CacheConfig.parse(spec), CONFIG, batch=3, tokens=1024)
+    size = cache_bytes(cache)
+    assert size.codes + size.scales == 3 * 1024 * CONFIG.num_layers * formula(spec)
+    assert size.total == sum(a.nbytes for a in jax.tree.leaves(cache))
+    streams = cache.segments[0].streams.values()
+    assert size.window == sum(3 * 128 * CONFIG.num_layers * s.window.shape[-1] * 2 for s in streams)
+
+
+def test_bytes_of_the_input_stream_of_a_multi_head_model() -> None:
+    config = tiny_config(width=256, num_heads=4, num_kv_heads=4, head_dim=64)
+    size = cache_bytes(allocate(CacheConfig.parse("xquant:4"), config, batch=1, tokens=128))
+    assert size.codes + size.scales == 128 * 2 * 256 * 4.25 / 8
+
+
+def test_capacity_holds_what_was_asked_for() -> None:
+    for tokens in (1, 127, 128, 129, 1000):
+        assert allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=1, tokens=tokens).capacity >= tokens
+
+
+def test_a_full_cache_is_an_error() -> None:
+    check_room(100, 100)
+    with pytest.raises(CacheFullError, match="holds 100 tokens .* need 101"):
+        check_room(100, 101)

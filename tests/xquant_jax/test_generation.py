@@ -1,0 +1,176 @@
+"""`generate` and `stream` on a trained model: what users rely on whatever the batch, the chunks and the buckets."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax import monitoring
+
+import xquant_jax as xq
+from xquant_jax.generation import bucket_length
+
+STORIES = ["Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big"]
+EXACT = "bf16,dtype=float32"
+
+
+@pytest.fixture(scope="module")
+def model(shared: Path) -> xq.Model:
+    return xq.load(shared / "models" / "stories260K")
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Collects an entry for every program that XLA compiles inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_batch_of_unequal_prompts_equals_each_alone(model: xq.Model) -> None:
+    together = xq.generate(model, STORIES, cache="xquant:8", max_new_tokens=20).results
+    for prompt, result in zip(STORIES, together, strict=True):
+        alone = xq.generate(model, prompt, cache="xquant:8", max_new_tokens=20).results[0]
+        assert alone.tokens == result.tokens
+        np.testing.assert_allclose(alone.logprobs, result.logprobs, atol=1e-3)
+
+
+def test_sampling_depends_on_seed_and_prompt_only(model: xq.Model) -> None:
+    sampling = xq.Sampling(temperature=1.0, top_p=0.95)
+    batch = xq.generate(model, STORIES, sampling=sampling, seed=[5, 6, 7], max_new_tokens=20).results
+    alone = xq.generate(model, STORIES[1], sampling=sampling, seed=6, max_new_tokens=20).results[0]
+    again = xq.generate(model, STORIES[1], sampling=sampling, seed=6, max_new_tokens=20).results[0]
+    other = xq.generate(model, STORIES[1], sampling=sampling, seed=8, max_new_tokens=20).results[0]
+    assert alone.tokens == again.tokens == batch[1].tokens
+    assert other.tokens != alone.tokens
+
+
+def test_log_probabilities_equal_a_forward_without_cache(model: xq.Model) -> None:
+    result = xq.generate(model, STORIES[0], cache=EXACT, max_new_tokens=30).results[0]
+    prompt = model.tokenizer.encode(STORIES[0])
+    logits = model.transformer.apply({"params": model.params}, np.asarray([prompt + result.tokens]), method="score")
+    expected = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
+    np.testing.assert_allclose(result.logprobs, expected[np.arange(30), result.tokens], atol=1e-4)
+
+
+def test_chunked_prefill_gives_the_same_answer(model: xq.Model) -> None:
+    """Exactly stored, it cannot matter how a prompt of 205 tokens is cut; 7 does not divide a block."""
+    prompt = [1, *np.random.default_rng(0).integers(259, 500, 204).tolist()]
+    answers = [
+        xq.generate(model, [prompt], cache=EXACT, max_new_tokens=12, prefill_chunk=chunk, stop_ids=[]).results[0]
+        for chunk in (None, 64, 7)
+    ]
+    assert answers[0].tokens == answers[1].tokens == answers[2].tokens
+    np.testing.assert_allclose(answers[0].logprobs, answers[2].logprobs, atol=1e-4)
+
+
+def test_a_second_call_of_the_same_bucket_compiles_nothing(model: xq.Model) -> None:
+    sampling = xq.Sampling(temperature=0.7, repetition_penalty=1.1)
+    xq.generate(model, ["Once upon a time", "A dog"], sampling=sampling, max_new_tokens=6)
+    with counted_compilations() as compiled:
+        changed = xq.Sampling(temperature=1.3, repetition_penalty=1.3)
+        xq.generate(model, ["The cat sat", "Tom saw"], sampling=changed, seed=3, max_new_tokens=6)
+        list(xq.stream(model, ["A bird flew", "Ben"], sampling=changed, max_new_tokens=6))
+        xq.generate(model, ["A girl", "A boy"], sampling=changed, stop=["was"], max_new_tokens=6)
+    assert compiled == []
+    with counted_compilations() as compiled:
+        xq.generate(model, ["The cat sat", "Tom saw"], sampling=sampling, max_new_tokens=7)
+    assert compiled  # the counter counts
+
+
+@pytest.mark.parametrize("chunk", [64, 512, 100])
+def test_buckets_hold_the_prompt_and_waste_little(chunk: int) -> None:
+    for longest in (1, 15, 16, 17, 63, 64, 65, 511, 513, 2000, 40_000):
+        length, size = bucket_length(longest, chunk)
+        assert length % size == 0
+        assert longest <= length <= max(16, 2 * longest) if longest <= chunk else length < 1.13 * longest + chunk
+    assert len({bucket_length(n, chunk)[0] for n in range(1, 100_000, 7)}) < 100
+
+
+def test_streaming_gives_the_same_tokens_and_text(model: xq.Model) -> None:
+    whole = xq.generate(model, STORIES, max_new_tokens=25, stop=["ball"]).results
+    events = list(xq.stream(model, STORIES, max_new_tokens=25, stop=["ball"]))
+    for i, result in enumerate(whole):
+        mine = [event for event in events if event.index == i]
+        assert "".join(event.text for event in mine) == result.text
+        assert mine[-1].finish_reason == result.finish_reason
+        assert [event.token for event in mine] == result.tokens
+
+
+def test_a_stop_string_ends_its_own_row_only(model: xq.Model) -> None:
+    free = xq.generate(model, STORIES[:2], max_new_tokens=40).results
+    word = free[0].text.split()[6]
+    assert word not in free[1].text
+    ended, other = xq.generate(model, STORIES[:2], max_new_tokens=40, stop=["never seen", word]).results
+    assert ended.text == free[0].text[: free[0].text.index(word)]
+    assert ended.finish_reason == "stop"
+    assert ended.tokens == free[0].tokens[: len(ended.tokens)]
+    assert (other.tokens, other.text, other.finish_reason) == (free[1].tokens, free[1].text, "length")
+
+
+def test_several_stop_ids(model: xq.Model) -> None:
+    free = xq.generate(model, STORIES[0], max_new_tokens=40).results[0]
+    ids = [free.tokens[9], free.tokens[5]]
+    result = xq.generate(model, STORIES[0], max_new_tokens=40, stop_ids=ids).results[0]
+    first = min(free.tokens.index(i) for i in ids)
+    assert result.tokens == free.tokens[: first + 1]
+    assert result.finish_reason == "stop"
+    assert free.text.startswith(result.text)
+    assert len(result.logprobs) == len(result.tokens)
+
+
+def test_two_bit_cache_stays_coherent_over_flushes(model: xq.Model) -> None:
+    """300 tokens cross two flushes; a broken history shows as a collapse of the model's own confidence."""
+    exact = xq.generate(model, STORIES[0], cache=EXACT, max_new_tokens=300, stop_ids=[]).results[0]
+    for spec in ("xquant:4", "xquant:2", "int8", "bf16"):
+        result = xq.generate(model, STORIES[0], cache=spec, max_new_tokens=300, stop_ids=[]).results[0]
+        assert np.isfinite(result.logprobs).all()
+        assert np.mean(result.logprobs[150:]) > np.mean(exact.logprobs[150:]) - 0.3
+
+
+def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
+    result = xq.generate(model, STORIES[0], max_new_tokens=5)
+    written = json.loads(json.dumps(result.to_json()))
+    assert set(written["results"][0]) == {"prompt", "text", "tokens", "logprobs", "finish_reason"}
+    sizes = written["cache_bytes"]
+    assert set(sizes) == {"codes", "scales", "window", "scratch", "total"}
+    assert sizes["total"] == sum(n for part, n in sizes.items() if part != "total")
+    assert written["prefill_s"] > 0
+    assert written["decode_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ("", {}, xq.PromptError, "prompt 0 is empty"),
+        (["Hello", ""], {}, xq.PromptError, "prompt 1 is empty"),
+        ([[]], {}, xq.PromptError, "prompt 0 is empty"),
+        ([], {}, xq.PromptError, "there is no prompt"),
+        ([[1, 512]], {}, xq.PromptError, "token id 512; the model's ids are 0 to 511"),
+        ([[1, -1]], {}, xq.PromptError, "token id -1"),
+        ("Hi", {"max_new_tokens": 0}, xq.ConfigError, "max_new_tokens=0"),
+        ("Hi", {"cache_tokens": 20, "max_new_tokens": 30}, xq.CacheFullError, "holds 20 tokens"),
+        ("Hi", {"cache": "xquant:5"}, xq.ConfigError, "bits=5"),
+        ("Hi", {"cache": "xquant:4,group=5"}, xq.ConfigError, "group=5 does not divide"),
+        ("Hi", {"sampling": xq.Sampling(temperature=-1)}, xq.ConfigError, "temperature=-1"),
+        ("Hi", {"stop": [""]}, xq.ConfigError, "stop must be"),
+        ("Hi", {"seed": [1, 2]}, xq.ConfigError, "2 seeds given for 1 prompts"),
+        ("Hi", {"prefill_chunk": 0}, xq.ConfigError, "prefill_chunk=0"),
+    ],
+)
+def test_bad_input_is_a_clear_error(model: xq.Model, prompts, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        xq.generate(model, prompts, **options)
+    with pytest.raises(error, match=message):
+        xq.stream(model, prompts, **options)

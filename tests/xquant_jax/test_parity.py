@@ -1,0 +1,76 @@
+"""Logits against Hugging Face transformers, on checkpoints and outputs that `make golden` wrote."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import xquant_jax as xq
+from tests.conftest import GOLDEN
+from xquant_jax.cache import allocate, flush, flush_when_due
+
+CASES = sorted(path.parent for path in GOLDEN.glob("*/golden.npz"))
+TOLERANCE = 1e-4  # of the logits' range: float32 rounding through the layers
+
+
+def load_case(directory: Path) -> tuple[xq.Model, np.ndarray, np.ndarray, np.ndarray]:
+    with np.load(directory / "golden.npz") as golden:
+        return xq.load(directory), golden["tokens"], golden["lengths"], golden["logits"]
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray, scale: float) -> None:
+    assert np.abs(ours - theirs).max() <= TOLERANCE * scale
+
+
+def test_every_family_has_two_shapes() -> None:
+    families = [json.loads((case / "config.json").read_text())["model_type"] for case in CASES]
+    assert {family: families.count(family) >= 2 for family in families} == dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3"), True
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_logits_equal_transformers(case: Path) -> None:
+    """Without a cache; by prefill in ragged batches and then token by token through the bf16 method in float32."""
+    model, tokens, lengths, expected = load_case(case)
+    scale = np.ptp(expected)
+    score = jax.jit(partial(model.transformer.apply, method="score"))
+    logits = np.asarray(score({"params": model.params}, tokens))
+    for row, length in enumerate(lengths):
+        assert_close(logits[row, :length], expected[row, :length], scale)
+
+    cache_config = xq.CacheConfig.parse("bf16,dtype=float32")
+    factors = cache_config.factors(model)
+
+    @jax.jit
+    def feed(tokens, cache, counts):
+        logits, cache = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
+        return logits, flush(cache) if tokens.shape[1] > 1 else flush_when_due(cache)
+
+    cache = allocate(cache_config, model.config, batch=len(tokens), tokens=tokens.shape[1])
+    counts = lengths // 2 + np.arange(len(lengths))  # ragged: each row's prompt ends elsewhere
+    counts = np.minimum(counts, lengths)
+    logits, cache = feed(tokens, cache, counts)
+    for row, count in enumerate(counts):
+        assert_close(np.asarray(logits[row]), expected[row, count - 1], scale)
+    at = counts
+    while (at < lengths).any():
+        live = (at < lengths).astype(np.int32)
+        token = tokens[np.arange(len(tokens)), np.minimum(at, tokens.shape[1] - 1)][:, None]
+        logits, cache = feed(token, cache, live)
+        for row in np.flatnonzero(live):
+            assert_close(np.asarray(logits[row]), expected[row, at[row]], scale)
+        at = at + live
+
+
+@pytest.mark.parametrize("name", ["stories260K", "pystdlib-gqa", "pystdlib-mha"])
+def test_trained_models_continue_as_transformers_does(name: str, shared: Path) -> None:
+    """60 greedy tokens of real models in float32, from text, through the default size of cache."""
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    model = xq.load(shared / "models" / name, dtype="float32")
+    result = xq.generate(model, golden["prompt"], cache="bf16,dtype=float32", max_new_tokens=len(golden["tokens"]))
+    assert result.results[0].tokens == golden["tokens"]
+    assert golden["prompt"] + result.results[0].text == golden["text"]

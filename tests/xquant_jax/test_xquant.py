@@ -1,0 +1,78 @@
+"""The xquant method in prefill and decode equals an independent computation (`reference.py`)."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import RandomModel, random_model, random_tokens, tiny_config
+from tests.xquant_jax.reference import Reference
+from xquant_jax.cache import Cache, allocate, flush, flush_when_due
+from xquant_jax.methods import CacheConfig
+
+PROMPTS = (127, 128, 129, 255, 256, 257)  # one below, on and above a flush
+STEPS = 3  # so that decode crosses 128 and 256 as well
+TOLERANCE = 2e-4  # of the logits' range: float32 against float64
+
+MODELS = {
+    "K=H": tiny_config(num_kv_heads=4, tied_embeddings=True),
+    "K<H": tiny_config(qkv_bias=True, qk_norm=True),
+    "K<H, wide keys": tiny_config(width=12, head_dim=16, sliding_windows=(140, None)),  # R and d above D
+}
+
+
+def run_library(model: RandomModel, spec: str, tokens: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarray, Cache]]:
+    """Logits [B, V] and cache after a ragged prefill of `counts` tokens and after each of STEPS decoded tokens."""
+    cache_config = CacheConfig.parse(spec)
+    factors = cache_config.factors(model)
+
+    @jax.jit
+    def feed(tokens: Any, cache: Any, counts: Any) -> Any:
+        logits, cache = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
+        return logits, flush(cache) if tokens.shape[1] > 1 else flush_when_due(cache)
+
+    cache = allocate(cache_config, model.config, batch=len(tokens), tokens=int(counts.max()) + STEPS)
+    logits, cache = feed(tokens[:, : counts.max()], cache, counts)
+    seen = [(np.asarray(logits), jax.device_get(cache))]
+    for step in range(STEPS):
+        token = tokens[np.arange(len(tokens)), counts + step][:, None]
+        logits, cache = feed(token, cache, np.ones_like(counts))
+        seen.append((np.asarray(logits), jax.device_get(cache)))
+    assert (cache.lengths == counts + STEPS).all()
+    assert (cache.flushed == (counts + STEPS) // 128).all()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        *((kind, f"xquant:{bits}") for kind in ("K=H", "K<H") for bits in (2, 3, 4, 8)),
+        *(("K<H", f"xquant:{bits},basis=joint") for bits in (2, 3, 4, 8)),
+        ("K<H", "xquant:3,key_basis=joint"),
+        ("K<H, wide keys", "xquant:3,basis=joint"),
+        ("K<H, wide keys", "xquant:3"),
+    ],
+)
+def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
+    model = random_model(MODELS[kind])
+    tokens = random_tokens(model.config, len(PROMPTS), max(PROMPTS) + STEPS)
+    counts = np.asarray(PROMPTS, np.int32)
+    seen = run_library(model, spec, tokens, counts)
+    cache_config = CacheConfig.parse(spec)
+    for row, count in enumerate(PROMPTS):
+        reference = Reference(model.config, model.params, cache_config.factors(model)[0], cache_config.method.bits)
+        pieces = [tokens[row, :count], *tokens[row, count : count + STEPS, None]]
+        for step, (piece, (logits, cache)) in enumerate(zip(pieces, seen, strict=True)):
+            expected = reference.feed(list(piece))
+            assert np.abs(logits[row] - expected).max() <= TOLERANCE * np.ptp(expected), (count, step)
+            reference.adopt(cache.segments[0].streams, row)
+
+
+def test_reference_can_tell_bit_widths_apart() -> None:
+    """The tolerance above is far below what one bit more or less changes."""
+    model = random_model(MODELS["K<H"])
+    tokens = random_tokens(model.config, 1, 130 + STEPS)
+    counts = np.asarray([130], np.int32)
+    three, four = (run_library(model, f"xquant:{bits}", tokens, counts)[-1][0] for bits in (3, 4))
+    assert np.abs(three - four).max() > 20 * TOLERANCE * np.ptp(four)

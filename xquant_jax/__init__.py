@@ -1,0 +1,66 @@
+"""XQuant in JAX: attention caches that store the quantized layer input and rematerialize keys and values.
+
+    import xquant_jax as xq
+    model = xq.load("demo")
+    print(xq.generate(model, "def main():", cache="xquant:4").results[0].text)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xquant_jax.cache import Cache, CacheBytes, allocate, append, cache_bytes, check_room, flush, flush_when_due
+    from xquant_jax.config import ModelConfig
+    from xquant_jax.errors import CacheFullError, CheckpointError, ConfigError, PromptError, XQuantError
+    from xquant_jax.generation import Completion, Generation, StreamedToken, generate, stream
+    from xquant_jax.loading import Model, load
+    from xquant_jax.methods import CacheConfig
+    from xquant_jax.model import Transformer
+    from xquant_jax.sampling import Sampling
+
+_MODULES = {
+    "cache": ("Cache", "CacheBytes", "allocate", "append", "cache_bytes", "check_room", "flush", "flush_when_due"),
+    "config": ("ModelConfig",),
+    "errors": ("CacheFullError", "CheckpointError", "ConfigError", "PromptError", "XQuantError"),
+    "generation": ("Completion", "Generation", "StreamedToken", "generate", "stream"),
+    "loading": ("Model", "load"),
+    "methods": ("CacheConfig",),
+    "model": ("Transformer",),
+    "sampling": ("Sampling",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `converters` and `pallas_kernels` build on parts of this package, and it on them."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+__all__ = [  # noqa: F822 - see __getattr__
+    "Cache",
+    "CacheBytes",
+    "CacheConfig",
+    "CacheFullError",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "Generation",
+    "Model",
+    "ModelConfig",
+    "PromptError",
+    "Sampling",
+    "StreamedToken",
+    "Transformer",
+    "XQuantError",
+    "allocate",
+    "append",
+    "cache_bytes",
+    "check_room",
+    "flush",
+    "flush_when_due",
+    "generate",
+    "load",
+    "stream",
+]

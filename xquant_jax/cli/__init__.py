@@ -1,0 +1,36 @@
+"""The command line, `xquant COMMAND ...`. A command is one file here: its options (`add_parser`) and what it does."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from xquant_jax.cli import convert, generate
+from xquant_jax.errors import XQuantError
+
+COMMANDS = (convert, generate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, 2 for an error that the user can mend (printed in one line), 130 if interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="xquant", description="Attention caches that store the quantized layer input (XQuant, arXiv 2508.10395)."
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (XQuantError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

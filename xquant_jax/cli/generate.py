@@ -1,0 +1,106 @@
+"""`xquant generate MODEL --prompt ...`: continue prompts, show the text and what the cache took."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from xquant_jax.errors import ConfigError
+from xquant_jax.generation import Generation, generate, stream
+from xquant_jax.loading import DTYPES, load
+from xquant_jax.sampling import Sampling
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "generate", help="continue prompts", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help='converted or Hugging Face directory, or "demo"')
+    parser.add_argument("--prompt", action="append", default=[], help="a text to continue; may be repeated")
+    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="a file whose text is a prompt")
+    parser.add_argument("--cache", default="xquant:4", help="name[:bits][,option=value...]: bf16, int8, xquant:4 ...")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the answer; may be repeated")
+    parser.add_argument("--stop-id", action="append", type=int, help="a token id that does, instead of the model's own")
+    parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
+    parser.add_argument("--cache-tokens", type=int, help="tokens per sequence that the cache holds (default: enough)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's)")
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes (one prompt)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    prompts = [*arguments.prompt, *(path.read_text(encoding="utf-8") for path in arguments.prompt_file)]
+    if arguments.stream and (len(prompts) != 1 or arguments.json):
+        raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt and no --json")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
+    model = load(arguments.model, dtype=arguments.dtype)
+    options: dict[str, Any] = {
+        "cache": arguments.cache,
+        "max_new_tokens": arguments.max_new_tokens,
+        "sampling": Sampling(
+            repetition_penalty=arguments.repetition_penalty,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+        ),
+        "seed": arguments.seed,
+        "stop": arguments.stop,
+        "stop_ids": arguments.stop_id,
+        "prefill_chunk": arguments.prefill_chunk or None,
+        "cache_tokens": arguments.cache_tokens,
+    }
+    if arguments.stream:
+        tokens = stream(model, prompts, **options)
+        sys.stdout.write(prompts[0])
+        for token in tokens:
+            sys.stdout.write(token.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return
+    generation = generate(model, prompts, **options)
+    if arguments.json:
+        _write_json(arguments.json, generation)
+    _show(Console(), prompts, generation)
+
+
+def _write_json(path: Path, generation: Generation) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(generation.to_json(), indent=2) + "\n", encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _show(console: Console, prompts: Sequence[str], generation: Generation) -> None:
+    for prompt, result in zip(prompts, generation.results, strict=True):
+        console.print(prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
+        console.print(result.text, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"({len(result.tokens)} tokens, {result.finish_reason})\n", style="dim", highlight=False)
+    size = generation.cache_bytes
+    new = sum(len(result.tokens) for result in generation.results)
+    table = Table("codes", "scales", "window", "scratch", "total", title="cache bytes")
+    table.add_row(*(f"{n:,}" for n in (size.codes, size.scales, size.window, size.scratch, size.total)))
+    console.print(table)
+    rate = f"{new / generation.decode_s:,.0f} tokens/s" if generation.decode_s > 0.001 else "one step"
+    console.print(
+        f"compile {generation.compile_s:.1f} s, prefill {generation.prefill_s:.3f} s, "
+        f"decode {generation.decode_s:.3f} s ({rate})",
+        highlight=False,
+    )

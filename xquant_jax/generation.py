@@ -1,0 +1,295 @@
+"""`generate` and `stream`: prompts in, tokens and text out, over one compiled program (`xquant_jax.decoding`)."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from xquant_jax.cache import CacheBytes, allocate, cache_bytes, check_room
+from xquant_jax.decoding import Decoding, advance
+from xquant_jax.errors import ConfigError, PromptError
+from xquant_jax.loading import Model
+from xquant_jax.methods import CacheConfig
+from xquant_jax.sampling import Sampling
+from xquant_jax.transcript import Transcript
+
+Prompt = str | Sequence[int]
+
+STOP_STRING_STEPS = 16
+"""Tokens decoded on the device between two looks for stop strings on the host."""
+
+SMALLEST_BUCKET = 16
+"""Tokens that the shortest prompts are padded to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One prompt's answer. `tokens` are the new ones, `logprobs` theirs under the model itself (natural log)."""
+
+    prompt: str | list[int]
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str  # "stop": a stop token or string; "length": max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns. Times are wall-clock seconds; compiling is not part of prefill or decode."""
+
+    results: list[Completion]
+    cache_bytes: CacheBytes
+    compile_s: float
+    prefill_s: float
+    decode_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        sizes = dataclasses.asdict(self.cache_bytes) | {"total": self.cache_bytes.total}
+        return dataclasses.asdict(self) | {"cache_bytes": sizes}
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedToken:
+    """One token of one prompt, `index` in the list of prompts. `text` is what became certain with it, often a word."""
+
+    index: int
+    token: int
+    logprob: float
+    text: str
+    finish_reason: str | None
+
+
+def generate(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    cache: str | CacheConfig = "xquant:4",
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    seed: int | Sequence[int] = 0,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    prefill_chunk: int | None = 512,
+    cache_tokens: int | None = None,
+) -> Generation:
+    """Continues every prompt (a text, or token ids taken as they are).
+
+    cache: how the cache is stored, see `CacheConfig.parse`
+    seed: one for all prompts, or one for each; an answer depends on its prompt and seed, not on the rest of the batch
+    stop: strings that end an answer; they are not part of its text
+    stop_ids: token ids that end an answer, by default the model's own; `[]` for none
+    prefill_chunk: prompt tokens processed at once. Tokens of a chunk see each other exactly and earlier chunks
+        through the cache; None takes the whole prompt at once
+    cache_tokens: tokens per sequence that the cache holds, by default what prompts and answers can need
+
+    Raises `PromptError` for an empty prompt or a token id out of range, `CacheFullError` if `cache_tokens` is too
+    small, `ConfigError` for an option that cannot be honoured.
+    """
+    batch = _Batch.prepare(**locals())
+    compile_s = batch.compile()
+    start = time.perf_counter()
+    batch.run(1)
+    prefill_s = time.perf_counter() - start
+    start = time.perf_counter()
+    step = STOP_STRING_STEPS if stop else max_new_tokens
+    while batch.unfinished:
+        batch.run(min(batch.step + step, max_new_tokens))
+    decode_s = time.perf_counter() - start
+    return Generation(batch.completions(), batch.cache_bytes, compile_s, prefill_s, decode_s)
+
+
+def stream(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    cache: str | CacheConfig = "xquant:4",
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    seed: int | Sequence[int] = 0,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    prefill_chunk: int | None = 512,
+    cache_tokens: int | None = None,
+) -> Iterator[StreamedToken]:
+    """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program."""
+    batch = _Batch.prepare(**locals())
+    return batch.events()
+
+
+@dataclasses.dataclass
+class _Batch:
+    """A batch in progress: the device's state and the host's transcripts."""
+
+    prompts: list[Prompt]
+    transcripts: list[Transcript]
+    state: Decoding
+    program: Any
+    cache_bytes: CacheBytes
+
+    @classmethod
+    def prepare(
+        cls,
+        model: Model,
+        prompts: Prompt | Sequence[Prompt],
+        cache: str | CacheConfig,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | Sequence[int],
+        stop: Sequence[str],
+        stop_ids: Sequence[int] | None,
+        prefill_chunk: int | None,
+        cache_tokens: int | None,
+    ) -> "_Batch":
+        cache_config, sampling = CacheConfig.parse(cache), sampling.checked()
+        asked, tokens = _tokenize(model, prompts)
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens} is not possible; choose 1 or more")
+        if isinstance(stop, str) or not all(stop):
+            raise ConfigError("stop must be a list of strings that are not empty")
+        if stop and model.tokenizer is None:
+            raise ConfigError("stop strings need a tokenizer, and this model has none; use stop_ids")
+        ends = tuple(model.stop_ids if stop_ids is None else stop_ids)
+        longest = max(map(len, tokens))
+        bucket, chunk = bucket_length(longest, prefill_chunk)
+        if cache_tokens is not None:
+            check_room(cache_tokens, longest + max_new_tokens - 1)
+
+        size = len(tokens)
+        padded = np.zeros((size, bucket), np.int32)
+        for row, ids in zip(padded, tokens, strict=True):
+            row[: len(ids)] = ids
+        seen = None
+        if sampling.repetition_penalty is not None:
+            seen = np.zeros((size, model.config.vocab_size), bool)
+            for row, ids in zip(seen, tokens, strict=True):
+                row[ids] = True
+        kv = allocate(
+            cache_config, model.config, batch=size, tokens=cache_tokens or bucket + max_new_tokens - 1
+        )
+        state = Decoding(
+            cache=kv,
+            prompts=padded,
+            prompt_lengths=np.asarray([len(ids) for ids in tokens], np.int32),
+            fed=np.int32(0),
+            step=np.int32(0),
+            tokens=np.zeros((size, max_new_tokens), np.int32),
+            logprobs=np.zeros((size, max_new_tokens), np.float32),
+            counts=np.zeros(size, np.int32),
+            done=np.zeros(size, bool),
+            seeds=np.asarray(_seeds(seed, size), np.int32),
+            seen=seen,
+        )
+        factors = cache_config.factors(model)
+        arrays = jax.tree.map(np.float32, sampling)
+        ends_array = np.asarray(ends or [-1], np.int32)
+
+        def program(state: Decoding, limit: int) -> Decoding:
+            return advance(
+                model.transformer, model.params, factors, state, arrays, ends_array, np.int32(limit), chunk=chunk
+            )
+
+        transcripts = [
+            Transcript(model.tokenizer, ids, frozenset(ends), stop, max_new_tokens) for ids in tokens
+        ]
+        return cls(asked, transcripts, state, program, cache_bytes(kv))
+
+    def compile(self) -> float:
+        """Compiles the program, unless it was before, by running it on no prompt at all. Returns the seconds."""
+        start = time.perf_counter()
+        nothing = self.state.replace(
+            prompt_lengths=np.zeros_like(self.state.prompt_lengths), done=np.ones_like(self.state.done)
+        )
+        cache = self.program(nothing, 0).cache
+        self.state = self.state.replace(cache=cache)
+        jax.block_until_ready(cache)
+        return time.perf_counter() - start
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    @property
+    def unfinished(self) -> bool:
+        return any(t.finish_reason is None for t in self.transcripts)
+
+    def run(self, limit: int) -> list[StreamedToken]:
+        """Decodes until `limit` new tokens in all, and takes down what came."""
+        before = [len(t.tokens) for t in self.transcripts]
+        self.state = self.program(self.state, limit)
+        counts, tokens, logprobs = jax.device_get((self.state.counts, self.state.tokens, self.state.logprobs))
+        events = []
+        for i, transcript in enumerate(self.transcripts):
+            for at in range(before[i], counts[i]):
+                if transcript.finish_reason is None:
+                    token, logprob = int(tokens[i, at]), float(logprobs[i, at])
+                    text = transcript.push(token, logprob)
+                    events.append(StreamedToken(i, token, logprob, text, transcript.finish_reason))
+        if self.unfinished:  # rows that a stop string ended; the device knows only of stop ids
+            done = np.asarray([t.finish_reason is not None for t in self.transcripts])
+            self.state = self.state.replace(done=done)
+        return events
+
+    def events(self) -> Iterator[StreamedToken]:
+        self.compile()
+        limit = 0
+        while self.unfinished:
+            limit += 1
+            yield from self.run(limit)
+
+    def completions(self) -> list[Completion]:
+        return [
+            Completion(
+                prompt if isinstance(prompt, str) else list(prompt), t.text, t.tokens, t.logprobs, t.finish_reason or ""
+            )
+            for prompt, t in zip(self.prompts, self.transcripts, strict=True)
+        ]
+
+
+def bucket_length(longest: int, prefill_chunk: int | None) -> tuple[int, int]:
+    """Length that prompts are padded to, and prompt tokens per chunk; the chunk divides the length.
+
+    Powers of two up to the chunk, then eight steps per doubling: few programs to compile, little cache wasted.
+    """
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ConfigError(f"prefill_chunk={prefill_chunk} is not possible; choose 1 or more, or None for no chunks")
+    power = max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
+    if prefill_chunk is None or power <= prefill_chunk:
+        return power, power
+    chunks = -(-longest // prefill_chunk)
+    step = max(1, (1 << (chunks - 1).bit_length()) // 16)
+    return -(-chunks // step) * step * prefill_chunk, prefill_chunk
+
+
+def _tokenize(model: Model, prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
+    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+    asked: list[Any] = [prompts] if alone else list(prompts)
+    if not asked:
+        raise PromptError("there is no prompt; give at least one")
+    tokens = []
+    for i, prompt in enumerate(asked):
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise PromptError("this model has no tokenizer.json; give prompts as token ids")
+            if not prompt:
+                raise PromptError(f"prompt {i} is empty; give at least one character")
+            prompt = model.tokenizer.encode(prompt)
+        ids = [int(token) for token in prompt]
+        if not ids:
+            raise PromptError(f"prompt {i} is empty; give at least one token")
+        for token in ids:
+            if not 0 <= token < model.config.vocab_size:
+                raise PromptError(
+                    f"prompt {i} holds token id {token}; the model's ids are 0 to {model.config.vocab_size - 1}"
+                )
+        tokens.append(ids)
+    return asked, tokens
+
+
+def _seeds(seed: int | Sequence[int], size: int) -> list[int]:
+    seeds = [seed] * size if isinstance(seed, int) else list(seed)
+    if len(seeds) != size:
+        raise ConfigError(f"{len(seeds)} seeds given for {size} prompts; give one for all or one for each")
+    return seeds

@@ -1,0 +1,75 @@
+"""The host's side of one sequence: its tokens as text, and where a stop string ends it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from xquant_jax.tokenizer import Tokenizer, TextStream
+
+LENGTH, STOP = "length", "stop"
+
+
+@dataclasses.dataclass
+class Transcript:
+    """Collects one sequence's new tokens.
+
+    `text` never holds a stop string nor a stop token. `tokens` and `logprobs` include the stop token, or all tokens
+    up to the one that completed the stop string. `finish_reason` is "stop", "length" or, while unfinished, None.
+    """
+
+    tokenizer: Tokenizer | None
+    prompt_tokens: Sequence[int]
+    stop_ids: frozenset[int]
+    stop_strings: Sequence[str]
+    max_new_tokens: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self._stream: TextStream | None = self.tokenizer.stream(self.prompt_tokens) if self.tokenizer else None
+        self._shown = 0
+
+    def push(self, token: int, logprob: float) -> str:
+        """Takes the next token; returns text that is now certain (it may lag while a stop string is possible)."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in self.stop_ids:
+            self.finish_reason = STOP
+        elif self._stream is not None:
+            self.text += self._stream.push(token)
+            self._cut_at_stop_string()
+        if self.finish_reason is None and len(self.tokens) == self.max_new_tokens:
+            self.finish_reason = LENGTH
+        if self.finish_reason is not None:
+            self._finish_text()
+        return self._show(len(self.text) if self.finish_reason else len(self.text) - self._held_back())
+
+    def _cut_at_stop_string(self) -> None:
+        found = [at for stop in self.stop_strings if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.finish_reason = STOP
+
+    def _finish_text(self) -> None:
+        """Adds what the stream held back: an incomplete character at the very end."""
+        if self.tokenizer is None or self.finish_reason == STOP and self.tokens[-1] not in self.stop_ids:
+            return
+        shown = self.tokens[:-1] if self.tokens[-1] in self.stop_ids else self.tokens
+        whole = self.tokenizer.continuation(self.prompt_tokens, shown)
+        if whole.startswith(self.text):
+            self.text = whole
+
+    def _held_back(self) -> int:
+        """Characters at the end of the text that may be the start of a stop string."""
+        longest = 0
+        for stop in self.stop_strings:
+            for n in range(1, min(len(stop), len(self.text) + 1)):
+                if self.text.endswith(stop[:n]):
+                    longest = max(longest, n)
+        return longest
+
+    def _show(self, until: int) -> str:
+        piece = self.text[self._shown : until]
+        self._shown = max(self._shown, until)
+        return piece
