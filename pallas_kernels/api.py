@@ -52,7 +52,7 @@ def decode_attention(
 ) -> Part:
     """Attention of a few new queries to one layer of quantized history, keys rebuilt and values absorbed.
 
-    q: queries, before RoPE unless `geometry.frequencies` is None
+    q: queries, before RoPE unless `geometry.rotated`
     key_stream, value_stream: history of all layers, unsliced, leading axes [L, B, N]; may be the same array
     flushed: whole blocks of each sequence that exist; the rest is neither read nor attended to
     layer: which layer of the streams

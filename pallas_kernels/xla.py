@@ -1,6 +1,5 @@
 """The operations in plain XLA: their definition, and what runs where no kernel does."""
 
-
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -8,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.history import attend_history
-from xquant_jax.quantization import Blocks, dequantize
+from xquant_jax.quantization import Blocks, Leaf, dequantize
 
 
 @struct.dataclass
@@ -19,9 +18,9 @@ class KeyRebuild:
     bias [R] (Qwen2) is added and the RMS norm with scale `norm` [d] (Qwen3) applied afterwards
     """
 
-    matrix: Array | None = None
-    bias: Array | None = None
-    norm: Array | None = None
+    matrix: Leaf | None = None
+    bias: Leaf | None = None
+    norm: Leaf | None = None
     norm_eps: float = struct.field(pytree_node=False, default=0.0)
 
     def __call__(self, z: Float[Array, "B S C"], num_kv_heads: int) -> Float[Array, "B S K d"]:
@@ -35,9 +34,7 @@ class KeyRebuild:
         return k
 
 
-def expand(
-    z: Float[Array, "B S C"], matrix: Array | None, num_kv_heads: int
-) -> Float[Array, "B S K d"]:
+def expand(z: Float[Array, "B S C"], matrix: Array | None, num_kv_heads: int) -> Float[Array, "B S K d"]:
     """z times a dense [C, R] or a per-head [K, e, d] matrix, split into heads; no matrix: only split."""
     split = (*z.shape[:2], num_kv_heads, -1)
     if matrix is None:

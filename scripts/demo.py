@@ -33,7 +33,9 @@ class Counter:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--cache", nargs="+", default=METHODS, help="cache methods to compare; the first is the measure")
+    parser.add_argument(
+        "--cache", nargs="+", default=METHODS, help="cache methods to compare; the first is the measure"
+    )
     arguments = parser.parse_args()
     console = Console()
     model = xq.load("demo")
@@ -44,9 +46,13 @@ def main() -> None:
         highlight=False,
     )
     prompt = PROMPT + TASK
+    length = len(model.tokenizer.encode(PROMPT)) if model.tokenizer else 0
     table = Table("cache", "tokens/s", "bytes per token", "of bf16", "allocated", title="the same prompt, four caches")
     baseline = None
-    console.print(f"[dim]... {len(model.tokenizer.encode(PROMPT))} tokens of the standard library, then:[/]", highlight=False)
+    console.print(
+        f"[dim]... {length} tokens of the standard library, then:[/]",
+        highlight=False,
+    )
     console.print(TASK.strip("\n"), style="dim", highlight=False, markup=False)
     for spec in arguments.cache:
         result = xq.generate(model, prompt, cache=spec, max_new_tokens=arguments.max_new_tokens)
@@ -73,7 +79,9 @@ def main() -> None:
 def history_bytes_per_token(model: xq.Model, spec: str) -> float:
     """Bytes of codes and scales that one more token costs, from what is really allocated."""
     sizes = [
-        xq.cache_bytes(jax.eval_shape(lambda n=n: xq.allocate(xq.CacheConfig.parse(spec), model.config, batch=1, tokens=n)))
+        xq.cache_bytes(
+            jax.eval_shape(lambda n=n: xq.allocate(xq.CacheConfig.parse(spec), model.config, batch=1, tokens=n))
+        )
         for n in (1024, 2048)
     ]
     return (sizes[1].total - sizes[0].total) / 1024

@@ -13,6 +13,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def batches(tokens: np.ndarray, context: int, batch: int, seed: int) -> Iterator
 def make_optimizer() -> optax.GradientTransformation:
     """Muon for the matrices of the layers (Jordan et al. 2024), Adam for the rest, at peak learning rates."""
 
-    def stacked_matrices(params: optax.Params) -> optax.Params:
+    def stacked_matrices(params: Any) -> Any:
         def dimensions(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
             stacked = any(getattr(key, "key", None) == "layers" for key in path)
             return optax.contrib.MuonDimensionNumbers(1, 2) if stacked and leaf.ndim == 3 else None
@@ -105,12 +106,12 @@ def make_optimizer() -> optax.GradientTransformation:
     )
 
 
-def loss_of(params: optax.Params, window: jax.Array) -> jax.Array:
-    logits = Transformer(CONFIG).apply({"params": params}, window[:, :-1], method="score")
+def loss_of(params: Any, window: jax.Array) -> jax.Array:
+    logits: Any = Transformer(CONFIG).apply({"params": params}, window[:, :-1], method="score")
     return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean()
 
 
-def train(tokens: np.ndarray, minutes: float, seed: int) -> optax.Params:
+def train(tokens: np.ndarray, minutes: float, seed: int) -> Any:
     """Trains for the time given: the learning rate warms up over 50 steps and falls linearly to nothing at the end."""
     params = Transformer(CONFIG).init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32), method="score")["params"]
     print(f"{sum(p.size for p in jax.tree.leaves(params)) / 1e6:.2f} M parameters, {len(tokens) / 1e6:.2f} M tokens")
@@ -131,12 +132,15 @@ def train(tokens: np.ndarray, minutes: float, seed: int) -> optax.Params:
             recent.append(float(loss))
             done, seen = done + 1, seen + context * batch
             if done % 50 == 0:
-                print(f"{spent:4.0%}  step {done}  {seen / 1e6:.2f} M tokens  loss {np.mean(recent):.4f}", flush=True)
+                print(
+                    f"{spent:4.0%}  step {done}  {seen / 1e6:.2f} M tokens  loss {np.mean(recent):.4f}",
+                    flush=True,
+                )
                 recent.clear()
     return params
 
 
-def save(params: optax.Params, tokenizer: Tokenizer, out: Path) -> None:
+def save(params: Any, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     c = CONFIG
     end = tokenizer.token_to_id(END_OF_TEXT)

@@ -293,9 +293,7 @@ def random_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def build(model: type[PreTrainedModel], config: dict[str, Any]) -> PreTrainedModel:
     """A float32 model with random weights; models of equal shapes get equal ones."""
     defaults = {"vocab_size": 64, "max_position_embeddings": 128, "rope_parameters": DEFAULT_ROPE}
-    built = model(
-        model.config_class(**(defaults | config), dtype="float32", attn_implementation="eager")
-    ).eval()
+    built = model(model.config_class(**(defaults | config), dtype="float32", attn_implementation="eager")).eval()
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             parameter.copy_(torch.from_numpy(random_weight(name, tuple(parameter.shape))))
@@ -363,9 +361,7 @@ def continuation(directory: Path, prompt: str) -> dict[str, Any]:
     prompt_tokens = tokenizer(prompt)["input_ids"]
     if prompt_tokens != tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).encode(prompt).ids:
         raise SystemExit(f"{directory.name}: AutoTokenizer and tokenizer.json disagree on {prompt!r}")
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     tokens, margin = greedy(model, prompt_tokens)
     return {
         "model": directory.name,

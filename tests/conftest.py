@@ -51,7 +51,9 @@ class RandomModel:
         return self.params["layers"]
 
     def svd(self, kind: str) -> dict[str, Any]:
-        layers = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), self.layer_params()) for i in range(self.config.num_layers)]
+        layers = [
+            jax.tree.map(lambda a, i=i: np.asarray(a[i]), self.layer_params()) for i in range(self.config.num_layers)
+        ]
         factors = [layer_factors([kind], layer, self.config)[kind] for layer in layers]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *factors)
 

@@ -21,9 +21,7 @@ ROOT = Path(__file__).parent.parent
 BASH = shutil.which("bash")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().splitlines()
-PINS = {
-    canonicalize_name(name): version for name, _, version in (line.partition("==") for line in CONSTRAINTS)
-}
+PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in CONSTRAINTS)}
 
 BROKEN_SHIM = f"#!{BASH}\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n"
 
@@ -115,9 +113,7 @@ class TestMake:
         """Runs make on a machine whose first Python is a pretender; returns what it printed."""
         folder = executable(tmp_path / "bin" / "python3.12", PRETENDER).parent
         inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
         }
 
         def run(tree: Path, target: str, status: int = 0, **variables: str) -> str:

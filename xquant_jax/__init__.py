@@ -1,15 +1,24 @@
 """XQuant in JAX: attention caches that store the quantized layer input and rematerialize keys and values.
 
-    import xquant_jax as xq
-    model = xq.load("demo")
-    print(xq.generate(model, "def main():", cache="xquant:4").results[0].text)
+import xquant_jax as xq
+model = xq.load("demo")
+print(xq.generate(model, "def main():", cache="xquant:4").results[0].text)
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xquant_jax.cache import Cache, CacheBytes, allocate, append, cache_bytes, check_room, flush, flush_when_due
+    from xquant_jax.cache import (
+        Cache,
+        CacheBytes,
+        allocate,
+        append,
+        cache_bytes,
+        check_room,
+        flush,
+        flush_when_due,
+    )
     from xquant_jax.config import ModelConfig
     from xquant_jax.errors import CacheFullError, CheckpointError, ConfigError, PromptError, XQuantError
     from xquant_jax.generation import Completion, Generation, StreamedToken, generate, stream
@@ -19,7 +28,16 @@ if TYPE_CHECKING:
     from xquant_jax.sampling import Sampling
 
 _MODULES = {
-    "cache": ("Cache", "CacheBytes", "allocate", "append", "cache_bytes", "check_room", "flush", "flush_when_due"),
+    "cache": (
+        "Cache",
+        "CacheBytes",
+        "allocate",
+        "append",
+        "cache_bytes",
+        "check_room",
+        "flush",
+        "flush_when_due",
+    ),
     "config": ("ModelConfig",),
     "errors": ("CacheFullError", "CheckpointError", "ConfigError", "PromptError", "XQuantError"),
     "generation": ("Completion", "Generation", "StreamedToken", "generate", "stream"),
@@ -38,7 +56,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-__all__ = [  # noqa: F822 - see __getattr__
+__all__ = [
     "Cache",
     "CacheBytes",
     "CacheConfig",

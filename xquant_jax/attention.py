@@ -38,14 +38,16 @@ class Geometry:
 
     positions: of the queries, from the start of each sequence
     sliding_window: keys a query may look back at, itself included (a very large number: all)
-    frequencies: RoPE still to be applied to queries and keys; None if both are rotated already
+    frequencies: of RoPE, radians per position
     scale: factor on the scores
+    rotated: whether queries and keys are rotated already
     """
 
     positions: Int[Array, "B T"]
     sliding_window: Int[Array, ""] | int
-    frequencies: Float[Array, " half"] | None
+    frequencies: Float[Array, " half"]
     scale: float
+    rotated: bool = False
 
 
 def attend(
@@ -67,7 +69,7 @@ def attend(
     keys, kv_heads = k.shape[1], k.shape[2]
     number = jnp.arange(keys)
     relative = geometry.positions - origin[:, None]
-    if geometry.frequencies is not None:
+    if not geometry.rotated:
         q = rope.rotate_heads(q, relative, geometry.frequencies)
         k = rope.rotate_heads(k, number[None], geometry.frequencies)
     distance = relative[:, :, None] - number  # [B, T, S]
@@ -85,4 +87,3 @@ def attend(
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.moveaxis(top[..., 0], 3, 1) + jnp.log(total)
     return Part(out.reshape(batch, length, heads, -1), lse.reshape(batch, length, heads))
-

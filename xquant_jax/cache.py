@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Int32
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CacheFullError
 from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, allocate_blocks, quantize
+from xquant_jax.quantization import Blocks, Leaf, allocate_blocks, quantize
 
 if TYPE_CHECKING:
     from xquant_jax.methods import CacheConfig, Method
@@ -27,7 +27,7 @@ class Stream:
     """One stored vector per token and layer. All leaves have leading axes L (of the segment) and B."""
 
     history: Blocks  # [L, B, N blocks, ...]
-    window: Float[Array, "L B W C"]
+    window: Leaf  # [L, B, W, C]
 
 
 @struct.dataclass
@@ -43,8 +43,8 @@ class Segment:
 class Cache:
     """`lengths`: tokens stored per sequence; the first 128 * `flushed` of them are history, the rest window."""
 
-    lengths: Int32[Array, " B"]
-    flushed: Int32[Array, " B"]
+    lengths: Leaf  # int32 [B]
+    flushed: Leaf  # int32 [B]
     segments: tuple[Segment, ...]
     capacity: int = struct.field(pytree_node=False)  # tokens per sequence
     max_step: int = struct.field(pytree_node=False)  # tokens that fit into the window behind a partial block
@@ -69,9 +69,7 @@ class CacheBytes:
         return self.codes + self.scales + self.window + self.scratch
 
 
-def allocate(
-    cache_config: "CacheConfig", config: ModelConfig, *, batch: int, tokens: int, max_step: int = 1
-) -> Cache:
+def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, tokens: int, max_step: int = 1) -> Cache:
     """An empty cache for `batch` sequences of at least `tokens` tokens each, fed up to `max_step` at a time.
 
     Longer inputs may be appended too; `max_step` only bounds what the window holds between `append` and `flush`.
@@ -105,9 +103,7 @@ def check_room(capacity: int, tokens: int) -> None:
         )
 
 
-def append(
-    cache: Cache, new: tuple[dict[str, Float[Array, "L B T C"]], ...], counts: Int[Array, " B"]
-) -> Cache:
+def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], counts: Int[Array, " B"]) -> Cache:
     """Writes the first `counts` of T new vectors of each sequence behind its window; the rest is dropped.
 
     `new` has one entry per segment. The window grows where T does not fit; `flush` gives the room back.
@@ -123,30 +119,32 @@ def append(
         return window.at[:, rows, kept].set(vectors.astype(window.dtype), mode="drop")
 
     segments = tuple(
-        segment.replace(
+        dataclasses.replace(
+            segment,
             streams={
-                name: stream.replace(window=write(stream.window, vectors[name]))
+                name: dataclasses.replace(stream, window=write(stream.window, vectors[name]))
                 for name, stream in segment.streams.items()
-            }
+            },
         )
         for segment, vectors in zip(cache.segments, new, strict=True)
     )
-    return cache.replace(lengths=cache.lengths + counts, segments=segments)
+    return dataclasses.replace(cache, lengths=cache.lengths + counts, segments=segments)
 
 
 def flush(cache: Cache) -> Cache:
     """Quantizes every whole block in the windows and moves it into the history; windows get their room back."""
     whole = cache.in_window // BLOCK
     segments = tuple(
-        segment.replace(
+        dataclasses.replace(
+            segment,
             streams={
                 name: _flush_stream(stream, cache.flushed, whole, BLOCK - 1 + cache.max_step)
                 for name, stream in segment.streams.items()
-            }
+            },
         )
         for segment in cache.segments
     )
-    return cache.replace(flushed=cache.flushed + whole, segments=segments)
+    return dataclasses.replace(cache, flushed=cache.flushed + whole, segments=segments)
 
 
 def flush_when_due(cache: Cache) -> Cache:
@@ -154,9 +152,7 @@ def flush_when_due(cache: Cache) -> Cache:
     return lax.cond(jnp.any(cache.in_window >= BLOCK), flush, lambda cache: cache, cache)
 
 
-def _flush_stream(
-    stream: Stream, flushed: Int32[Array, " B"], whole: Int32[Array, " B"], room: int
-) -> Stream:
+def _flush_stream(stream: Stream, flushed: Int32[Array, " B"], whole: Int32[Array, " B"], room: int) -> Stream:
     layers, batch, width = stream.window.shape[:3]
     candidates = width // BLOCK
     rows = jnp.arange(batch)[:, None]
@@ -172,7 +168,7 @@ def _flush_stream(
     history = lax.fori_loop(0, layers, layer, stream.history)
     slots = jnp.minimum(whole[:, None] * BLOCK + jnp.arange(room), width - 1)
     window = jnp.take_along_axis(stream.window, slots[None, :, :, None], axis=2)
-    return stream.replace(history=history, window=window)
+    return dataclasses.replace(stream, history=history, window=window)
 
 
 def cache_bytes(cache: Cache) -> CacheBytes:

@@ -4,6 +4,7 @@
 once it generates everything, called with rising limits it streams, always the same compiled program.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,18 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Int
 
 from xquant_jax.cache import Cache, flush, flush_when_due
 from xquant_jax.model import Transformer
+from xquant_jax.quantization import Leaf
 from xquant_jax.sampling import Sampling, sample
-
-UNFINISHED, STOPPED = 0, 1
 
 
 @struct.dataclass
 class Decoding:
-    """A batch on its way: prompts [B, P] padded on the right, answers [B, N] so far, and the cache.
+    """A batch on its way, but for its cache: prompts [B, P] padded on the right, answers [B, N] so far.
 
     prompt_lengths: tokens of each prompt
     fed: prompt tokens per sequence that the cache has seen (the same for all: chunk by chunk)
@@ -33,51 +33,55 @@ class Decoding:
     seen: tokens of prompt and answer, if a repetition penalty needs them
     """
 
-    cache: Cache
-    prompts: Int32[Array, "B P"]
-    prompt_lengths: Int32[Array, " B"]
-    fed: Int32[Array, ""]
-    step: Int32[Array, ""]
-    tokens: Int32[Array, "B N"]
-    logprobs: Float[Array, "B N"]
-    counts: Int32[Array, " B"]
-    done: Bool[Array, " B"]
-    seeds: Int32[Array, " B"]
-    seen: Bool[Array, "B V"] | None
+    prompts: Leaf  # int32 [B, P]
+    prompt_lengths: Leaf  # int32 [B]
+    fed: Leaf  # int32
+    step: Leaf  # int32
+    tokens: Leaf  # int32 [B, N]
+    logprobs: Leaf  # float32 [B, N]
+    counts: Leaf  # int32 [B]
+    done: Leaf  # bool [B]
+    seeds: Leaf  # int32 [B]
+    seen: Leaf | None  # bool [B, V]
 
 
-@partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state", "cache"))
 def advance(
     model: Transformer,
     params: Any,
     factors: tuple[Any, ...],
     state: Decoding,
+    cache: Cache,
     sampling: Sampling,
     stop_ids: Int[Array, " stops"],
     limit: Int[Array, ""],
     *,
     chunk: int,
-) -> Decoding:
+) -> tuple[Decoding, Cache]:
     """Feeds the rest of the prompts, then decodes until every sequence is done or has `limit` new tokens.
 
     `chunk`: prompt tokens fed at a time; it divides the padded prompt length.
     """
-    run = partial(model.apply, {"params": params})
     rows = jnp.arange(state.prompts.shape[0])
+
+    def run(tokens: Array, cache: Cache, counts: Array) -> tuple[Array, Cache]:
+        logits_and_cache: Any = model.apply({"params": params}, tokens, cache, factors, counts)
+        return logits_and_cache
 
     def feed_chunk(carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
         fed, cache, last = carry
         tokens = lax.dynamic_slice_in_dim(state.prompts, fed, chunk, axis=1)
         counts = jnp.clip(state.prompt_lengths - fed, 0, chunk)
-        logits, cache = run(tokens, cache, factors, counts)
+        logits, cache = run(tokens, cache, counts)
         ends_here = (counts > 0) & (fed + counts == state.prompt_lengths)
         return fed + chunk, flush(cache), jnp.where(ends_here[:, None], logits, last)
 
-    def choose(logits: Array, s: Decoding) -> Decoding:
+    def choose(s: Decoding, logits: Array) -> Decoding:
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), s.step))(s.seeds)
         tokens, logprobs = sample(logits, sampling, keys, s.seen)
         live = ~s.done
-        return s.replace(
+        return dataclasses.replace(
+            s,
             tokens=s.tokens.at[:, s.step].set(jnp.where(live, tokens, 0)),
             logprobs=s.logprobs.at[:, s.step].set(jnp.where(live, logprobs, 0.0)),
             counts=s.counts + live,
@@ -86,18 +90,15 @@ def advance(
             step=s.step + 1,
         )
 
-    def decode_step(s: Decoding) -> Decoding:
+    def decode_step(carry: tuple[Decoding, Cache]) -> tuple[Decoding, Cache]:
+        s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
-        logits, cache = run(token, s.cache, factors, (~s.done).astype(jnp.int32))
-        return choose(logits, s.replace(cache=flush_when_due(cache)))
+        logits, cache = run(token, cache, (~s.done).astype(jnp.int32))
+        return choose(s, logits), flush_when_due(cache)
 
     longest = state.prompt_lengths.max()
     logits = jnp.zeros((rows.size, model.config.vocab_size), jnp.float32)
-    fed, cache, logits = lax.while_loop(
-        lambda carry: carry[0] < longest, feed_chunk, (state.fed, state.cache, logits)
-    )
-    small = state.replace(cache=None)  # the cache does not pass through the branch
-    small = lax.cond(state.step == 0, choose, lambda logits, s: s, logits, small)
-    return lax.while_loop(
-        lambda s: (s.step < limit) & ~s.done.all(), decode_step, small.replace(cache=cache, fed=fed)
-    )
+    fed, cache, logits = lax.while_loop(lambda carry: carry[0] < longest, feed_chunk, (state.fed, cache, logits))
+    state = dataclasses.replace(state, fed=fed)
+    state = lax.cond(state.step == 0, choose, lambda s, _: s, state, logits)
+    return lax.while_loop(lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache))

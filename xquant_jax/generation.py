@@ -2,13 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from xquant_jax.cache import CacheBytes, allocate, cache_bytes, check_room
+from xquant_jax.cache import Cache, CacheBytes, allocate, cache_bytes, check_room
 from xquant_jax.decoding import Decoding, advance
 from xquant_jax.errors import ConfigError, PromptError
 from xquant_jax.loading import Model
@@ -98,7 +98,7 @@ def generate(
     while batch.unfinished:
         batch.run(min(batch.step + step, max_new_tokens))
     decode_s = time.perf_counter() - start
-    return Generation(batch.completions(), batch.cache_bytes, compile_s, prefill_s, decode_s)
+    return Generation(batch.completions(), cache_bytes(batch.cache), compile_s, prefill_s, decode_s)
 
 
 def stream(
@@ -126,8 +126,8 @@ class _Batch:
     prompts: list[Prompt]
     transcripts: list[Transcript]
     state: Decoding
-    program: Any
-    cache_bytes: CacheBytes
+    cache: Cache
+    program: Callable[[Decoding, Cache, int], tuple[Decoding, Cache]]
 
     @classmethod
     def prepare(
@@ -166,11 +166,8 @@ class _Batch:
             seen = np.zeros((size, model.config.vocab_size), bool)
             for row, ids in zip(seen, tokens, strict=True):
                 row[ids] = True
-        kv = allocate(
-            cache_config, model.config, batch=size, tokens=cache_tokens or bucket + max_new_tokens - 1
-        )
+        kv = allocate(cache_config, model.config, batch=size, tokens=cache_tokens or bucket + max_new_tokens - 1)
         state = Decoding(
-            cache=kv,
             prompts=padded,
             prompt_lengths=np.asarray([len(ids) for ids in tokens], np.int32),
             fed=np.int32(0),
@@ -186,25 +183,22 @@ class _Batch:
         arrays = jax.tree.map(np.float32, sampling)
         ends_array = np.asarray(ends or [-1], np.int32)
 
-        def program(state: Decoding, limit: int) -> Decoding:
-            return advance(
-                model.transformer, model.params, factors, state, arrays, ends_array, np.int32(limit), chunk=chunk
-            )
+        def program(state: Decoding, cache: Cache, limit: int) -> tuple[Decoding, Cache]:
+            options = (arrays, ends_array, np.int32(limit))
+            return advance(model.transformer, model.params, factors, state, cache, *options, chunk=chunk)
 
-        transcripts = [
-            Transcript(model.tokenizer, ids, frozenset(ends), stop, max_new_tokens) for ids in tokens
-        ]
-        return cls(asked, transcripts, state, program, cache_bytes(kv))
+        transcripts = [Transcript(model.tokenizer, ids, frozenset(ends), stop, max_new_tokens) for ids in tokens]
+        return cls(asked, transcripts, state, kv, program)
 
     def compile(self) -> float:
         """Compiles the program, unless it was before, by running it on no prompt at all. Returns the seconds."""
         start = time.perf_counter()
-        nothing = self.state.replace(
-            prompt_lengths=np.zeros_like(self.state.prompt_lengths), done=np.ones_like(self.state.done)
+        nothing = dataclasses.replace(
+            self.state,
+            prompt_lengths=np.zeros_like(self.state.prompt_lengths),
+            done=np.ones_like(self.state.done),
         )
-        cache = self.program(nothing, 0).cache
-        self.state = self.state.replace(cache=cache)
-        jax.block_until_ready(cache)
+        _, self.cache = jax.block_until_ready(self.program(nothing, self.cache, 0))
         return time.perf_counter() - start
 
     @property
@@ -218,7 +212,7 @@ class _Batch:
     def run(self, limit: int) -> list[StreamedToken]:
         """Decodes until `limit` new tokens in all, and takes down what came."""
         before = [len(t.tokens) for t in self.transcripts]
-        self.state = self.program(self.state, limit)
+        self.state, self.cache = self.program(self.state, self.cache, limit)
         counts, tokens, logprobs = jax.device_get((self.state.counts, self.state.tokens, self.state.logprobs))
         events = []
         for i, transcript in enumerate(self.transcripts):
@@ -229,7 +223,7 @@ class _Batch:
                     events.append(StreamedToken(i, token, logprob, text, transcript.finish_reason))
         if self.unfinished:  # rows that a stop string ended; the device knows only of stop ids
             done = np.asarray([t.finish_reason is not None for t in self.transcripts])
-            self.state = self.state.replace(done=done)
+            self.state = dataclasses.replace(self.state, done=done)
         return events
 
     def events(self) -> Iterator[StreamedToken]:
@@ -242,7 +236,11 @@ class _Batch:
     def completions(self) -> list[Completion]:
         return [
             Completion(
-                prompt if isinstance(prompt, str) else list(prompt), t.text, t.tokens, t.logprobs, t.finish_reason or ""
+                prompt if isinstance(prompt, str) else list(prompt),
+                t.text,
+                t.tokens,
+                t.logprobs,
+                t.finish_reason or "",
             )
             for prompt, t in zip(self.prompts, self.transcripts, strict=True)
         ]

@@ -47,9 +47,7 @@ class Model:
     @functools.cached_property
     def _svd(self) -> Callable[[str], dict[str, Any]]:
         return functools.cache(
-            lambda kind: _stack_layers(
-                self.config.num_layers, lambda i: self.checkpoint.factors(kind, i), self.dtype
-            )
+            lambda kind: _stack_layers(self.config.num_layers, lambda i: self.checkpoint.factors(kind, i), self.dtype)
         )
 
 

@@ -5,7 +5,7 @@ every value lies inside the grid and |x^ - x| <= scale / 2 (plus float32 roundin
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from xquant_jax.packing import BLOCK, PLANES, pack, unpack
 
 UNQUANTIZED = 16
 """`StreamSpec.bits` of a stream that is stored as it is."""
+
+Leaf = Any
+"""An array in a pytree; transformations put tracers, shapes and other things in its place, so it is not checked."""
 
 SMALLEST_NORMAL = float(jnp.finfo(jnp.bfloat16).smallest_normal)
 
@@ -63,9 +66,9 @@ class Blocks:
     scale, zero: bfloat16 [*rest, 1, C] along a channel, [*rest, 128, C/G] along a token; None if unquantized
     """
 
-    words: tuple[Array, ...]
-    scale: BFloat16[Array, "*rest groups"] | None
-    zero: BFloat16[Array, "*rest groups"] | None
+    words: tuple[Leaf, ...]
+    scale: Leaf
+    zero: Leaf
     spec: StreamSpec = struct.field(pytree_node=False)
 
 
@@ -92,7 +95,6 @@ def dequantize(blocks: Blocks) -> Float[Array, "*rest 128 C"]:
     spec = blocks.spec
     if spec.bits == UNQUANTIZED:
         return blocks.words[0]
-    assert blocks.scale is not None and blocks.zero is not None
     codes = unpack(blocks.words, spec.bits).astype(jnp.float32)
     scale, zero = blocks.scale.astype(jnp.float32), blocks.zero.astype(jnp.float32)
     if spec.axis == "token":

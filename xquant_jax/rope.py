@@ -34,9 +34,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         if self.scaling not in ("default", "linear", "llama3", "yarn"):
-            raise ConfigError(
-                f"rope_type={self.scaling!r} is not supported; supported: default, linear, llama3, yarn"
-            )
+            raise ConfigError(f"rope_type={self.scaling!r} is not supported; supported: default, linear, llama3, yarn")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each of the head_dim/2 pairs, in radians, float32."""
@@ -63,11 +61,7 @@ class Rope:
 
     def _yarn(self, base: np.ndarray, head_dim: int) -> np.ndarray:
         def dimension(rotations: float) -> float:  # the pair that turns so often over the pretraining context
-            return (
-                head_dim
-                * math.log(self.original_positions / (rotations * 2 * math.pi))
-                / (2 * math.log(self.theta))
-            )
+            return head_dim * math.log(self.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
         if self.truncate:
@@ -94,7 +88,7 @@ def rotate(
 
 
 def rotate_heads(
-    x: Float[Array, "B T heads d"], positions: Int[Array, "B T"], frequencies: Float[Array, " half"]
+    x: Float[Array, "B T heads d"], positions: Int[Array, "#B T"], frequencies: Float[Array, " half"]
 ) -> Float[Array, "B T heads d"]:
     """Rotates every head of every token by the token's position."""
     cos, sin = rotation(positions, frequencies)

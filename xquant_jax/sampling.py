@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xquant_jax.errors import ConfigError
 
+Number = Any
+"""A float, or an array in compiled code."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +28,11 @@ class Sampling:
     min_p: keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024)
     """
 
-    repetition_penalty: float | None = None
-    temperature: float | None = 0.0
+    repetition_penalty: Number | None = None
+    temperature: Number | None = 0.0
     top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
-    top_p: float | None = None
-    min_p: float | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
 
     def checked(self) -> "Sampling":
         """The same sampling, greedy written as `temperature=None`. Raises `ConfigError` for values out of range."""
@@ -64,6 +67,7 @@ def sample(
     logits = logits.astype(jnp.float32)
     model = jax.nn.log_softmax(logits)
     if sampling.repetition_penalty is not None:
+        assert seen is not None
         penalty = sampling.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature is None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from xquant_jax.tokenizer import Tokenizer, TextStream
+from xquant_jax.tokenizer import TextStream, Tokenizer
 
 LENGTH, STOP = "length", "stop"
 
@@ -53,7 +53,7 @@ class Transcript:
 
     def _finish_text(self) -> None:
         """Adds what the stream held back: an incomplete character at the very end."""
-        if self.tokenizer is None or self.finish_reason == STOP and self.tokens[-1] not in self.stop_ids:
+        if self.tokenizer is None or (self.finish_reason == STOP and self.tokens[-1] not in self.stop_ids):
             return
         shown = self.tokens[:-1] if self.tokens[-1] in self.stop_ids else self.tokens
         whole = self.tokenizer.continuation(self.prompt_tokens, shown)

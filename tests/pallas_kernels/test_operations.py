@@ -79,7 +79,7 @@ def test_decode_attention(implementation: str, bits: int, form: str, new: int) -
     q = random(BATCH, new, HEADS, DIM)
     positions = 128 * FLUSHED[:, None] + 40 + np.arange(new)
     geometry = Geometry(
-        jnp.asarray(positions), sliding_window, jnp.asarray(FREQUENCIES) if form != "identity" else None, DIM**-0.5
+        jnp.asarray(positions), sliding_window, jnp.asarray(FREQUENCIES), DIM**-0.5, rotated=form == "identity"
     )
     part = pallas_kernels.decode_attention(
         jnp.asarray(q),
@@ -125,5 +125,5 @@ def test_an_implementation_that_does_not_exist_is_an_error() -> None:
 
 def test_widths_that_do_not_fit_are_an_error() -> None:
     blocks = quantize(jnp.zeros((1, 1, 128, WIDTH)), StreamSpec(WIDTH, 4))
-    with pytest.raises(ConfigError, match="width 32 cannot be multiplied by a .16, 8. weight"):
+    with pytest.raises(ConfigError, match=r"width 32 cannot be multiplied by a .16, 8. weight"):
         pallas_kernels.remat_project(blocks, jnp.zeros((16, 8)))

@@ -98,7 +98,11 @@ class Reference:
         self.length = 0
 
     def layer(self, i: int) -> Any:
-        pick = lambda tree: {k: pick(v) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in tree.items()}  # noqa: E731
+        """Parameters and factors of one layer, float64."""
+
+        def pick(tree: Any) -> Any:
+            return {k: pick(v) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in tree.items()}
+
         return pick(self.params["layers"]), pick(self.factors)
 
     def keys_values(self, w: Any, f: Any, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,16 +168,22 @@ class Reference:
         hs = [np.asarray(self.params["embed"]["embedding"][t], np.float64) for t in tokens]
         for i in range(c.num_layers):
             w, f = self.layer(i)
-            old_k, old_v = self.keys_values(w, f, i) if self.length else (np.zeros((0, c.num_kv_heads, c.head_dim)),) * 2
+            old_k, old_v = (
+                self.keys_values(w, f, i) if self.length else (np.zeros((0, c.num_kv_heads, c.head_dim)),) * 2
+            )
             ks = [rope(k, s, c.rope.theta) for s, k in enumerate(old_k)]
             vs = list(old_v)
             for n, h in enumerate(hs):
                 x = rms(h, w["attention_norm"]["scale"], c.norm_eps)
                 q, k, v = (
-                    (x @ w[p]["kernel"] + w[p].get("bias", 0)).reshape(-1, c.head_dim) for p in ("query", "key", "value")
+                    (x @ w[p]["kernel"] + w[p].get("bias", 0)).reshape(-1, c.head_dim)
+                    for p in ("query", "key", "value")
                 )
                 if c.qk_norm:
-                    q, k = rms(q, w["query_norm"]["scale"], c.norm_eps), rms(k, w["key_norm"]["scale"], c.norm_eps)
+                    q, k = (
+                        rms(q, w["query_norm"]["scale"], c.norm_eps),
+                        rms(k, w["key_norm"]["scale"], c.norm_eps),
+                    )
                 at = self.length + n
                 ks.append(rope(k, at, c.rope.theta))
                 vs.append(v)

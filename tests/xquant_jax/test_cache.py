@@ -1,5 +1,6 @@
 """The cache's bytes and its bookkeeping: windows, flushes, ragged rows, capacity."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ def test_stored_vectors_come_back_in_order() -> None:
         history = np.asarray(dequantize(stream.history))
         for row, length in enumerate(LENGTHS):
             whole = length // 128
-            old = history[:, row, :whole].reshape(2, whole * 128, -1)
+            old = history[:, row, :whole].reshape(2, whole * 128, stream.window.shape[-1])
             got = np.concatenate([old, np.asarray(stream.window)[:, row, : length % 128]], axis=1)
             np.testing.assert_array_equal(got, np.asarray(new[0][name])[:, row, :length])
 
@@ -80,7 +81,7 @@ def test_padding_is_never_stored() -> None:
     """A row without new tokens keeps its window and history untouched."""
     cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=4, tokens=300)
     cache = feed(cache, vectors(cache, 300), 300)
-    after = flush(append(cache, vectors(cache, 200, seed=1), np.asarray([0, 200, 0, 0], np.int32)))
+    after = flush(append(cache, vectors(cache, 200, seed=1), jnp.asarray([0, 200, 0, 0])))
     for name, stream in cache.segments[0].streams.items():
         other = after.segments[0].streams[name]
         for row in (0, 2, 3):
@@ -89,7 +90,9 @@ def test_padding_is_never_stored() -> None:
                 np.asarray(stream.window)[:, row, :kept], np.asarray(other.window)[:, row, :kept]
             )
             jax.tree.map(
-                lambda a, b, row=row: np.testing.assert_array_equal(a[:, row], b[:, row]), stream.history, other.history
+                lambda a, b, row=row: np.testing.assert_array_equal(a[:, row], b[:, row]),
+                stream.history,
+                other.history,
             )
 
 
@@ -97,12 +100,12 @@ def test_rejected_tokens_are_taken_back_by_shortening_lengths() -> None:
     """A window with room for a draft: of 10 tokens 4 are accepted, and the next ones take their places."""
     cache = allocate(CacheConfig.parse("bf16,dtype=float32"), CONFIG, batch=1, tokens=300, max_step=10)
     new = vectors(cache, 140)
-    cache = flush(append(cache, jax.tree.map(lambda a: a[:, :, :125], new), np.asarray([125])))
-    drafted = append(cache, vectors(cache, 10, seed=9), np.asarray([10]))
+    cache = flush(append(cache, jax.tree.map(lambda a: a[:, :, :125], new), jnp.asarray([125])))
+    drafted = append(cache, vectors(cache, 10, seed=9), jnp.asarray([10]))
     assert (drafted.flushed == 0).all()
     assert drafted.in_window == 135
-    kept = drafted.replace(lengths=drafted.lengths - 10)
-    kept = append(kept, jax.tree.map(lambda a: a[:, :, 125:130], new), np.asarray([5]))
+    kept = dataclasses.replace(drafted, lengths=drafted.lengths - 10)
+    kept = append(kept, jax.tree.map(lambda a: a[:, :, 125:130], new), jnp.asarray([5]))
     kept = flush_when_due(kept)
     assert kept.flushed == 1
     for name, stream in kept.segments[0].streams.items():
@@ -140,5 +143,5 @@ def test_capacity_holds_what_was_asked_for() -> None:
 
 def test_a_full_cache_is_an_error() -> None:
     check_room(100, 100)
-    with pytest.raises(CacheFullError, match="holds 100 tokens .* need 101"):
+    with pytest.raises(CacheFullError, match=r"holds 100 tokens .* need 101"):
         check_room(100, 101)

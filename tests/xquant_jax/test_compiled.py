@@ -27,7 +27,6 @@ def test_temporaries_stay_below_a_tenth_of_the_cache(spec: str) -> None:
 
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=BATCH, tokens=65_536))
     state = Decoding(
-        cache=cache,
         prompts=shape(BATCH, CHUNK),
         prompt_lengths=shape(BATCH),
         fed=shape(),
@@ -44,6 +43,7 @@ def test_temporaries_stay_below_a_tenth_of_the_cache(spec: str) -> None:
         model.params,
         cache_config.factors(model),
         state,
+        cache,
         Sampling().checked(),
         shape(1),
         shape(),

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import monitoring
@@ -59,7 +60,7 @@ def test_sampling_depends_on_seed_and_prompt_only(model: xq.Model) -> None:
 def test_log_probabilities_equal_a_forward_without_cache(model: xq.Model) -> None:
     result = xq.generate(model, STORIES[0], cache=EXACT, max_new_tokens=30).results[0]
     prompt = model.tokenizer.encode(STORIES[0])
-    logits = model.transformer.apply({"params": model.params}, np.asarray([prompt + result.tokens]), method="score")
+    logits = model.transformer.apply({"params": model.params}, jnp.asarray([prompt + result.tokens]), method="score")
     expected = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
     np.testing.assert_allclose(result.logprobs, expected[np.arange(30), result.tokens], atol=1e-4)
 

@@ -40,7 +40,10 @@ def test_first_layers_may_have_other_bits() -> None:
         ("xquant:four", "bits=four is not a whole number"),
         ("xquant:4,basis", "option 'basis' .* has no value"),
         ("xquant:4,basis=shared", "key_basis=shared is not supported; choose joint or per_head"),
-        ("xquant:4,rank=3", "xquant has no option 'rank'; it has bits, key_basis, value_basis, group, basis, first"),
+        (
+            "xquant:4,rank=3",
+            "xquant has no option 'rank'; it has bits, key_basis, value_basis, group, basis, first",
+        ),
         ("int8:4", "int8 has no option 'bits'"),
         ("int8,first=1@4", "int8 has a fixed width"),
         ("bf16,dtype=int4", "dtype=int4 is not supported"),

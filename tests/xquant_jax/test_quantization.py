@@ -71,7 +71,9 @@ def test_values_on_the_grid_are_exact_in_compiled_code(bits: int, axis: str) -> 
     assert (np.asarray(zero).astype(np.float32) == 0).all()
 
 
-@pytest.mark.parametrize(("width", "group"), [(128, 128), (1024, 128), (192, 96), (576, 96), (32, 32), (7, 7), (131, 1)])
+@pytest.mark.parametrize(
+    ("width", "group"), [(128, 128), (1024, 128), (192, 96), (576, 96), (32, 32), (7, 7), (131, 1)]
+)
 def test_group_is_the_largest_divisor_up_to_128(width: int, group: int) -> None:
     assert default_group(width) == group
 

@@ -23,10 +23,7 @@ def tokenizer() -> Tokenizer:
 def follow(tokenizer: Tokenizer, text: str, stop: list[str], ended: bool = False) -> tuple[Transcript, list[str]]:
     tokens = tokenizer.encode(text) + [END] * ended
     transcript = Transcript(tokenizer, tokenizer.encode("prompt "), frozenset([END]), stop, len(tokens))
-    pieces = []
-    for token in tokens:
-        if transcript.finish_reason is None:
-            pieces.append(transcript.push(token, -1.0))
+    pieces = [transcript.push(token, -1.0) for token in tokens if transcript.finish_reason is None]
     return transcript, pieces
 
 

@@ -22,7 +22,9 @@ MODELS = {
 }
 
 
-def run_library(model: RandomModel, spec: str, tokens: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarray, Cache]]:
+def run_library(
+    model: RandomModel, spec: str, tokens: np.ndarray, counts: np.ndarray
+) -> list[tuple[np.ndarray, Cache]]:
     """Logits [B, V] and cache after a ragged prefill of `counts` tokens and after each of STEPS decoded tokens."""
     cache_config = CacheConfig.parse(spec)
     factors = cache_config.factors(model)

@@ -15,7 +15,8 @@ COMMANDS = (convert, generate)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for an error that the user can mend (printed in one line), 130 if interrupted."""
     parser = argparse.ArgumentParser(
-        prog="xquant", description="Attention caches that store the quantized layer input (XQuant, arXiv 2508.10395)."
+        prog="xquant",
+        description="Attention caches that store the quantized layer input (XQuant, arXiv 2508.10395).",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -49,10 +49,12 @@ class CacheConfig:
             elif key in fields:
                 values[key] = _integer(key, value) if fields[key].type is int else value
             else:
-                known = [*fields, *(["basis"] if "key_basis" in fields else []), *(["first"] if "bits" in fields else [])]
-                raise ConfigError(
-                    f"cache method {name} has no option {key!r}; it has {', '.join(known) or 'none'}"
-                )
+                known = [
+                    *fields,
+                    *(["basis"] if "key_basis" in fields else []),
+                    *(["first"] if "bits" in fields else []),
+                ]
+                raise ConfigError(f"cache method {name} has no option {key!r}; it has {', '.join(known) or 'none'}")
         if first and "bits" not in fields:
             raise ConfigError(f"first={first[0]}@{first[1]} sets bits, and {name} has a fixed width")
         return cls(METHODS[name](**values), first)

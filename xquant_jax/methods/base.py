@@ -93,7 +93,7 @@ class Method(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def encode(self, factors: Any, new: NewTokens) -> dict[str, Float[Array, "B T C"]]:
+    def encode(self, factors: Any, new: NewTokens) -> dict[str, Float[Array, "B T _C"]]:
         """The vectors to store for new tokens."""
 
     @abc.abstractmethod
@@ -118,7 +118,7 @@ class Method(abc.ABC):
         """Attention to everything stored. The fused form and the definition agree up to rounding."""
         if self.keys_rotated:
             q = rope.rotate_heads(q, geometry.positions, geometry.frequencies)
-            geometry = dataclasses.replace(geometry, frequencies=None)
+            geometry = dataclasses.replace(geometry, rotated=True)
         absorbed = self.absorbed(factors, config) if q.shape[1] <= ABSORB_UP_TO else None
 
         def keys_values(vectors: dict[str, Array]) -> tuple[Array, Array]:

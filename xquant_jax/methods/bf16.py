@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
+from pallas_kernels import KeyRebuild
 from xquant_jax import rope
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, Method, NewTokens
 from xquant_jax.quantization import UNQUANTIZED, StreamSpec
-from pallas_kernels import KeyRebuild
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Opening a checkpoint, whatever its kind: what the kinds have in common, and the choice between them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from converters.converted import ConvertedCheckpoint
+from converters.huggingface import HuggingFaceCheckpoint
+from converters.manifest import MANIFEST
+from converters.parameters import Tree
+from converters.shards import INDEX_FILE, SINGLE_FILE
+from converters.svd import FactorKind
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import CheckpointError
+
+
+class Checkpoint(Protocol):
+    """A model on disk, read one layer at a time as nested dicts of numpy arrays.
+
+    `layer` and `outer` hold the parameters in the type of the checkpoint (`model_config.dtype`; vectors may
+    be float32), `factors` the SVD factors in float32.
+    """
+
+    path: Path
+    config: dict[str, Any]  # config.json
+    model_config: ModelConfig
+
+    @property
+    def factor_kinds(self) -> tuple[FactorKind, ...]:
+        """The kinds that `factors` accepts: none where every query head has keys of its own (K = H)."""
+        ...
+
+    def layer(self, index: int) -> Tree:
+        """The parameters of one layer."""
+        ...
+
+    def outer(self, parts: Iterable[str] = ...) -> Tree:
+        """The parameters outside the layers, of these parts: `embed`, `final_norm`, `head` unless tied."""
+        ...
+
+    def factors(self, kind: FactorKind, index: int) -> Tree:
+        """The SVD factors of one layer."""
+        ...
+
+
+def open_checkpoint(path: str | Path) -> HuggingFaceCheckpoint | ConvertedCheckpoint:
+    """Opens a converted directory (one with `xquant.json`) or a Hugging Face directory.
+
+    Raises:
+        CheckpointError: the path holds neither, or a conversion that was not finished, or a damaged
+            checkpoint.
+        ConfigError: the model is not supported.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; a model is a directory with config.json and weights")
+    if (directory / MANIFEST).exists():
+        return ConvertedCheckpoint(directory)
+    if (directory / "layers").is_dir():
+        raise CheckpointError(
+            f"{directory} has layers but no {MANIFEST}: its conversion was not finished; remove it and convert again"
+        )
+    if not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{directory} is not a model: looked for {MANIFEST} (converted) and for config.json with "
+            f"{SINGLE_FILE} or {INDEX_FILE} (Hugging Face)"
+        )
+    return HuggingFaceCheckpoint(directory)

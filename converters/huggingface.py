@@ -1,0 +1,161 @@
+"""A Hugging Face checkpoint directory: config.json and safetensors files, read one layer at a time.
+
+Opening reads and checks headers only, so everything that can be wrong with names, shapes and types is found
+at once. Numbers are checked when they are read.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.families import family_of, model_config
+from converters.finite import all_finite
+from converters.parameters import Parameter, Tree, build_tree, layer_parameters, outer_parameters
+from converters.shards import Tensor, read_headers, read_json
+from converters.svd import FactorKind, factor_kinds, layer_factors
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import CheckpointError
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_HARMLESS = (".rotary_emb.inv_freq",)  # a constant that old versions of transformers stored
+
+
+class HuggingFaceCheckpoint:
+    """The weights of a Hugging Face directory in our parameter tree, as numpy arrays.
+
+    Kernels are views of [in, out]; nothing stays in memory between two calls.
+
+    Raises on construction:
+        CheckpointError: config.json or a shard is missing or unreadable; a tensor is missing, unexpected, of
+            a shape that does not fit the config, or of an unsupported type. Names the file and the tensor.
+        ConfigError: the config asks for something that is not supported.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not a directory; download the model first")
+        if not (self.path / "config.json").exists():
+            raise CheckpointError(f"{self.path} has no config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        declared = model_config(self.config)
+        tensors = read_headers(self.path)
+        self._names = _Names(self.config, bare="embed_tokens.weight" in tensors)
+        self._tensors, self._tied_head = self._matched(declared, tensors)
+        self.model_config: ModelConfig = dataclasses.replace(declared, dtype=self._dtype())
+
+    @property
+    def factor_kinds(self) -> tuple[FactorKind, ...]:
+        """The kinds that `factors` accepts: none where every query head has keys of its own (K = H)."""
+        return factor_kinds(self.model_config)
+
+    @cached_property
+    def source_tensors(self) -> dict[str, Tensor]:
+        """The tensors that make up the model, by their name in the files."""
+        return {tensor.name: tensor for tensor in self._tensors.values()}
+
+    def layer(self, index: int) -> Tree:
+        """The parameters of one layer. CheckpointError if a value is not finite."""
+        parameters = layer_parameters(self.model_config)
+        return build_tree((parameter.path, self._read(parameter, index)) for parameter in parameters)
+
+    def outer(self, parts: Iterable[str] = ("embed", "final_norm", "head")) -> Tree:
+        """The parameters outside the layers, of these parts. CheckpointError if a value is not finite."""
+        wanted = set(parts)
+        if self._tied_head is not None and "embed" in wanted:
+            self._require_tied(self._tied_head)
+        parameters = [p for p in outer_parameters(self.model_config) if p.path.split(".")[0] in wanted]
+        return build_tree((parameter.path, self._read(parameter, None)) for parameter in parameters)
+
+    def factors(self, kind: FactorKind, index: int) -> Tree:
+        """The SVD factors of one layer, float32, computed now. Seconds for a layer of an 8B model."""
+        parameters = [p for p in layer_parameters(self.model_config) if p.path in ("key.kernel", "value.kernel")]
+        layer = build_tree((parameter.path, self._read(parameter, index)) for parameter in parameters)
+        return layer_factors([kind], layer, self.model_config)[kind]
+
+    def _read(self, parameter: Parameter, layer: int | None) -> np.ndarray:
+        tensor = self._tensors[parameter.path, layer]
+        values = tensor.read()
+        if not all_finite(values):
+            raise CheckpointError(f"{tensor} has values that are not finite; the checkpoint is damaged")
+        return values.T if parameter.is_kernel else values
+
+    def _matched(
+        self, config: ModelConfig, tensors: dict[str, Tensor]
+    ) -> tuple[dict[tuple[str, int | None], Tensor], Tensor | None]:
+        """The tensor of every parameter, and a head beside tied embeddings; checks names and shapes."""
+        matched: dict[tuple[str, int | None], Tensor] = {}
+        for parameter, layer in _all_parameters(config):
+            name = self._names.of(parameter.path, layer)
+            if name not in tensors:
+                raise CheckpointError(f"{self.path} has no tensor {name}, which its config.json requires")
+            _check(tensors[name], parameter)
+            matched[parameter.path, layer] = tensors[name]
+
+        left = tensors.keys() - {tensor.name for tensor in matched.values()}
+        head_name = self._names.of("head.kernel", None)
+        head = tensors[head_name] if config.tied_embeddings and head_name in left else None
+        if head is not None:
+            _check(head, Parameter("head.kernel", (config.width, config.vocab_size), "hidden_size, vocab_size"))
+        unexpected = sorted(name for name in left if not name.endswith(_HARMLESS) and name != head_name)
+        if unexpected:
+            more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+            raise CheckpointError(f"{tensors[unexpected[0]]}{more}: a model of this config.json has no such tensor")
+        return matched, head
+
+    def _dtype(self) -> str:
+        """The type of all matrices; vectors may be float32 beside it, but alike in all layers."""
+        expected = {"kernel": self._tensors["embed.embedding", None]}
+        for (path, _), tensor in self._tensors.items():
+            same = expected.setdefault("kernel" if path.endswith((".kernel", ".embedding")) else path, tensor)
+            if tensor.dtype != same.dtype:
+                raise CheckpointError(f"{tensor} is {tensor.dtype}, but {same} is {same.dtype}; they must be alike")
+        return _DTYPES[expected["kernel"].dtype]
+
+    def _require_tied(self, head: Tensor) -> None:
+        embedding = self._tensors["embed.embedding", None]
+        rows = max(1, (1 << 24) // embedding.shape[1])
+        for start in range(0, embedding.shape[0], rows):
+            if not np.array_equal(
+                head.read_rows(start, start + rows), embedding.read_rows(start, start + rows), equal_nan=False
+            ):
+                raise CheckpointError(
+                    f"{head} differs from {embedding.name}, but config.json ties them; "
+                    f"set tie_word_embeddings to false to use both"
+                )
+
+
+class _Names:
+    """Hugging Face's names of our parameters; `bare` where the files leave out the leading `model.`."""
+
+    def __init__(self, config: dict[str, Any], bare: bool) -> None:
+        self._family, self._bare = family_of(config), bare
+
+    def of(self, path: str, layer: int | None) -> str:
+        if layer is None:
+            name = self._family.outer_names[path]
+        else:
+            name = f"model.layers.{layer}.{self._family.layer_names[path]}"
+        return name.removeprefix("model.") if self._bare else name
+
+
+def _all_parameters(config: ModelConfig) -> Iterator[tuple[Parameter, int | None]]:
+    yield from ((parameter, None) for parameter in outer_parameters(config))
+    for layer in range(config.num_layers):
+        yield from ((parameter, layer) for parameter in layer_parameters(config))
+
+
+def _check(tensor: Tensor, parameter: Parameter) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise CheckpointError(f"{tensor} is {tensor.dtype}; supported: {', '.join(_DTYPES)}")
+    shape, fields = parameter.shape, parameter.fields
+    if parameter.is_kernel:  # stored as [out, in]
+        shape, fields = shape[::-1], ", ".join(reversed(fields.split(", ")))
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(shape)} ({fields})"
+        )
