@@ -64,9 +64,10 @@ def decode_attention(
 ) -> Part:
     """See `pallas_kernels.api.decode_attention`."""
 
-    def keys_values(vectors: dict[str, Array]) -> tuple[Array, Array]:
+    def read(vectors: dict[str, Array], running: None) -> tuple[Array, Array, None]:
         z = vectors["value"]
-        return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1)
+        return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1), None
 
     streams = {"key": key_stream, "value": value_stream}
-    return attend_history(q, streams, layer, flushed, keys_values, geometry)
+    part, _ = attend_history(q, streams, layer, flushed, read, geometry)
+    return part

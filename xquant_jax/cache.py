@@ -16,36 +16,38 @@ from jaxtyping import Array, Float, Int, Int32
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CacheFullError
 from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, Leaf, allocate_blocks, quantize
+from xquant_jax.quantization import Blocks, Leaf, allocate_blocks
 
 if TYPE_CHECKING:
     from xquant_jax.methods import CacheConfig, Method
 
 
 @struct.dataclass
-class Stream:
-    """One stored vector per token and layer. All leaves have leading axes L (of the segment) and B."""
-
-    history: Blocks  # [L, B, N blocks, ...]
-    window: Leaf  # [L, B, W, C]
-
-
-@struct.dataclass
 class Segment:
-    """A run of layers that store the same streams."""
+    """A run of layers that store the same streams. All leaves have leading axes L (of the segment) and B.
 
-    streams: dict[str, Stream]
+    history: stream name -> quantized blocks [L, B, N, ...]
+    window: name -> newest vectors [L, B, W, C]; what a method needs to make its stream vectors from at a flush
+    """
+
+    history: dict[str, Blocks]
+    window: dict[str, Leaf]
     method: "Method" = struct.field(pytree_node=False)
     num_layers: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
 class Cache:
-    """`lengths`: tokens stored per sequence; the first 128 * `flushed` of them are history, the rest window."""
+    """`lengths`: tokens stored per sequence; the first 128 * `flushed` of them are history, the rest window.
+
+    `running`: for methods that store differences between layers, the running sum of the history [B, N, ...]. It is
+    rebuilt in every step, layer after layer; between steps its contents mean nothing.
+    """
 
     lengths: Leaf  # int32 [B]
     flushed: Leaf  # int32 [B]
     segments: tuple[Segment, ...]
+    running: Blocks | None
     capacity: int = struct.field(pytree_node=False)  # tokens per sequence
     max_step: int = struct.field(pytree_node=False)  # tokens that fit into the window behind a partial block
 
@@ -57,7 +59,7 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Allocated bytes by part. codes: packed words, or values as they are; scratch: lengths and the like."""
+    """Allocated bytes by part. codes: packed words, or values as they are; scratch: running sums and lengths."""
 
     codes: int
     scales: int
@@ -75,20 +77,23 @@ def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, to
     Longer inputs may be appended too; `max_step` only bounds what the window holds between `append` and `flush`.
     """
     blocks = max(1, tokens // BLOCK)
-    segments = []
+    segments, running = [], None
     for method, layers in cache_config.segments(config):
-        streams = {
-            name: Stream(
-                history=allocate_blocks(spec, (layers, batch, blocks)),
-                window=jnp.zeros((layers, batch, BLOCK - 1 + max_step, spec.width), spec.dtype),
-            )
-            for name, spec in method.streams(config).items()
+        history = {
+            name: allocate_blocks(spec, (layers, batch, blocks)) for name, spec in method.streams(config).items()
         }
-        segments.append(Segment(streams, method, layers))
+        window = {
+            name: jnp.zeros((layers, batch, BLOCK - 1 + max_step, width), dtype)
+            for name, (width, dtype) in method.window(config).items()
+        }
+        segments.append(Segment(history, window, method, layers))
+        if (spec := method.running(config)) is not None:
+            running = allocate_blocks(spec, (batch, blocks))
     return Cache(
         lengths=jnp.zeros(batch, jnp.int32),
         flushed=jnp.zeros(batch, jnp.int32),
         segments=tuple(segments),
+        running=running,
         capacity=blocks * BLOCK + BLOCK - 1,
         max_step=max_step,
     )
@@ -120,55 +125,65 @@ def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], 
 
     segments = tuple(
         dataclasses.replace(
-            segment,
-            streams={
-                name: dataclasses.replace(stream, window=write(stream.window, vectors[name]))
-                for name, stream in segment.streams.items()
-            },
+            segment, window={name: write(window, vectors[name]) for name, window in segment.window.items()}
         )
         for segment, vectors in zip(cache.segments, new, strict=True)
     )
     return dataclasses.replace(cache, lengths=cache.lengths + counts, segments=segments)
 
 
-def flush(cache: Cache) -> Cache:
-    """Quantizes every whole block in the windows and moves it into the history; windows get their room back."""
+def flush(cache: Cache, factors: tuple[Any, ...]) -> Cache:
+    """Quantizes every whole block in the windows and moves it into the history; windows get their room back.
+
+    Layer after layer, as a method may store the difference to what was read back from the layer before (`factors`
+    are those of the forward pass).
+    """
     whole = cache.in_window // BLOCK
-    segments = tuple(
-        dataclasses.replace(
-            segment,
-            streams={
-                name: _flush_stream(stream, cache.flushed, whole, BLOCK - 1 + cache.max_step)
-                for name, stream in segment.streams.items()
-            },
-        )
-        for segment in cache.segments
-    )
-    return dataclasses.replace(cache, flushed=cache.flushed + whole, segments=segments)
-
-
-def flush_when_due(cache: Cache) -> Cache:
-    """`flush` if a sequence has a whole block in its window, under one `lax.cond`."""
-    return lax.cond(jnp.any(cache.in_window >= BLOCK), flush, lambda cache: cache, cache)
-
-
-def _flush_stream(stream: Stream, flushed: Int32[Array, " B"], whole: Int32[Array, " B"], room: int) -> Stream:
-    layers, batch, width = stream.window.shape[:3]
-    candidates = width // BLOCK
+    batch = whole.shape[0]
     rows = jnp.arange(batch)[:, None]
+    candidates = next(iter(cache.segments[0].window.values())).shape[2] // BLOCK
+    capacity = next(iter(cache.segments[0].history.values())).words[0].shape[2]
     number = jnp.arange(candidates)
-    capacity = stream.history.words[0].shape[2]
-    targets = jnp.where(number < whole[:, None], flushed[:, None] + number, capacity)  # capacity: dropped
+    targets = jnp.where(number < whole[:, None], cache.flushed[:, None] + number, capacity)  # capacity: dropped
 
-    def layer(i: Array, history: Blocks) -> Blocks:  # layer by layer, so that float32 temporaries stay small
-        window = lax.dynamic_index_in_dim(stream.window, i, keepdims=False)[:, : candidates * BLOCK]
-        blocks = quantize(window.reshape(batch, candidates, BLOCK, -1), stream.history.spec)
-        return jax.tree.map(lambda h, b: h.at[i, rows, targets].set(b, mode="drop"), history, blocks)
+    segments, start = [], 0
+    running = None if cache.running is None else allocate_blocks(cache.running.spec, (batch, candidates))
+    for segment, segment_factors in zip(cache.segments, factors, strict=True):
 
-    history = lax.fori_loop(0, layers, layer, stream.history)
-    slots = jnp.minimum(whole[:, None] * BLOCK + jnp.arange(room), width - 1)
-    window = jnp.take_along_axis(stream.window, slots[None, :, :, None], axis=2)
-    return dataclasses.replace(stream, history=history, window=window)
+        def layer(
+            i: Array, carry: tuple[dict[str, Blocks], Blocks | None], segment: Any = segment, start: int = start,
+            factors: Any = segment_factors,
+        ) -> tuple[dict[str, Blocks], Blocks | None]:  # layer by layer, so that float32 temporaries stay small
+            history, running = carry
+            own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, start + i, keepdims=False), factors)
+            window = {
+                name: lax.dynamic_index_in_dim(w, i, keepdims=False)[:, : candidates * BLOCK]
+                for name, w in segment.window.items()
+            }
+            specs = {name: h.spec for name, h in history.items()}
+            blocks, _, running = segment.method.store_and_read(own, window, running, specs)
+            return {
+                name: jax.tree.map(lambda h, b: h.at[i, rows, targets].set(b, mode="drop"), history[name], stored)
+                for name, stored in blocks.items()
+            }, running
+
+        history, running = lax.fori_loop(0, segment.num_layers, layer, (segment.history, running))
+        window = {name: _shift(w, whole, BLOCK - 1 + cache.max_step) for name, w in segment.window.items()}
+        segments.append(dataclasses.replace(segment, history=history, window=window))
+        start += segment.num_layers
+    return dataclasses.replace(cache, flushed=cache.flushed + whole, segments=tuple(segments))
+
+
+def flush_when_due(cache: Cache, factors: tuple[Any, ...]) -> Cache:
+    """`flush` if a sequence has a whole block in its window, under one `lax.cond`."""
+    due = jnp.any(cache.in_window >= BLOCK)
+    return lax.cond(due, lambda cache: flush(cache, factors), lambda cache: cache, cache)
+
+
+def _shift(window: Float[Array, "L B W C"], whole: Int32[Array, " B"], room: int) -> Float[Array, "L B room C"]:
+    """Drops what was flushed from the front and whatever exceeds `room` at the end."""
+    slots = jnp.minimum(whole[:, None] * BLOCK + jnp.arange(room), window.shape[2] - 1)
+    return jnp.take_along_axis(window, slots[None, :, :, None], axis=2)
 
 
 def cache_bytes(cache: Cache) -> CacheBytes:
@@ -177,10 +192,10 @@ def cache_bytes(cache: Cache) -> CacheBytes:
     def size(tree: Any) -> int:
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
-    streams = [stream for segment in cache.segments for stream in segment.streams.values()]
+    histories = [history for segment in cache.segments for history in segment.history.values()]
     return CacheBytes(
-        codes=sum(size(s.history.words) for s in streams),
-        scales=sum(size((s.history.scale, s.history.zero)) for s in streams),
-        window=sum(size(s.window) for s in streams),
-        scratch=size((cache.lengths, cache.flushed)),
+        codes=sum(size(h.words) for h in histories),
+        scales=sum(size((h.scale, h.zero)) for h in histories),
+        window=sum(size(segment.window) for segment in cache.segments),
+        scratch=size((cache.lengths, cache.flushed, cache.running)),
     )

@@ -74,7 +74,7 @@ def advance(
         counts = jnp.clip(state.prompt_lengths - fed, 0, chunk)
         logits, cache = run(tokens, cache, counts)
         ends_here = (counts > 0) & (fed + counts == state.prompt_lengths)
-        return fed + chunk, flush(cache), jnp.where(ends_here[:, None], logits, last)
+        return fed + chunk, flush(cache, factors), jnp.where(ends_here[:, None], logits, last)
 
     def choose(s: Decoding, logits: Array) -> Decoding:
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), s.step))(s.seeds)
@@ -94,7 +94,7 @@ def advance(
         s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
         logits, cache = run(token, cache, (~s.done).astype(jnp.int32))
-        return choose(s, logits), flush_when_due(cache)
+        return choose(s, logits), flush_when_due(cache, factors)
 
     longest = state.prompt_lengths.max()
     logits = jnp.zeros((rows.size, model.config.vocab_size), jnp.float32)

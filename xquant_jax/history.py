@@ -14,13 +14,14 @@ from jaxtyping import Array, Float, Int
 from xquant_jax import attention
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, dequantize
+from xquant_jax.quantization import Blocks, as_tokens, dequantize
 
 TILE_BLOCKS = 8
 """Blocks of history dequantized at once: bounds the temporaries to 1024 tokens of one layer."""
 
-KeysValues = Callable[[dict[str, Array]], tuple[Array, Array]]
-"""Stored vectors [B, S, C] by stream name -> keys [B, S, K, d] and values [B, S, K or 1, C]."""
+Read = Callable[[dict[str, Array], Blocks | None], tuple[Array, Array, Blocks | None]]
+"""Dequantized streams [B, S, C] by name and the running sum of the same blocks [B, S/128, ...] -> keys [B, S, K, d],
+values [B, S, K or 1, C] and the running sum with this layer in it."""
 
 
 def read_tile(
@@ -32,8 +33,7 @@ def read_tile(
         at = (layer, 0, start, *[0] * (a.ndim - 3))
         return lax.dynamic_slice(a, at, (1, a.shape[1], size, *a.shape[3:]))[0]
 
-    tile = dequantize(jax.tree.map(cut, blocks))
-    return tile.reshape(tile.shape[0], size * BLOCK, -1)
+    return as_tokens(dequantize(jax.tree.map(cut, blocks)))
 
 
 def attend_history(
@@ -41,31 +41,50 @@ def attend_history(
     history: dict[str, Blocks],
     layer: Int[Array, ""] | int,
     flushed: Int[Array, " B"],
-    keys_values: KeysValues,
+    read: Read,
     geometry: Geometry,
-) -> Part:
-    """Attends to the first `flushed` blocks of each sequence."""
+    running: Blocks | None = None,
+) -> tuple[Part, Blocks | None]:
+    """Attends to the first `flushed` blocks of each sequence.
+
+    A method that stores differences between layers hands the running sum of the history from layer to layer.
+    """
     num_blocks = next(iter(history.values())).words[0].shape[2]
     size = min(TILE_BLOCKS, num_blocks)
     batch = q.shape[0]
 
-    def tile(number: Array) -> Part:
+    def tile(number: Array, running: Blocks | None) -> tuple[Part, Blocks | None]:
         start = jnp.minimum(number * size, num_blocks - size)  # the last tile may overlap the one before
+        stale = number * size - start
         vectors = {name: read_tile(b, layer, start, size).astype(q.dtype) for name, b in history.items()}
-        k, v = keys_values(vectors)
-        return attention.attend(
+        before = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), running)
+        k, v, after = read(vectors, before)
+        fresh = jnp.arange(size) >= stale
+
+        def write(whole: Array, old: Array, new: Array) -> Array:
+            kept = jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 2)), new, old)
+            return lax.dynamic_update_slice_in_dim(whole, kept, start, axis=1)
+
+        part = attention.attend(
             q,
             k,
             v,
             geometry,
             origin=jnp.full(batch, start * BLOCK),
-            first=(number * size - start) * BLOCK,
+            first=stale * BLOCK,
             count=(flushed - start) * BLOCK,
         )
+        return part, jax.tree.map(write, running, before, after)
 
+    # layers above need the running sum of every tile, whatever this one looks back at
     oldest = jnp.maximum(geometry.positions.min() - geometry.sliding_window + 1, 0)
-    first = oldest // (size * BLOCK)
+    first = oldest // (size * BLOCK) if running is None else jnp.zeros_like(oldest)
     last = -(-flushed.max() // size)
-    out, lse = jax.eval_shape(tile, jnp.int32(0))
-    nothing = Part(jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype))
-    return lax.fori_loop(first, last, lambda i, part: attention.merge(part, tile(i)), nothing)
+    shape, _ = jax.eval_shape(tile, jnp.int32(0), running)
+    nothing = Part(jnp.zeros(shape.out.shape), jnp.full(shape.lse.shape, -jnp.inf))
+
+    def body(number: Array, carry: tuple[Part, Blocks | None]) -> tuple[Part, Blocks | None]:
+        part, running = tile(number, carry[1])
+        return attention.merge(carry[0], part), running
+
+    return lax.fori_loop(first, last, body, (nothing, running))

@@ -4,6 +4,7 @@ The cache is read inside the layer scan and written after it: the stacked histor
 layer's index, and only the new tokens' vectors travel out.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,15 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from xquant_jax import attention
+from xquant_jax import attention, rope
 from xquant_jax.attention import Geometry
 from xquant_jax.cache import Cache, append
 from xquant_jax.config import ModelConfig
 from xquant_jax.layers import Block
+from xquant_jax.methods import CacheConfig
 from xquant_jax.methods.base import NewTokens, Stored
+from xquant_jax.packing import BLOCK
+from xquant_jax.quantization import allocate_blocks
 
 UNLIMITED = 2**30
 """A sliding window that no sequence reaches."""
@@ -66,30 +70,35 @@ class Transformer(nn.Module):
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
         h = self.embed(tokens)
-        start, emitted = 0, []
+        start, emitted, running = 0, [], cache.running
         for segment, segment_factors in zip(cache.segments, factors, strict=True):
 
-            def layer(h: Array, number: Array, segment=segment, factors=segment_factors, start=start) -> Any:
+            def layer(carry: Any, number: Array, segment=segment, factors=segment_factors, start=start) -> Any:
+                h, running = carry
                 pick = partial(lax.dynamic_index_in_dim, index=start + number, keepdims=False)
-                stored = Stored(segment, number, cache.flushed, cache.in_window)
-                return self._cached_layer(h, pick, jax.tree.map(pick, factors), stored, cache.lengths, positions)
+                stored = Stored(segment, number, cache.flushed, cache.in_window, running)
+                h, (new, running) = self._cached_layer(
+                    h, pick, jax.tree.map(pick, factors), stored, cache.lengths, positions
+                )
+                return (h, running), new
 
-            h, new = lax.scan(layer, h, jnp.arange(segment.num_layers))
+            (h, running), new = lax.scan(layer, (h, running), jnp.arange(segment.num_layers))
             start += segment.num_layers
             emitted.append(new)
         last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-        return self._logits(last), append(cache, tuple(emitted), counts)
+        return self._logits(last), append(dataclasses.replace(cache, running=running), tuple(emitted), counts)
 
     def _cached_layer(
         self, h: Array, pick: Any, factors: Any, stored: Stored, lengths: Array, positions: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, tuple[dict[str, Array], Any]]:
         c, method = self.config, stored.segment.method
         geometry = self._geometry(positions, pick(self._sliding_windows()))
 
-        def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
+        def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             own = attention.attend(q, k, v, geometry, origin=lengths, count=q.shape[1])
-            old = method.attend(factors, q, stored, geometry, c, self.implementation)
-            return attention.merge(own, old).out, method.encode(factors, NewTokens(x, k, v, geometry))
+            old, running = method.attend(factors, q, stored, geometry, c, self.implementation)
+            new = method.encode(factors, NewTokens(x, k, v, geometry))
+            return attention.merge(own, old).out, (new, running)
 
         return self._block(jax.tree.map(pick, self.layers), h, attend)
 
@@ -108,6 +117,55 @@ class Transformer(nn.Module):
             return self._block(params, h, attend)
 
         h, _ = lax.scan(jax.checkpoint(layer), self.embed(tokens), (self.layers, self._sliding_windows()))
+        return self._logits(h)
+
+    def score_stored(
+        self, tokens: Int[Array, "B T"], cache_config: CacheConfig, factors: tuple[Any, ...]
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position with every token, the newest too, seen as the cache stores it: no window.
+
+        Protocol "paper" of `xquant_jax.evaluate`. Streams are really packed and read back; the last block is filled
+        up with copies of the last token.
+        """
+        c = self.config
+        batch, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        whole = -(-length // BLOCK) * BLOCK
+        h, start, running = self.embed(tokens), 0, None
+        for method, layers in cache_config.segments(c):
+            if running is None and (spec := method.running(c)) is not None:
+                running = allocate_blocks(spec, (batch, whole // BLOCK))
+
+        for (method, layers), segment_factors in zip(cache_config.segments(c), factors, strict=True):
+            specs = method.streams(c)
+            types = {name: dtype for name, (_, dtype) in method.window(c).items()}
+
+            def layer(carry: Any, number: Array, method=method, factors=segment_factors, specs=specs, types=types) -> Any:
+                h, running = carry
+                pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
+                own = jax.tree.map(pick, factors)
+                geometry = self._geometry(positions, pick(self._sliding_windows()))
+
+                def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                    new = method.encode(own, NewTokens(x, k, v, geometry))
+                    window = {
+                        name: jnp.pad(vectors.astype(types[name]), ((0, 0), (0, whole - length), (0, 0)), mode="edge")
+                        for name, vectors in new.items()
+                    }
+                    _, vectors, summed = method.store_and_read(own, window, running, specs)
+                    vectors = {name: v[:, :length].astype(q.dtype) for name, v in vectors.items()}
+                    k, v = method.rebuild(own, vectors, c)
+                    seen = geometry
+                    if method.keys_rotated:
+                        q = rope.rotate_heads(q, positions, geometry.frequencies)
+                        seen = dataclasses.replace(geometry, rotated=True)
+                    return attention.attend(q, k, v, seen, origin=positions[:, 0], count=length).out, summed
+
+                h, running = self._block(jax.tree.map(pick, self.layers), h, attend)
+                return (h, running), None
+
+            (h, running), _ = lax.scan(layer, (h, running), start + jnp.arange(layers))
+            start += layers
         return self._logits(h)
 
     def _block(self, params: Any, h: Array, attend: Any) -> tuple[Array, Any]:

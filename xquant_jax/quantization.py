@@ -108,6 +108,16 @@ def allocate_blocks(spec: StreamSpec, leading: tuple[int, ...]) -> Blocks:
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
 
 
+def as_blocks(x: Float[Array, "B S C"]) -> Float[Array, "B n 128 C"]:
+    """Cuts a row of tokens, whole blocks only."""
+    return x.reshape(x.shape[0], -1, BLOCK, x.shape[-1])
+
+
+def as_tokens(x: Float[Array, "B n 128 C"]) -> Float[Array, "B S C"]:
+    """Joins blocks to a row of tokens."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
 def _group(x: Float32[Array, "*rest 128 C"], spec: StreamSpec) -> Float32[Array, "..."]:
     """Token: [*rest, 128, C/G, G]. Channel: unchanged, the group is the token axis."""
     if spec.axis == "channel":

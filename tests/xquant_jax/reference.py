@@ -147,18 +147,18 @@ class Reference:
                     axis = "channel" if name == "key" else "token"
                     blocks.append(fake_quantize_block(part, self.bits, axis, group))
 
-    def adopt(self, streams: Any, row: int) -> None:
+    def adopt(self, segment: Any, row: int) -> None:
         """Checks the library's stored streams of one sequence against these, then takes them over."""
         for i in range(self.c.num_layers):
-            for name, stream in streams.items():
+            for name, history in segment.history.items():
                 blocks, vectors = self.whole[i][name], self.stored[i][name]
                 for n, block in enumerate(blocks):
-                    theirs, step = read_block(stream.history, i, row, n)
+                    theirs, step = read_block(history, i, row, n)
                     assert_neighbours(theirs, block, step)
                     blocks[n] = theirs
                 first = 128 * len(blocks)
                 if first < len(vectors):
-                    theirs = np.asarray(stream.window[i, row, : len(vectors) - first]).astype(np.float32)
+                    theirs = np.asarray(segment.window[name][i, row, : len(vectors) - first]).astype(np.float32)
                     assert_neighbours(theirs, np.asarray(vectors[first:]).astype(bf16).astype(np.float32), 0.0)
                     vectors[first:] = list(theirs)
 

@@ -23,16 +23,21 @@ def vectors(cache: Cache, length: int, seed: int = 0) -> tuple[dict[str, jax.Arr
     rng = np.random.default_rng(seed)
     return tuple(
         {
-            name: jnp.asarray(rng.standard_normal((*s.window.shape[:2], length, s.window.shape[3])), jnp.float32)
-            for name, s in segment.streams.items()
+            name: jnp.asarray(rng.standard_normal((*window.shape[:2], length, window.shape[3])), jnp.float32)
+            for name, window in segment.window.items()
         }
         for segment in cache.segments
     )
 
 
+def none(cache: Cache) -> tuple[dict[str, Any], ...]:
+    """Factors for methods that store the window's vectors as they are."""
+    return tuple({} for _ in cache.segments)
+
+
 def feed(cache: Cache, new: Any, piece: int) -> Cache:
     """Appends LENGTHS tokens, `piece` at a time, right-padded."""
-    step = jax.jit(lambda cache, new, counts: flush(append(cache, new, counts)))
+    step = jax.jit(lambda cache, new, counts: flush(append(cache, new, counts), none(cache)))
     for start in range(0, LENGTHS.max(), piece):
         part = jax.tree.map(lambda a, start=start: a[:, :, start : start + piece], new)
         cache = step(cache, part, np.clip(LENGTHS - start, 0, piece))
@@ -50,17 +55,17 @@ def test_one_at_a_time_in_chunks_and_at_once_store_the_same_bytes(spec: str) -> 
     def one_at_a_time(cache: Cache) -> Cache:
         def body(i: jax.Array, cache: Cache) -> Cache:
             token = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1, axis=2), new)
-            return flush_when_due(append(cache, token, (i < LENGTHS).astype(jnp.int32)))
+            return flush_when_due(append(cache, token, (i < LENGTHS).astype(jnp.int32)), none(cache))
 
         return jax.lax.fori_loop(0, 300, body, cache)
 
     for other in (feed(empty, new, 100), one_at_a_time(empty)):
         assert (other.lengths == at_once.lengths).all()
         for a, b in zip(at_once.segments, other.segments, strict=True):
-            for name in a.streams:
-                jax.tree.map(np.testing.assert_array_equal, a.streams[name].history, b.streams[name].history)
+            jax.tree.map(np.testing.assert_array_equal, a.history, b.history)
+            for name in a.window:
                 for row, kept in enumerate(LENGTHS % 128):
-                    windows = (s.streams[name].window[:, row, :kept] for s in (a, b))
+                    windows = (s.window[name][:, row, :kept] for s in (a, b))
                     np.testing.assert_array_equal(*map(np.asarray, windows))
 
 
@@ -68,12 +73,12 @@ def test_stored_vectors_come_back_in_order() -> None:
     cache = allocate(CacheConfig.parse("bf16,dtype=float32"), CONFIG, batch=4, tokens=300)
     new = vectors(cache, 300)
     cache = feed(cache, new, 70)
-    for name, stream in cache.segments[0].streams.items():
-        history = np.asarray(dequantize(stream.history))
+    for name, window in cache.segments[0].window.items():
+        history = np.asarray(dequantize(cache.segments[0].history[name]))
         for row, length in enumerate(LENGTHS):
             whole = length // 128
-            old = history[:, row, :whole].reshape(2, whole * 128, stream.window.shape[-1])
-            got = np.concatenate([old, np.asarray(stream.window)[:, row, : length % 128]], axis=1)
+            old = history[:, row, :whole].reshape(2, whole * 128, window.shape[-1])
+            got = np.concatenate([old, np.asarray(window)[:, row, : length % 128]], axis=1)
             np.testing.assert_array_equal(got, np.asarray(new[0][name])[:, row, :length])
 
 
@@ -81,37 +86,34 @@ def test_padding_is_never_stored() -> None:
     """A row without new tokens keeps its window and history untouched."""
     cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=4, tokens=300)
     cache = feed(cache, vectors(cache, 300), 300)
-    after = flush(append(cache, vectors(cache, 200, seed=1), jnp.asarray([0, 200, 0, 0])))
-    for name, stream in cache.segments[0].streams.items():
-        other = after.segments[0].streams[name]
-        for row in (0, 2, 3):
-            kept = LENGTHS[row] % 128
-            np.testing.assert_array_equal(
-                np.asarray(stream.window)[:, row, :kept], np.asarray(other.window)[:, row, :kept]
-            )
-            jax.tree.map(
-                lambda a, b, row=row: np.testing.assert_array_equal(a[:, row], b[:, row]),
-                stream.history,
-                other.history,
-            )
+    after = flush(append(cache, vectors(cache, 200, seed=1), jnp.asarray([0, 200, 0, 0])), none(cache))
+    before, after = cache.segments[0], after.segments[0]
+    for row in (0, 2, 3):
+        kept = LENGTHS[row] % 128
+        for name in before.window:
+            windows = (np.asarray(segment.window[name])[:, row, :kept] for segment in (before, after))
+            np.testing.assert_array_equal(*windows)
+        jax.tree.map(
+            lambda a, b, row=row: np.testing.assert_array_equal(a[:, row], b[:, row]), before.history, after.history
+        )
 
 
 def test_rejected_tokens_are_taken_back_by_shortening_lengths() -> None:
     """A window with room for a draft: of 10 tokens 4 are accepted, and the next ones take their places."""
     cache = allocate(CacheConfig.parse("bf16,dtype=float32"), CONFIG, batch=1, tokens=300, max_step=10)
     new = vectors(cache, 140)
-    cache = flush(append(cache, jax.tree.map(lambda a: a[:, :, :125], new), jnp.asarray([125])))
+    cache = flush(append(cache, jax.tree.map(lambda a: a[:, :, :125], new), jnp.asarray([125])), none(cache))
     drafted = append(cache, vectors(cache, 10, seed=9), jnp.asarray([10]))
     assert (drafted.flushed == 0).all()
     assert drafted.in_window == 135
     kept = dataclasses.replace(drafted, lengths=drafted.lengths - 10)
     kept = append(kept, jax.tree.map(lambda a: a[:, :, 125:130], new), jnp.asarray([5]))
-    kept = flush_when_due(kept)
+    kept = flush_when_due(kept, none(kept))
     assert kept.flushed == 1
-    for name, stream in kept.segments[0].streams.items():
-        block = np.asarray(dequantize(stream.history))[:, 0, 0]
+    for name, window in kept.segments[0].window.items():
+        block = np.asarray(dequantize(kept.segments[0].history[name]))[:, 0, 0]
         np.testing.assert_array_equal(block, np.asarray(new[0][name])[:, 0, :128])
-        np.testing.assert_array_equal(np.asarray(stream.window)[:, 0, :2], np.asarray(new[0][name])[:, 0, 128:130])
+        np.testing.assert_array_equal(np.asarray(window)[:, 0, :2], np.asarray(new[0][name])[:, 0, 128:130])
 
 
 def formula(spec: str) -> float:
@@ -126,8 +128,8 @@ def test_bytes_are_exactly_those_of_the_formula(spec: str) -> None:
     size = cache_bytes(cache)
     assert size.codes + size.scales == 3 * 1024 * CONFIG.num_layers * formula(spec)
     assert size.total == sum(a.nbytes for a in jax.tree.leaves(cache))
-    streams = cache.segments[0].streams.values()
-    assert size.window == sum(3 * 128 * CONFIG.num_layers * s.window.shape[-1] * 2 for s in streams)
+    windows = cache.segments[0].window.values()
+    assert size.window == sum(3 * 128 * CONFIG.num_layers * window.shape[-1] * 2 for window in windows)
 
 
 def test_bytes_of_the_input_stream_of_a_multi_head_model() -> None:

@@ -48,7 +48,7 @@ def test_logits_equal_transformers(case: Path) -> None:
     @jax.jit
     def feed(tokens, cache, counts):
         logits, cache = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
-        return logits, flush(cache) if tokens.shape[1] > 1 else flush_when_due(cache)
+        return logits, (flush if tokens.shape[1] > 1 else flush_when_due)(cache, factors)
 
     cache = allocate(cache_config, model.config, batch=len(tokens), tokens=tokens.shape[1])
     counts = lengths // 2 + np.arange(len(lengths))  # ragged: each row's prompt ends elsewhere

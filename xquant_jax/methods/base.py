@@ -18,7 +18,7 @@ from xquant_jax.cache import Segment
 from xquant_jax.config import ModelConfig
 from xquant_jax.history import attend_history
 from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import StreamSpec
+from xquant_jax.quantization import Blocks, StreamSpec, as_blocks, as_tokens, dequantize, quantize
 
 ABSORB_UP_TO = 16
 """New tokens per step up to which values are absorbed (decode and drafts); beyond, rebuilding them is cheaper."""
@@ -52,18 +52,19 @@ class NewTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One layer's view of a segment: its unsliced arrays and the index of the layer within them."""
+    """One layer's view of a segment: its unsliced arrays, the index of the layer within them, and the running sum."""
 
     segment: Segment
     layer: Int[Array, ""]
     flushed: Int[Array, " B"]
     in_window: Int[Array, " B"]
+    running: Blocks | None
 
     def window(self) -> dict[str, Array]:
-        """The window [B, W, C] of every stream."""
+        """The newest vectors of this layer, [B, W, C] by name."""
         return {
-            name: lax.dynamic_index_in_dim(stream.window, self.layer, keepdims=False)
-            for name, stream in self.segment.streams.items()
+            name: lax.dynamic_index_in_dim(window, self.layer, keepdims=False)
+            for name, window in self.segment.window.items()
         }
 
 
@@ -71,22 +72,37 @@ class Stored:
 class Absorbed:
     """How to attend without rebuilding values: o_h = (p_h z^) M_h, `project` being the product with M_h."""
 
-    key: str  # stream that keys are rebuilt from
+    key: str  # vectors that keys are rebuilt from
     key_rebuild: pallas_kernels.KeyRebuild
-    value: str  # stream that probabilities are multiplied with
-    value_heads: int  # K: each head reads its own part of the stream; 1: all of it
+    value: str  # vectors that probabilities are multiplied with
+    value_heads: int  # K: each head reads its own part of them; 1: all of it
     project: Callable[[Array], Array] = lambda out: out  # [B, T, H, C] -> [B, T, H, d]
 
 
 class Method(abc.ABC):
-    """A cache method. All functions are pure; `factors` is what `factors()` returned, sliced to one layer."""
+    """A cache method. All functions are pure; `factors` is what `factors()` returned, sliced to one layer.
+
+    New tokens are *encoded* to the vectors of the window. At a flush the window's vectors are turned into what is
+    *stored*; most methods store them as they are. *Reading* the history gives back vectors like those of the window,
+    and from them keys and values are *rebuilt*. Methods that store differences between layers also say how the
+    running sum is *accumulated*; it is the vector that they rebuild from.
+    """
 
     name: ClassVar[str]
     keys_rotated: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
 
     @abc.abstractmethod
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         """What is stored per token and layer."""
+
+    def window(self, config: ModelConfig) -> dict[str, tuple[int, str]]:
+        """Width and type of the vectors that the window keeps; by default those that are stored."""
+        return {name: (spec.width, spec.dtype) for name, spec in self.streams(config).items()}
+
+    def running(self, config: ModelConfig) -> StreamSpec | None:
+        """How the running sum of the history is held, for methods that store differences between layers."""
+        return None
 
     def factors(self, source: FactorSource) -> Any:
         """What the other functions multiply with; every leaf has the leading axis L."""
@@ -94,17 +110,54 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, factors: Any, new: NewTokens) -> dict[str, Float[Array, "B T _C"]]:
-        """The vectors to store for new tokens."""
+        """The window's vectors of new tokens."""
+
+    def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
+        """Stream vectors [B, S, C] from the window's; `running` is the sum of the layers below, [B, S, C]."""
+        return window
+
+    def accumulate(self, factors: Any, stored: dict[str, Array], running: Array) -> dict[str, Array]:
+        """The running sum with this layer in it, under the window's name, from streams as they are read back."""
+        raise NotImplementedError(f"{self.name} keeps no running sum")
 
     @abc.abstractmethod
     def rebuild(
         self, factors: Any, vectors: dict[str, Array], config: ModelConfig
     ) -> tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]:
-        """Keys (before RoPE, unless `keys_rotated`) and values from stored vectors [B, S, C]: the definition."""
+        """Keys (before RoPE, unless `keys_rotated`) and values from vectors [B, S, C]: the definition."""
 
     def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed | None:
         """The same attention with values absorbed, if the method has such a form."""
         return None
+
+    def read(
+        self, factors: Any, stored: dict[str, Array], running: Blocks | None
+    ) -> tuple[dict[str, Array], Blocks | None]:
+        """Vectors like the window's from streams as they are read back, and the running sum [B, n, 128, ...]."""
+        if not self.accumulates:
+            return stored, running
+        assert running is not None
+        dtype = next(iter(stored.values())).dtype
+        ((name, total),) = self.accumulate(factors, stored, as_tokens(dequantize(running)).astype(dtype)).items()
+        running = quantize(as_blocks(total), running.spec)
+        return {name: as_tokens(dequantize(running)).astype(dtype)}, running
+
+    def store_and_read(
+        self,
+        factors: Any,
+        window: dict[str, Array],
+        running: Blocks | None,
+        specs: dict[str, StreamSpec],
+    ) -> tuple[dict[str, Blocks], dict[str, Array], Blocks | None]:
+        """Quantizes whole blocks of one layer's window vectors [B, S, C], and reads them back.
+
+        The only place where streams are written. Returns them packed, [B, S/128, ...], then what `read` returns.
+        """
+        below = None if running is None else as_tokens(dequantize(running))
+        vectors = self.store(factors, window, below)
+        blocks = {name: quantize(as_blocks(v), specs[name]) for name, v in vectors.items()}
+        stored = {name: as_tokens(dequantize(b)) for name, b in blocks.items()}
+        return blocks, *self.read(factors, stored, running)
 
     def attend(
         self,
@@ -114,8 +167,9 @@ class Method(abc.ABC):
         geometry: Geometry,
         config: ModelConfig,
         implementation: str | None = None,
-    ) -> Part:
-        """Attention to everything stored. The fused form and the definition agree up to rounding."""
+    ) -> tuple[Part, Blocks | None]:
+        """Attention to everything stored, and the running sum. The absorbed form equals the definition but for
+        rounding."""
         if self.keys_rotated:
             q = rope.rotate_heads(q, geometry.positions, geometry.frequencies)
             geometry = dataclasses.replace(geometry, rotated=True)
@@ -128,25 +182,31 @@ class Method(abc.ABC):
             k = absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads)
             return k, z.reshape(*z.shape[:2], absorbed.value_heads, -1)
 
+        def read(streams: dict[str, Array], running: Blocks | None) -> tuple[Array, Array, Blocks | None]:
+            vectors, running = self.read(factors, streams, running)
+            return *keys_values(vectors), running
+
         window = {name: vectors.astype(q.dtype) for name, vectors in stored.window().items()}
         recent = attention.attend(
             q, *keys_values(window), geometry, origin=BLOCK * stored.flushed, count=stored.in_window
         )
-        history = {name: stream.history for name, stream in stored.segment.streams.items()}
-        if absorbed is None:
-            old = attend_history(q, history, stored.layer, stored.flushed, keys_values, geometry)
-            return attention.merge(recent, old)
-        old = pallas_kernels.decode_attention(
-            q,
-            history[absorbed.key],
-            absorbed.key_rebuild,
-            history[absorbed.value],
-            stored.flushed,
-            geometry,
-            layer=stored.layer,
-            num_kv_heads=config.num_kv_heads,
-            value_heads=absorbed.value_heads,
-            implementation=implementation,
-        )
+        history, running = stored.segment.history, stored.running
+        if self.accumulates:
+            old, running = attend_history(q, history, stored.layer, stored.flushed, read, geometry, running)
+        elif absorbed is None:
+            old, _ = attend_history(q, history, stored.layer, stored.flushed, read, geometry)
+        else:
+            old = pallas_kernels.decode_attention(
+                q,
+                history[absorbed.key],
+                absorbed.key_rebuild,
+                history[absorbed.value],
+                stored.flushed,
+                geometry,
+                layer=stored.layer,
+                num_kv_heads=config.num_kv_heads,
+                value_heads=absorbed.value_heads,
+                implementation=implementation,
+            )
         both = attention.merge(recent, old)
-        return Part(absorbed.project(both.out), both.lse)
+        return (both if absorbed is None else Part(absorbed.project(both.out), both.lse)), running
