@@ -50,10 +50,14 @@ class RandomModel:
     def layer_params(self) -> dict[str, Any]:
         return self.params["layers"]
 
-    def svd(self, kind: str) -> dict[str, Any]:
+    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
         layers = [
             jax.tree.map(lambda a, i=i: np.asarray(a[i]), self.layer_params()) for i in range(self.config.num_layers)
         ]
+        if folded:
+            for layer in layers:
+                for side in ("key", "value"):
+                    layer[side] = {"kernel": layer["attention_norm"]["scale"][:, None] * layer[side]["kernel"]}
         factors = [layer_factors([kind], layer, self.config)[kind] for layer in layers]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *factors)
 

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from xquant_jax.config import ModelConfig
 
 Attend = Callable[..., tuple[Array, Any]]
-"""(x [B, T, D], q [B, T, H, d], k [B, T, K, d], v [B, T, K, d]) -> attention output [B, T, H, d] and what to emit.
+"""(h [B, T, D], x [B, T, D], q [B, T, H, d], k [B, T, K, d], v [B, T, K, d]) -> attention output [B, T, H, d] and what to emit.
 
-x is the layer's attention input after the norm; q and k are after any QK-norm and before RoPE.
+h is the layer's attention input before its norm and x after it; q and k are after any QK-norm and before RoPE.
 """
 
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
         q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        attended, emitted = attend(x, q, k, v)
+        attended, emitted = attend(h, x, q, k, v)
         h = h + self.output(attended.astype(h.dtype).reshape(*h.shape[:2], -1))
         y = self.mlp_norm(h)
         h = h + self.down(jax.nn.silu(self.gate(y)) * self.up(y))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters import open_checkpoint
+from converters import layer_factors, open_checkpoint
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.model import Transformer
@@ -40,14 +40,25 @@ class Model:
     def layer_params(self) -> dict[str, Any]:
         return self.params["layers"]
 
-    def svd(self, kind: str) -> dict[str, Any]:
-        """SVD factors of all layers, leading axis L: read from a converted checkpoint, computed otherwise."""
-        return self._svd(kind)
+    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
+        """SVD factors of all layers, leading axis L: read from a converted checkpoint, computed otherwise.
+
+        `folded`: of the weights with the attention norm's scale multiplied into them; these are always computed.
+        """
+        return self._svd(kind, folded)
 
     @functools.cached_property
-    def _svd(self) -> Callable[[str], dict[str, Any]]:
+    def _svd(self) -> Callable[[str, bool], dict[str, Any]]:
+        def read(kind: str, folded: bool, i: int) -> Any:
+            if not folded:
+                return self.checkpoint.factors(kind, i)
+            layer = self.checkpoint.layer(i)
+            norm = np.asarray(layer["attention_norm"]["scale"], np.float32)[:, None]
+            sides = {side: {"kernel": norm * np.asarray(layer[side]["kernel"], np.float32)} for side in ("key", "value")}
+            return layer_factors([kind], sides, self.config)[kind]
+
         return functools.cache(
-            lambda kind: _stack_layers(self.config.num_layers, lambda i: self.checkpoint.factors(kind, i), self.dtype)
+            lambda kind, folded: _stack_layers(self.config.num_layers, partial(read, kind, folded), self.dtype)
         )
 
 

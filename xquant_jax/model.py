@@ -51,7 +51,7 @@ class Transformer(nn.Module):
 
         def init(key: Array) -> Any:
             h = jnp.zeros((1, 1, c.width), c.dtype)
-            return Block(c, parent=None).init(key, h, lambda x, q, k, v: (q, None))["params"]
+            return Block(c, parent=None).init(key, h, lambda h, x, q, k, v: (q, None))["params"]
 
         return jax.vmap(init)(jax.random.split(rng, c.num_layers))
 
@@ -68,6 +68,22 @@ class Transformer(nn.Module):
         stored. They see everything stored, and each other exactly. `factors` is `CacheConfig.factors(...)`.
         The caller makes sure that there is room (`check_room`) and flushes (`flush`, `flush_when_due`).
         """
+        h, cache = self._extend(tokens, cache, factors, counts)
+        last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        return self._logits(last), cache
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        factors: tuple[Any, ...],
+        counts: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """The same as a call, with the logits of every new token; those of padding mean nothing."""
+        h, cache = self._extend(tokens, cache, factors, counts)
+        return self._logits(h), cache
+
+    def _extend(self, tokens: Array, cache: Cache, factors: tuple[Any, ...], counts: Array) -> tuple[Array, Cache]:
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
         h = self.embed(tokens)
         start, emitted, running = 0, [], cache.running
@@ -85,8 +101,7 @@ class Transformer(nn.Module):
             (h, running), new = lax.scan(layer, (h, running), jnp.arange(segment.num_layers))
             start += segment.num_layers
             emitted.append(new)
-        last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-        return self._logits(last), append(dataclasses.replace(cache, running=running), tuple(emitted), counts)
+        return h, append(dataclasses.replace(cache, running=running), tuple(emitted), counts)
 
     def _cached_layer(
         self, h: Array, pick: Any, factors: Any, stored: Stored, lengths: Array, positions: Array
@@ -94,10 +109,10 @@ class Transformer(nn.Module):
         c, method = self.config, stored.segment.method
         geometry = self._geometry(positions, pick(self._sliding_windows()))
 
-        def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             own = attention.attend(q, k, v, geometry, origin=lengths, count=q.shape[1])
             old, running = method.attend(factors, q, stored, geometry, c, self.implementation)
-            new = method.encode(factors, NewTokens(x, k, v, geometry))
+            new = method.encode(factors, NewTokens(h, x, k, v, geometry, c.norm_eps))
             return attention.merge(own, old).out, (new, running)
 
         return self._block(jax.tree.map(pick, self.layers), h, attend)
@@ -111,7 +126,7 @@ class Transformer(nn.Module):
             params, sliding_window = xs
             geometry = self._geometry(positions, sliding_window)
 
-            def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 return attention.attend(q, k, v, geometry, origin=positions[:, 0], count=length).out, None
 
             return self._block(params, h, attend)
@@ -120,17 +135,24 @@ class Transformer(nn.Module):
         return self._logits(h)
 
     def score_stored(
-        self, tokens: Int[Array, "B T"], cache_config: CacheConfig, factors: tuple[Any, ...]
+        self,
+        tokens: Int[Array, "B T"],
+        cache_config: CacheConfig,
+        factors: tuple[Any, ...],
+        lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of every position with every token, the newest too, seen as the cache stores it: no window.
 
-        Protocol "paper" of `xquant_jax.evaluate`. Streams are really packed and read back; the last block is filled
-        up with copies of the last token.
+        Protocol "paper" of `xquant_jax.scoring`. Streams are really packed and read back, quantized from vectors that
+        no window has rounded. Behind its `lengths` tokens (by default T) a sequence is filled up to whole blocks with
+        copies of its last token's vectors, so that padding changes no group.
         """
         c = self.config
         batch, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         whole = -(-length // BLOCK) * BLOCK
+        ends = jnp.full(batch, length) if lengths is None else jnp.maximum(lengths, 1)
+        filled = jnp.minimum(jnp.arange(whole), ends[:, None] - 1)[..., None]
         h, start, running = self.embed(tokens), 0, None
         for method, layers in cache_config.segments(c):
             if running is None and (spec := method.running(c)) is not None:
@@ -138,21 +160,17 @@ class Transformer(nn.Module):
 
         for (method, layers), segment_factors in zip(cache_config.segments(c), factors, strict=True):
             specs = method.streams(c)
-            types = {name: dtype for name, (_, dtype) in method.window(c).items()}
 
-            def layer(carry: Any, number: Array, method=method, factors=segment_factors, specs=specs, types=types) -> Any:
+            def layer(carry: Any, number: Array, method=method, factors=segment_factors, specs=specs) -> Any:
                 h, running = carry
                 pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
                 own = jax.tree.map(pick, factors)
                 geometry = self._geometry(positions, pick(self._sliding_windows()))
 
-                def attend(x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                    new = method.encode(own, NewTokens(x, k, v, geometry))
-                    window = {
-                        name: jnp.pad(vectors.astype(types[name]), ((0, 0), (0, whole - length), (0, 0)), mode="edge")
-                        for name, vectors in new.items()
-                    }
-                    _, vectors, summed = method.store_and_read(own, window, running, specs)
+                def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                    new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
+                    whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
+                    _, vectors, summed = method.store_and_read(own, whole_blocks, running, specs)
                     vectors = {name: v[:, :length].astype(q.dtype) for name, v in vectors.items()}
                     k, v = method.rebuild(own, vectors, c)
                     seen = geometry

@@ -1,7 +1,10 @@
-"""Asymmetric uniform quantization of blocks of 128 tokens, and what one stored stream looks like.
+"""Quantization of blocks of 128 tokens, asymmetric and uniform or to e4m3, and what one stored stream looks like.
 
-For every group, in float32: zero = min rounded down to bfloat16, scale = (max - zero) / (2^b - 1) rounded up, so that
-every value lies inside the grid and |x^ - x| <= scale / 2 (plus float32 rounding) for finite inputs below 1e38.
+Uniform: for every group, in float32, zero = min rounded down to bfloat16, scale = (max - zero) / (2^b - 1) rounded up,
+so that every value lies inside the grid and |x^ - x| <= scale / 2 (plus float32 rounding) for finite inputs below 1e38.
+
+e4m3: scale = max |x| / 448 rounded up to bfloat16, and x / scale as 8-bit floating-point numbers (4 bits of exponent, 3
+of mantissa, 448 the largest). |x^ - x| <= |x| / 16, or scale / 1024 where that is more.
 """
 
 import dataclasses
@@ -23,6 +26,9 @@ UNQUANTIZED = 16
 Leaf = Any
 """An array in a pytree; transformations put tracers, shapes and other things in its place, so it is not checked."""
 
+E4M3 = jnp.float8_e4m3fn
+E4M3_LARGEST = float(jnp.finfo(E4M3).max)
+
 SMALLEST_NORMAL = float(jnp.finfo(jnp.bfloat16).smallest_normal)
 
 
@@ -36,7 +42,8 @@ class StreamSpec:
     """How one stream is stored: its width, bits per value, and the axis along which a group runs.
 
     `axis="token"`: `group` consecutive channels of one token (0: `default_group`).
-    `axis="channel"`: the 128 tokens of a block.
+    `axis="channel"`: `group` consecutive tokens of one channel in a block (0: all 128).
+    `format="e4m3"` stores 8-bit floating-point numbers with a scale per group and no zero.
     `dtype` is the type of the window, and of the history where bits is `UNQUANTIZED`.
     """
 
@@ -45,25 +52,30 @@ class StreamSpec:
     axis: Literal["token", "channel"] = "token"
     group: int = 0
     dtype: str = "bfloat16"
+    format: Literal["uniform", "e4m3"] = "uniform"
 
     def __post_init__(self) -> None:
         if self.bits != UNQUANTIZED and self.bits not in PLANES:
             raise ConfigError(f"bits={self.bits} is not supported; choose 2, 3, 4 or 8")
+        if self.format == "e4m3" and self.bits != 8:
+            raise ConfigError(f"bits={self.bits} is not supported for e4m3, which has 8")
+        along = self.width if self.axis == "token" else BLOCK
         if not self.group:
-            object.__setattr__(self, "group", default_group(self.width))
-        if self.group < 1 or self.width % self.group:
-            fitting = [g for g in range(8, self.width + 1) if self.width % g == 0]
-            raise ConfigError(
-                f"group={self.group} does not divide the stream's width {self.width}; these do: {fitting}"
-            )
+            object.__setattr__(self, "group", default_group(along))
+        if self.group < 1 or along % self.group:
+            what = "the stream's width" if self.axis == "token" else "the tokens of a block,"
+            fitting = [g for g in range(8, along + 1) if along % g == 0]
+            raise ConfigError(f"group={self.group} does not divide {what} {along}; these do: {fitting}")
 
 
 @struct.dataclass
 class Blocks:
     """Whole blocks of a stream, packed.
 
-    words: one uint32 array [*rest, 4p, C] per plane; the values themselves [*rest, 128, C] if unquantized
-    scale, zero: bfloat16 [*rest, 1, C] along a channel, [*rest, 128, C/G] along a token; None if unquantized
+    words: one uint32 array [*rest, 4p, C] per plane; the values themselves [*rest, 128, C] if unquantized; their
+        bits as uint8 [*rest, 128, C] if e4m3 (where a device has no such type, XLA would convert whole caches)
+    scale, zero: bfloat16 [*rest, 128/G, C] along a channel, [*rest, 128, C/G] along a token; None if unquantized,
+        and e4m3 has no zero
     """
 
     words: tuple[Leaf, ...]
@@ -77,17 +89,20 @@ def quantize(x: Float[Array, "*rest 128 C"], spec: StreamSpec) -> Blocks:
     if spec.bits == UNQUANTIZED:
         return Blocks((x.astype(spec.dtype),), None, None, spec)
     grouped = _group(x.astype(jnp.float32), spec)
-    axis = -1 if spec.axis == "token" else -2
+    axis = _group_axis(spec)
+    if spec.format == "e4m3":
+        largest = jnp.abs(grouped).max(axis=axis, keepdims=True)
+        scale = _round_up(_divide(largest, E4M3_LARGEST))
+        scale = jnp.maximum(scale, jnp.bfloat16(SMALLEST_NORMAL))
+        values = jnp.clip(grouped / scale.astype(jnp.float32), -E4M3_LARGEST, E4M3_LARGEST).astype(E4M3)
+        stored = lax.bitcast_convert_type(values.reshape(x.shape), jnp.uint8)
+        return Blocks((stored,), scale.squeeze(axis), None, spec)
     zero = _round_down(grouped.min(axis=axis, keepdims=True))
     span = grouped.max(axis=axis, keepdims=True) - zero.astype(jnp.float32)
-    # a divisor that XLA can see is constant becomes a product with its rounded reciprocal; this one it cannot see
-    levels = jnp.where(span >= 0, jnp.float32(2**spec.bits - 1), 1.0)
-    scale = jnp.maximum(_round_up(span / levels), jnp.bfloat16(SMALLEST_NORMAL))
+    scale = jnp.maximum(_round_up(_divide(span, 2**spec.bits - 1)), jnp.bfloat16(SMALLEST_NORMAL))
     codes = jnp.round((grouped - zero.astype(jnp.float32)) / scale.astype(jnp.float32))
     codes = jnp.clip(codes, 0, 2**spec.bits - 1).astype(jnp.uint32).reshape(x.shape)
-    if spec.axis == "token":
-        scale, zero = scale[..., 0], zero[..., 0]
-    return Blocks(pack(codes, spec.bits), scale, zero, spec)
+    return Blocks(pack(codes, spec.bits), scale.squeeze(axis), zero.squeeze(axis), spec)
 
 
 def dequantize(blocks: Blocks) -> Float[Array, "*rest 128 C"]:
@@ -95,10 +110,13 @@ def dequantize(blocks: Blocks) -> Float[Array, "*rest 128 C"]:
     spec = blocks.spec
     if spec.bits == UNQUANTIZED:
         return blocks.words[0]
+    axis = _group_axis(spec)
+    scale = jnp.expand_dims(blocks.scale.astype(jnp.float32), axis)
+    if spec.format == "e4m3":
+        values = lax.bitcast_convert_type(blocks.words[0], E4M3).astype(jnp.float32)
+        return (_group(values, spec) * scale).reshape(values.shape)
+    zero = jnp.expand_dims(blocks.zero.astype(jnp.float32), axis)
     codes = unpack(blocks.words, spec.bits).astype(jnp.float32)
-    scale, zero = blocks.scale.astype(jnp.float32), blocks.zero.astype(jnp.float32)
-    if spec.axis == "token":
-        scale, zero = scale[..., None], zero[..., None]
     return (_group(codes, spec) * scale + zero).reshape(codes.shape)
 
 
@@ -119,10 +137,21 @@ def as_tokens(x: Float[Array, "B n 128 C"]) -> Float[Array, "B S C"]:
 
 
 def _group(x: Float32[Array, "*rest 128 C"], spec: StreamSpec) -> Float32[Array, "..."]:
-    """Token: [*rest, 128, C/G, G]. Channel: unchanged, the group is the token axis."""
+    """Token: [*rest, 128, C/G, G]. Channel: [*rest, 128/G, G, C]."""
     if spec.axis == "channel":
-        return x
+        return x.reshape(*x.shape[:-2], BLOCK // spec.group, spec.group, spec.width)
     return x.reshape(*x.shape[:-1], spec.width // spec.group, spec.group)
+
+
+def _group_axis(spec: StreamSpec) -> int:
+    """The axis of `_group` that runs along a group."""
+    return -1 if spec.axis == "token" else -2
+
+
+def _divide(x: Float32[Array, "..."], divisor: float | int) -> Float32[Array, "..."]:
+    """x / divisor for x >= 0. XLA turns a divisor that it sees is constant into a product with its rounded
+    reciprocal; this one it cannot see."""
+    return x / jnp.where(x >= 0, jnp.float32(divisor), 1.0)
 
 
 def _round_down(x: Float32[Array, "..."]) -> BFloat16[Array, "..."]:

@@ -54,6 +54,11 @@ def fake_quantize_block(block: np.ndarray, bits: int, axis: str, group: int) -> 
 
 def read_block(history: Any, layer: int, row: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     """One packed block as float32 [128, C], token by token, and the size of a code's step at every value."""
+    scale = np.asarray(history.scale[layer, row, number]).astype(np.float32)
+    scale = np.repeat(np.repeat(scale, 128 // len(scale), axis=0), history.spec.width // scale.shape[1], axis=1)
+    if history.spec.format == "e4m3":
+        values = np.asarray(history.words[0][layer, row, number]).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return values * scale, scale * 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6))) - 3)
     codes, low = 0, 0
     for words in history.words:
         words = np.asarray(words[layer, row, number])
@@ -61,11 +66,9 @@ def read_block(history: Any, layer: int, row: int, number: int) -> tuple[np.ndar
         plane = [(words[t % (4 * p)] >> np.uint32(p * (t // (4 * p)))) & np.uint32(2**p - 1) for t in range(128)]
         codes = codes + (np.stack(plane).astype(np.int64) << low)
         low += p
-    scale = np.asarray(history.scale[layer, row, number]).astype(np.float32)
     zero = np.asarray(history.zero[layer, row, number]).astype(np.float32)
-    if len(scale) == 128:  # along the token: one scale for a run of channels
-        scale, zero = (np.repeat(a, codes.shape[1] // a.shape[1], axis=1) for a in (scale, zero))
-    return (codes * scale + zero).astype(np.float32), np.broadcast_to(scale, codes.shape)
+    zero = np.repeat(np.repeat(zero, 128 // len(zero), axis=0), history.spec.width // zero.shape[1], axis=1)
+    return (codes * scale + zero).astype(np.float32), scale
 
 
 def assert_neighbours(theirs: np.ndarray, ours: np.ndarray, step: np.ndarray | float) -> None:
@@ -105,14 +108,18 @@ class Reference:
 
         return pick(self.params["layers"]), pick(self.factors)
 
-    def keys_values(self, w: Any, f: Any, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys before RoPE and values of every stored token, [S, K, d]."""
+    def read(self, i: int) -> dict[str, np.ndarray]:
+        """Every stored token's vectors as they are read back, [S, C]."""
         read = {}
         for name, vectors in self.stored[i].items():
             old = self.whole[i].get(name, [])
             fresh = [np.asarray(v, bf16).astype(np.float64)[None] for v in vectors[128 * len(old) :]]
             read[name] = np.concatenate([*old, *fresh])
-        both = []
+        return read
+
+    def keys_values(self, w: Any, f: Any, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys before RoPE and values of every stored token, [S, K, d]."""
+        read, both = self.read(i), []
         for side in ("key", "value"):
             z = read["x"] if "x" in read else read[side]
             up = f[side]["up"]
@@ -147,18 +154,19 @@ class Reference:
                     axis = "channel" if name == "key" else "token"
                     blocks.append(fake_quantize_block(part, self.bits, axis, group))
 
-    def adopt(self, segment: Any, row: int) -> None:
-        """Checks the library's stored streams of one sequence against these, then takes them over."""
-        for i in range(self.c.num_layers):
+    def adopt(self, segment: Any, row: int, start: int = 0) -> None:
+        """Checks the library's stored streams of one sequence against these, then takes them over; the segment's
+        layers are those from `start`."""
+        for i in range(start, start + segment.num_layers):
             for name, history in segment.history.items():
                 blocks, vectors = self.whole[i][name], self.stored[i][name]
                 for n, block in enumerate(blocks):
-                    theirs, step = read_block(history, i, row, n)
+                    theirs, step = read_block(history, i - start, row, n)
                     assert_neighbours(theirs, block, step)
                     blocks[n] = theirs
                 first = 128 * len(blocks)
                 if first < len(vectors):
-                    theirs = np.asarray(segment.window[name][i, row, : len(vectors) - first]).astype(np.float32)
+                    theirs = np.asarray(segment.window[name][i - start, row, : len(vectors) - first]).astype(np.float32)
                     assert_neighbours(theirs, np.asarray(vectors[first:]).astype(bf16).astype(np.float32), 0.0)
                     vectors[first:] = list(theirs)
 

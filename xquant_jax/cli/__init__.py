@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from xquant_jax.cli import convert, generate
+from xquant_jax.cli import convert, evaluate, generate, lm_eval
 from xquant_jax.errors import XQuantError
 
-COMMANDS = (convert, generate)
+COMMANDS = (convert, generate, evaluate, lm_eval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,6 @@
 """`xquant generate MODEL --prompt ...`: continue prompts, show the text and what the cache took."""
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from xquant_jax.cli.json_file import check_folder, write_json
 from xquant_jax.errors import ConfigError
 from xquant_jax.generation import Generation, generate, stream
 from xquant_jax.loading import DTYPES, load
@@ -46,8 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = [*arguments.prompt, *(path.read_text(encoding="utf-8") for path in arguments.prompt_file)]
     if arguments.stream and (len(prompts) != 1 or arguments.json):
         raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt and no --json")
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
+    check_folder("--json", arguments.json)
     model = load(arguments.model, dtype=arguments.dtype)
     options: dict[str, Any] = {
         "cache": arguments.cache,
@@ -75,17 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     generation = generate(model, prompts, **options)
     if arguments.json:
-        _write_json(arguments.json, generation)
+        write_json(arguments.json, generation.to_json())
     _show(Console(), prompts, generation)
-
-
-def _write_json(path: Path, generation: Generation) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(json.dumps(generation.to_json(), indent=2) + "\n", encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _show(console: Console, prompts: Sequence[str], generation: Generation) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +17,7 @@ from xquant_jax import attention, rope
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.cache import Segment
 from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
 from xquant_jax.history import attend_history
 from xquant_jax.packing import BLOCK
 from xquant_jax.quantization import Blocks, StreamSpec, as_blocks, as_tokens, dequantize, quantize
@@ -35,19 +37,25 @@ class FactorSource(Protocol):
         """The transformer's own parameters."""
         ...
 
-    def svd(self, kind: str) -> dict[str, Any]:
-        """SVD factors of the key and value weights: `joint`, `per_head` or `kv`."""
+    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
+        """SVD factors of the key and value weights: `joint`, `per_head` or `kv`.
+
+        `folded`: of the weights with the attention norm's scale multiplied into them.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What a layer knows of the tokens it is given; `k` is before RoPE, after bias and QK-norm."""
+    """What a layer knows of the tokens it is given: `h` before its norm, `x` after it; `k` is before RoPE, after
+    bias and QK-norm."""
 
+    h: Float[Array, "B T D"]
     x: Float[Array, "B T D"]
     k: Float[Array, "B T K d"]
     v: Float[Array, "B T K d"]
     geometry: Geometry
+    norm_eps: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Absorbed:
     value: str  # vectors that probabilities are multiplied with
     value_heads: int  # K: each head reads its own part of them; 1: all of it
     project: Callable[[Array], Array] = lambda out: out  # [B, T, H, C] -> [B, T, H, d]
+    prepare: Callable[[dict[str, Array]], dict[str, Array]] = lambda vectors: vectors  # before anything else
 
 
 class Method(abc.ABC):
@@ -89,8 +98,24 @@ class Method(abc.ABC):
     """
 
     name: ClassVar[str]
-    keys_rotated: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
+
+    @property
+    def keys_rotated(self) -> bool:
+        """Whether keys are stored after RoPE."""
+        return False
+
+    def layers(self, config: ModelConfig, first: tuple[int, int] | None) -> list[tuple["Method", int]]:
+        """The method of each run of layers: (method, number of layers). `first`: so many layers at so many bits."""
+        if first is None:
+            return [(self, config.num_layers)]
+        layers, bits = first
+        if not 0 < layers < config.num_layers:
+            raise ConfigError(
+                f"first={layers}@{bits}: the model has {config.num_layers} layers; choose 1 to {config.num_layers - 1}"
+            )
+        early: Any = dataclasses.replace(self, bits=bits)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return [(early, layers), (self, config.num_layers - layers)]
 
     @abc.abstractmethod
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
@@ -138,7 +163,8 @@ class Method(abc.ABC):
             return stored, running
         assert running is not None
         dtype = next(iter(stored.values())).dtype
-        ((name, total),) = self.accumulate(factors, stored, as_tokens(dequantize(running)).astype(dtype)).items()
+        below = as_tokens(dequantize(running)).astype(jnp.float32)
+        ((name, total),) = self.accumulate(factors, stored, below).items()
         running = quantize(as_blocks(total), running.spec)
         return {name: as_tokens(dequantize(running)).astype(dtype)}, running
 
@@ -153,7 +179,7 @@ class Method(abc.ABC):
 
         The only place where streams are written. Returns them packed, [B, S/128, ...], then what `read` returns.
         """
-        below = None if running is None else as_tokens(dequantize(running))
+        below = None if running is None else as_tokens(dequantize(running)).astype(jnp.float32)
         vectors = self.store(factors, window, below)
         blocks = {name: quantize(as_blocks(v), specs[name]) for name, v in vectors.items()}
         stored = {name: as_tokens(dequantize(b)) for name, b in blocks.items()}
@@ -178,6 +204,7 @@ class Method(abc.ABC):
         def keys_values(vectors: dict[str, Array]) -> tuple[Array, Array]:
             if absorbed is None:
                 return self.rebuild(factors, vectors, config)
+            vectors = absorbed.prepare(vectors)
             z = vectors[absorbed.value]
             k = absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads)
             return k, z.reshape(*z.shape[:2], absorbed.value_heads, -1)

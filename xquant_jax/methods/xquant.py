@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import KeyRebuild
@@ -30,8 +31,11 @@ class XQuant(Method):
     key_basis: str | None = None  # joint or per_head; None: per_head where K < H
     value_basis: str | None = None
     group: int = 0  # 0: the largest divisor of the width that is not above 128
+    input: str = "post_norm"  # or unit_norm: X without the norm's weight, which is folded into the projections
 
     def __post_init__(self) -> None:
+        if self.input not in ("post_norm", "unit_norm"):
+            raise ConfigError(f"input={self.input} is not supported; choose post_norm or unit_norm")
         for option in ("key_basis", "value_basis"):
             basis = getattr(self, option)
             if basis is not None and basis not in BASES:
@@ -53,11 +57,12 @@ class XQuant(Method):
 
     def factors(self, source: FactorSource) -> Any:
         params = source.layer_params()
+        folded = self.input == "unit_norm"
         if source.config.is_multi_head:
-            factors = {side: {"up": params[side]["kernel"]} for side in ("key", "value")}
+            factors = {side: {"up": weight} for side, weight in projections(params, folded).items()}
         else:
-            key, value = self._bases()
-            factors = {"key": dict(source.svd(key)["key"]), "value": dict(source.svd(value)["value"])}
+            key, value = (source.svd(basis, folded=folded) for basis in self._bases())
+            factors = {"key": dict(key["key"]), "value": dict(value["value"])}
         for side in ("key", "value"):
             if source.config.qkv_bias:
                 factors[side]["bias"] = params[side]["bias"]
@@ -66,10 +71,11 @@ class XQuant(Method):
         return factors
 
     def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
+        x = new.x if self.input == "post_norm" else unit_norm(new.h, new.norm_eps)
         if "down" not in factors["key"]:
-            return {"x": new.x}
-        down = {side: factors[side]["down"].reshape(new.x.shape[-1], -1) for side in ("key", "value")}
-        return {side: new.x @ matrix for side, matrix in down.items()}
+            return {"x": x}
+        down = {side: factors[side]["down"].reshape(x.shape[-1], -1) for side in ("key", "value")}
+        return {side: x @ matrix for side, matrix in down.items()}
 
     def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
         key, value = ("x", "x") if config.is_multi_head else ("key", "value")
@@ -82,23 +88,43 @@ class XQuant(Method):
         up = factors["value"]["up"]
         key, value = ("x", "x") if config.is_multi_head else ("key", "value")
 
-        def project(out: Array) -> Array:
-            batch, length, heads, _ = out.shape
-            grouped = out.reshape(batch, length, config.num_kv_heads, heads // config.num_kv_heads, -1)
-            if up.ndim == 3:
-                v = jnp.einsum("btkgc,kcd->btkgd", grouped, up, preferred_element_type=jnp.float32)
-            else:
-                dense = up.reshape(-1, config.num_kv_heads, config.head_dim)
-                v = jnp.einsum("btkgc,ckd->btkgd", grouped, dense, preferred_element_type=jnp.float32)
-            if config.qkv_bias:
-                v = v + _heads(factors["value"]["bias"], config)[:, None]
-            return v.reshape(batch, length, heads, config.head_dim)
-
         heads = config.num_kv_heads if up.ndim == 3 else 1
-        return Absorbed(key, _key_rebuild(factors, config), value, heads, project)
+        bias = factors["value"].get("bias")
+        return Absorbed(
+            key, _key_rebuild(factors, config), value, heads, lambda out: project_values(out, up, bias, config)
+        )
 
     def _bases(self) -> tuple[str, str]:
         return self.key_basis or "per_head", self.value_basis or "per_head"
+
+
+def project_values(out: Array, up: Array, bias: Array | None, config: ModelConfig) -> Array:
+    """Absorbed values: (p z^) M_h of every query head, [B, T, H, C] -> [B, T, H, d]; M dense or per head."""
+    batch, length, heads, _ = out.shape
+    grouped = out.reshape(batch, length, config.num_kv_heads, heads // config.num_kv_heads, -1)
+    if up.ndim == 3:
+        v = jnp.einsum("btkgc,kcd->btkgd", grouped, up, preferred_element_type=jnp.float32)
+    else:
+        dense = up.reshape(-1, config.num_kv_heads, config.head_dim)
+        v = jnp.einsum("btkgc,ckd->btkgd", grouped, dense, preferred_element_type=jnp.float32)
+    if bias is not None:
+        v = v + _heads(bias, config)[:, None]
+    return v.reshape(batch, length, heads, config.head_dim)
+
+
+def unit_norm(h: Array, eps: float) -> Array:
+    """RMS norm without its weight, computed in float32."""
+    wide = h.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(h.dtype)
+
+
+def projections(params: dict[str, Any], folded: bool) -> dict[str, Array]:
+    """Key and value weights [L, D, R]; `folded`: with the scale of the attention norm multiplied into them."""
+    weights = {side: params[side]["kernel"] for side in ("key", "value")}
+    if not folded:
+        return weights
+    scale = params["attention_norm"]["scale"][..., None]
+    return {side: (scale * weight).astype(weight.dtype) for side, weight in weights.items()}
 
 
 def _latent_width(config: ModelConfig, basis: str) -> int:

@@ -1,0 +1,158 @@
+"""`xquant eval MODEL --text FILE --cache A B C`: perplexity, size and speed of cache methods, side by side."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from xquant_jax import evaluate
+from xquant_jax.cli.json_file import check_folder, read_json, write_json
+from xquant_jax.errors import ConfigError
+from xquant_jax.evaluate import Evaluation, Measurement
+from xquant_jax.loading import DTYPES, load
+from xquant_jax.scoring import CHUNK, PROTOCOLS
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="measure perplexity, size and speed of cache methods on a text",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help='converted or Hugging Face directory, or "demo"')
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to predict")
+    parser.add_argument("--cache", nargs="+", required=True, metavar="SPEC", help="name[:bits][,option=value...]")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window (the paper: 2048)")
+    parser.add_argument("--limit-windows", type=int, help="windows from the start of the text (default: all)")
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="paper",
+        help="paper: every cached token quantized; streaming: through the real cache, window of newest tokens included",
+    )
+    parser.add_argument("--chunk", type=int, default=CHUNK, help='tokens fed at once in protocol "streaming"')
+    parser.add_argument("--batch", type=int, help="windows at once (default: up to 8, fewer for large vocabularies)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of weights and activations; in float32 nothing but the cache rounds",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, as they come")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw perplexity against size")
+    parser.add_argument("--resume", action="store_true", help="go on from what the file of --json holds")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.resume and not arguments.json:
+        raise ConfigError("--resume goes on from the file of --json: name it")
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        check_folder(option, path)
+    if arguments.batch is not None and arguments.batch < 1:
+        raise ConfigError(f"--batch {arguments.batch} is not possible; choose 1 or more")
+    if arguments.plot:
+        from xquant_jax import plotting
+
+        plotting.check(arguments.plot)
+    text = evaluate.read_text(arguments.text)
+    earlier = None
+    if arguments.resume and arguments.json.exists():
+        earlier = Evaluation.from_json(read_json(arguments.json))
+    model = load(arguments.model, dtype=arguments.dtype)
+    windows = evaluate.cut(model, text, arguments.seq_len, arguments.limit_windows)
+    evaluation = evaluate.prepare(
+        model,
+        windows,
+        arguments.cache,
+        protocol=arguments.protocol,
+        chunk=arguments.chunk,
+        name=arguments.model,
+        text=str(arguments.text),
+    )
+    if earlier:
+        evaluation.adopt(earlier)
+    with _progress(evaluation) as report:
+        for measurement in evaluate.run(evaluation, model, windows, batch=arguments.batch):
+            if arguments.json:
+                write_json(arguments.json, evaluation.to_json())
+            report(measurement)
+    if arguments.json:
+        write_json(arguments.json, evaluation.to_json())
+    show(Console(), evaluation)
+    if arguments.plot:
+        from xquant_jax import plotting
+
+        plotting.draw(evaluation, arguments.plot)
+
+
+@contextmanager
+def _progress(evaluation: Evaluation) -> Iterator[Callable[[Measurement], None]]:
+    """A bar on a terminal, one plain line per finished method elsewhere; on stderr."""
+    console = Console(stderr=True)
+    count = len(evaluation.predicted_bytes)
+    everything = [evaluation.baseline, *evaluation.measurements]
+    if not console.is_terminal:
+
+        def line(m: Measurement) -> None:
+            if len(m.losses) == count:
+                done = sum(len(other.losses) == count for other in everything)
+                console.print(f"{done}/{len(everything)} {_name(m, evaluation)}", highlight=False, markup=False)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("compiling", total=count * len(everything))
+
+        def advance(m: Measurement) -> None:
+            done = sum(len(other.losses) for other in everything)
+            bar.update(task, completed=done, description=_name(m, evaluation).replace("[", r"\["))
+
+        advance(evaluation.baseline)
+        yield advance
+
+
+def _name(m: Measurement, evaluation: Evaluation) -> str:
+    return "16 bit, no cache" if m is evaluation.baseline else m.cache
+
+
+def show(console: Console, evaluation: Evaluation) -> None:
+    """The table of results."""
+    table = Table(
+        title=f"{evaluation.model} on {evaluation.text}: {len(evaluation.predicted_bytes)} windows of "
+        f"{evaluation.seq_len} tokens, protocol {evaluation.protocol}"
+    )
+    table.add_column("cache", overflow="fold")
+    for heading in ("perplexity", "nats over 16 bit", "bits/byte", "size", "allocated", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for m in [evaluation.baseline, *evaluation.measurements]:
+        row, exact = evaluation.row(m), m is evaluation.baseline
+        difference = "" if exact else _number(row["delta_nll"], "+.5f")
+        if not exact and row["stderr"] is not None:
+            difference += f" ± {row['stderr']:.5f}"
+        table.add_row(
+            _name(m, evaluation),
+            _number(row["perplexity"], ".4f"),
+            difference,
+            _number(row["bits_per_byte"], ".4f"),
+            "" if exact else f"{m.paper_ratio:.1%}",
+            "" if exact else f"{m.allocated.total:,}",
+            _number(row["tokens_per_second"], ",.0f"),
+        )
+    console.print(table)
+    console.print(
+        "size: codes and scales of a token, relative to keys and values of 16 bits; "
+        f"allocated: bytes of a cache for one sequence of {evaluation.seq_len} tokens, with window and scratch",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _number(value: Any, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

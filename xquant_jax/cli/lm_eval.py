@@ -1,0 +1,92 @@
+"""`xquant lm-eval MODEL --tasks ... --cache A B`: tasks of lm-evaluation-harness, through cache methods."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from xquant_jax.cli.json_file import check_folder, write_json
+from xquant_jax.errors import ConfigError
+from xquant_jax.loading import DTYPES
+from xquant_jax.methods import CacheConfig
+from xquant_jax.scoring import PROTOCOLS
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "lm-eval",
+        help="run tasks of lm-evaluation-harness",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help='converted or Hugging Face directory, or "demo"')
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of tasks, or their YAML files")
+    parser.add_argument("--cache", nargs="+", required=True, metavar="SPEC", help="name[:bits][,option=value...]")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="of likelihoods, as in xquant eval")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
+    parser.add_argument("--limit", type=int, help="documents of each task (default: all)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at once")
+    parser.add_argument("--max-length", type=int, help="tokens of context and answer (default: what the model allows)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, as they come")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    try:
+        from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError("lm-eval needs lm-evaluation-harness; install: pip install 'xquant-jax[lm-eval]'") from None
+    from xquant_jax.lm_eval_adapter import XQuantLM
+
+    check_folder("--json", arguments.json)
+    for spec in arguments.cache:
+        CacheConfig.parse(spec)
+    tasks = TaskManager(include_path=str(arguments.include_path) if arguments.include_path else None)
+    unknown = [task for task in arguments.tasks if not tasks.match_tasks([task]) and not Path(task).is_file()]
+    if unknown:
+        raise ConfigError(f"there is no task {', '.join(unknown)}; name tasks of the harness or use --include-path")
+    rows: list[dict[str, Any]] = []
+    for spec in arguments.cache:
+        model = XQuantLM(
+            arguments.model,
+            spec,
+            arguments.protocol,
+            arguments.dtype,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
+        )
+        outcome = simple_evaluate(
+            model=model,
+            tasks=arguments.tasks,
+            num_fewshot=arguments.num_fewshot,
+            limit=arguments.limit,
+            task_manager=tasks,
+            log_samples=False,
+        )
+        rows.append({"cache": spec, "results": outcome["results"]})
+        if arguments.json:
+            document = {"model": arguments.model, "protocol": arguments.protocol, "rows": rows}
+            write_json(arguments.json, document)
+    show(Console(), rows)
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    """A line per metric, a column per cache."""
+    table = Table("task", "metric", *(row["cache"] for row in rows))
+    for task, metrics in rows[0]["results"].items():
+        for name, value in metrics.items():
+            metric = name.removesuffix(",none")
+            if not isinstance(value, int | float) or "stderr" in metric or metric == "sample_len":
+                continue
+            table.add_row(task, metric, *(_with_error(row["results"][task], name) for row in rows))
+    console.print(table)
+
+
+def _with_error(metrics: dict[str, Any], name: str) -> str:
+    metric, _, kind = name.partition(",")
+    error = metrics.get(f"{metric}_stderr,{kind}")
+    return f"{metrics[name]:.4f}" + (f" ± {error:.4f}" if isinstance(error, int | float) else "")

@@ -1,0 +1,195 @@
+"""XQuant-CL (Tomar et al. 2025, arXiv 2508.10395, section 3.3): only the difference of X between layers is stored.
+
+The first layers are stored by plain `xquant`. The last of them is the base of a running sum x^; every later layer
+stores the difference of its X to the sum below and adds what is read back of it (a closed loop: errors do not add up).
+
+K = H: dx = X - x^, x^ += dx^.
+K < H, `predict=paper`: dz = (X - x^) U_kv, x^ += dz^ U_kv^T, with U_kv of the layer's [W_k | W_v].
+K < H, `predict=latent`: z = X A with A = U_kv; dz = z - z^ M, z^ = z^ M + dz^, where M = A_below^+ A comes from the weights
+alone. The sum is 2R wide instead of D, and prediction costs a quarter.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels import KeyRebuild
+from pallas_kernels.xla import expand
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
+from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
+from xquant_jax.methods.xquant import XQuant, project_values, projections, unit_norm
+from xquant_jax.quantization import UNQUANTIZED, StreamSpec
+
+CHOICES = {
+    "input": ("post_norm", "unit_norm", "residual"),
+    "delta": ("token", "channel"),
+    "predict": ("paper", "latent"),
+    "accumulator": ("bf16", "int8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class XQuantCL(Method):
+    """Differences of X between layers at `bits` bits. `first=N@b` (3@4): the first layers, the last of them the base.
+
+    input: which X: after the norm (`post_norm`), after the norm without its weight, which is folded into the
+        projections (`unit_norm`), or before the norm (`residual`, K = H only)
+    delta: quantize differences along the `token` or the `channel`
+    predict: K < H only, see above
+    accumulator: how the running sum of the history is held: `bf16` or `int8`
+    """
+
+    name: ClassVar[str] = "xquant-cl"
+    accumulates: ClassVar[bool] = True
+    bits: int = 2
+    input: str = "post_norm"
+    delta: str = "token"
+    predict: str | None = None  # None: paper where K < H
+    accumulator: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for option, choices in CHOICES.items():
+            value = getattr(self, option)
+            if value not in choices and not (option == "predict" and value is None):
+                raise ConfigError(f"{option}={value} is not supported; choose {' or '.join(choices)}")
+
+    def layers(self, config: ModelConfig, first: tuple[int, int] | None) -> list[tuple[Method, int]]:
+        """Plain layers, the base of the running sum, and the differences."""
+        plain, bits = first or (3, 4)
+        if not 0 < plain < config.num_layers:
+            raise ConfigError(
+                f"first={plain}@{bits}: the model has {config.num_layers} layers, and xquant-cl needs one for its base "
+                f"and at least one above"
+            )
+        basis = None if config.is_multi_head else "joint"
+        base = Base(**{**_options(self), "bits": bits})
+        folded = "post_norm" if self.input == "post_norm" else "unit_norm"
+        below = [(XQuant(bits, basis, basis, input=folded), plain - 1)] if plain > 1 else []
+        return [*below, (base, 1), (self, config.num_layers - plain)]
+
+    def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
+        self._check(config)
+        return {"delta": StreamSpec(self._stored_width(config), self.bits, self.delta)}  # pyright: ignore[reportArgumentType]
+
+    def window(self, config: ModelConfig) -> dict[str, tuple[int, str]]:
+        return {"x": (self._running_width(config), "bfloat16")}
+
+    def running(self, config: ModelConfig) -> StreamSpec:
+        bits = UNQUANTIZED if self.accumulator == "bf16" else 8
+        return StreamSpec(self._running_width(config), bits, "token")
+
+    def factors(self, source: FactorSource) -> Any:
+        params, config = source.layer_params(), source.config
+        folded = self.input != "post_norm"
+        weights = projections(params, folded)
+        factors: dict[str, Any] = {"key": {}, "value": {}}
+        if not config.is_multi_head:
+            factors["basis"] = source.svd("kv", folded=folded)["basis"]
+        if self.predict == "latent":
+            basis = np.asarray(factors["basis"], np.float32)
+            weights = {
+                side: jnp.asarray(np.swapaxes(basis, 1, 2) @ np.asarray(w, np.float32), w.dtype)
+                for side, w in weights.items()
+            }
+            below = np.concatenate([basis[:1], basis[:-1]])  # orthonormal: its pseudoinverse is its transpose
+            factors["predict"] = jnp.asarray(np.swapaxes(below, 1, 2) @ basis, factors["basis"].dtype)
+        for side, weight in weights.items():
+            factors[side]["up"] = weight
+            if config.qkv_bias:
+                factors[side]["bias"] = params[side]["bias"]
+        if config.qk_norm:
+            factors["key"]["norm"] = params["key_norm"]["scale"]
+        return factors
+
+    def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
+        match self.input:
+            case "post_norm":
+                x = new.x
+            case "unit_norm":
+                x = unit_norm(new.h, new.norm_eps)
+            case _:
+                x = new.h
+        return {"x": x @ factors["basis"] if self.predict == "latent" else x}
+
+    def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
+        assert running is not None
+        difference = window["x"].astype(jnp.float32) - self._predicted(factors, running)
+        return {"delta": self._project(factors, difference)}
+
+    def accumulate(self, factors: Any, stored: dict[str, Array], running: Array) -> dict[str, Array]:
+        return {"x": self._predicted(factors, running) + self._lift(factors, stored["delta"])}
+
+    def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
+        absorbed = self.absorbed(factors, config)
+        x = absorbed.prepare(vectors)["x"]
+        v = expand(x, factors["value"]["up"], config.num_kv_heads)
+        if config.qkv_bias:
+            v = v + factors["value"]["bias"].reshape(config.num_kv_heads, config.head_dim)
+        return absorbed.key_rebuild(x, config.num_kv_heads), v
+
+    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
+        key, value = factors["key"], factors["value"]
+
+        def prepare(vectors: dict[str, Array]) -> dict[str, Array]:
+            return {"x": unit_norm(vectors["x"], config.norm_eps)} if self.input == "residual" else vectors
+
+        return Absorbed(
+            key="x",
+            key_rebuild=KeyRebuild(key["up"], key.get("bias"), key.get("norm"), config.norm_eps),
+            value="x",
+            value_heads=1,
+            project=lambda out: project_values(out, value["up"], value.get("bias"), config),
+            prepare=prepare,
+        )
+
+    def _check(self, config: ModelConfig) -> None:
+        if config.is_multi_head and self.predict is not None:
+            raise ConfigError(f"predict={self.predict} applies to grouped-query models; leave it out for this one")
+        if not config.is_multi_head and self.input == "residual":
+            raise ConfigError("input=residual applies to models with a key/value head per query head only (K = H)")
+
+    def _stored_width(self, config: ModelConfig) -> int:
+        return config.width if config.is_multi_head else min(config.width, 2 * config.kv_width)
+
+    def _running_width(self, config: ModelConfig) -> int:
+        return self._stored_width(config) if self.predict == "latent" else config.width
+
+    def _predicted(self, factors: Any, running: Array) -> Array:
+        return _times(running, factors["predict"]) if self.predict == "latent" else running
+
+    def _project(self, factors: Any, x: Array) -> Array:
+        """From the running sum's space to that of the stream."""
+        return _times(x, factors["basis"]) if self._has_basis(factors) else x
+
+    def _lift(self, factors: Any, z: Array) -> Array:
+        return _times(z, factors["basis"].T) if self._has_basis(factors) else z.astype(jnp.float32)
+
+    def _has_basis(self, factors: Any) -> bool:
+        return self.predict != "latent" and "basis" in factors
+
+
+class Base(XQuantCL):
+    """The layer that the running sum starts with: stored itself, along the token."""
+
+    def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
+        self._check(config)
+        return {"base": StreamSpec(self._stored_width(config), self.bits, "token")}
+
+    def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
+        return {"base": self._project(factors, window["x"].astype(jnp.float32))}
+
+    def accumulate(self, factors: Any, stored: dict[str, Array], running: Array) -> dict[str, Array]:
+        return {"x": self._lift(factors, stored["base"])}
+
+
+def _times(x: Array, matrix: Array) -> Array:
+    """x in the matrix' type times the matrix, summed in float32: the same in decode and at a flush."""
+    return jnp.matmul(x.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
+
+
+def _options(method: XQuantCL) -> dict[str, Any]:
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}

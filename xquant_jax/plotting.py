@@ -1,0 +1,94 @@
+"""Perplexity against size, as a picture. Needs matplotlib, the `plot` extra."""
+
+from pathlib import Path
+from typing import Any
+
+from xquant_jax.errors import ConfigError
+from xquant_jax.evaluate import Evaluation
+
+# Okabe and Ito's palette: told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = "osD^vPX*"
+
+
+def check(path: Path) -> None:
+    """Raises `ConfigError` if no plot could be written to this file."""
+    suffix = path.suffix.removeprefix(".")
+    known = _figure().canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise ConfigError(f"--plot {path}: .{suffix} is not a picture; choose one of {', '.join(sorted(known))}")
+
+
+def draw(evaluation: Evaluation, path: Path) -> None:
+    """One line per method, a point per bit width with the standard error of its difference to 16 bit."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    rows = [row for row in map(evaluation.row, evaluation.measurements) if row["perplexity"] is not None]
+    common = set.intersection(*(set(_options(row["cache"])) for row in rows)) if rows else set()
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = ", ".join([_head(row["cache"])[0], *(o for o in _options(row["cache"]) if o not in common)])
+        series.setdefault(label, []).append(row)
+    for number, (label, points) in enumerate(series.items()):
+        points.sort(key=lambda row: row["paper_ratio"])
+        x = [100 * row["paper_ratio"] for row in points]
+        y = [row["perplexity"] for row in points]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[row["perplexity"] * (row["stderr"] or 0.0) for row in points],
+            color=colour,
+            marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+            linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
+            capsize=3,
+            label=label,
+        )
+        for at, height, row in zip(x, y, points, strict=True):
+            axes.annotate(
+                _head(row["cache"])[1],
+                (at, height),
+                xytext=(6, 5),
+                textcoords="offset points",
+                color=colour,
+                fontsize="small",
+            )
+    exact = evaluation.row(evaluation.baseline)["perplexity"]
+    if exact is not None:
+        axes.axhline(exact, color="gray", linestyle="--", linewidth=1, label=f"16 bit, no cache: {exact:.3f}")
+        if rows and max(row["perplexity"] for row in rows) > 2 * exact:
+            axes.set_yscale("log")
+    sizes = [row["paper_ratio"] for row in rows]
+    if sizes and max(sizes) > 4 * min(sizes):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("size of a cached token, % of 16-bit keys and values (codes and scales)")
+    axes.set_ylabel("perplexity (standard error of the difference to 16 bit)")
+    every = f", all with {', '.join(sorted(common))}" if common else ""
+    axes.set_title(
+        f"{Path(evaluation.model).name} on {Path(evaluation.text).name}\n"
+        f"{len(evaluation.predicted_bytes)} windows of {evaluation.seq_len} tokens, "
+        f"protocol {evaluation.protocol}{every}",
+        fontsize="medium",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("a plot needs matplotlib; install it with: pip install 'xquant-jax[plot]'") from None
+    return Figure(figsize=(8, 5.5), layout="constrained")
+
+
+def _head(spec: str) -> tuple[str, str]:
+    """Name and bits."""
+    name, _, bits = spec.split(",")[0].partition(":")
+    return name, f"{bits} bit" if bits else ""
+
+
+def _options(spec: str) -> list[str]:
+    return spec.split(",")[1:]
