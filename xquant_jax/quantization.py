@@ -52,7 +52,7 @@ class StreamSpec:
         if not self.group:
             object.__setattr__(self, "group", default_group(self.width))
         if self.group < 1 or self.width % self.group:
-            fitting = [g for g in range(8, self.width + 1) if self.width % g == 0]
+            fitting = [g for g in range(1, self.width + 1) if self.width % g == 0]
             raise ConfigError(
                 f"group={self.group} does not divide the stream's width {self.width}; these do: {fitting}"
             )

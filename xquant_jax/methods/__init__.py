@@ -30,18 +30,22 @@ class CacheConfig:
         if isinstance(spec, CacheConfig):
             return spec
         head, *options = spec.split(",")
-        name, _, bits = head.partition(":")
+        name, colon, bits = head.partition(":")
         if name not in METHODS:
             raise ConfigError(f"cache method {name!r} is not known; choose one of {', '.join(METHODS)}")
         fields = {field.name: field for field in dataclasses.fields(METHODS[name])}  # pyright: ignore[reportArgumentType]
         values: dict[str, Any] = {}
         first = None
-        if bits:
+        seen: set[str] = set()
+        if colon:
             options.insert(0, f"bits={bits}")
         for option in options:
             key, equals, value = option.partition("=")
             if not equals:
                 raise ConfigError(f"cache option {option!r} in {spec!r} has no value; write {option}=...")
+            if key in seen:
+                raise ConfigError(f"cache option {key} is given twice in {spec!r}")
+            seen.add(key)
             if key == "first":
                 first = _parse_first(value)
             elif key == "basis" and "key_basis" in fields:

@@ -16,6 +16,7 @@ from pallas_kernels.xla import expand
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
+from xquant_jax.packing import PLANES
 from xquant_jax.quantization import StreamSpec
 
 BASES = ("joint", "per_head")
@@ -32,6 +33,8 @@ class XQuant(Method):
     group: int = 0  # 0: the largest divisor of the width that is not above 128
 
     def __post_init__(self) -> None:
+        if self.bits not in PLANES:
+            raise ConfigError(f"bits={self.bits} is not supported; choose 2, 3, 4 or 8")
         for option in ("key_basis", "value_basis"):
             basis = getattr(self, option)
             if basis is not None and basis not in BASES:
