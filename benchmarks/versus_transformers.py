@@ -74,7 +74,8 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, **vars(arguments)}, default=str, indent=2) + "\n")
+        sizes = {name: getattr(arguments, name) for name in ("prompt_tokens", "new_tokens", "rounds", "repeats")}
+        arguments.json.write_text(json.dumps({"rows": rows, **sizes}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

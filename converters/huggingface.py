@@ -46,7 +46,7 @@ class HuggingFaceCheckpoint:
         tensors = read_headers(self.path)
         self._names = _Names(self.config, bare="embed_tokens.weight" in tensors)
         self._tensors, self._tied_head = self._matched(declared, tensors)
-        self.model_config: ModelConfig = dataclasses.replace(declared, dtype=self._dtype())
+        self.model_config: ModelConfig = dataclasses.replace(declared, dtype=self._dtype(declared))
 
     @property
     def factor_kinds(self) -> tuple[FactorKind, ...]:
@@ -107,14 +107,19 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{tensors[unexpected[0]]}{more}: a model of this config.json has no such tensor")
         return matched, head
 
-    def _dtype(self) -> str:
+    def _dtype(self, declared: ModelConfig) -> str:
         """The type of all matrices; vectors may be float32 beside it, but alike in all layers."""
         expected = {"kernel": self._tensors["embed.embedding", None]}
         for (path, _), tensor in self._tensors.items():
             same = expected.setdefault("kernel" if path.endswith((".kernel", ".embedding")) else path, tensor)
             if tensor.dtype != same.dtype:
                 raise CheckpointError(f"{tensor} is {tensor.dtype}, but {same} is {same.dtype}; they must be alike")
-        return _DTYPES[expected["kernel"].dtype]
+        dtype = _DTYPES[expected["kernel"].dtype]
+        if (self.config.get("dtype") or self.config.get("torch_dtype")) and dtype != declared.dtype:
+            raise CheckpointError(
+                f"{expected['kernel']} is {dtype}, but config.json says {declared.dtype}; correct its dtype field"
+            )
+        return dtype
 
     def _require_tied(self, head: Tensor) -> None:
         embedding = self._tensors["embed.embedding", None]

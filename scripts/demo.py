@@ -1,6 +1,6 @@
 """`make demo`: completes some Python with the model that ships with the package, once per cache method.
 
-The same prompt and greedy decoding for all, so that what differs is the cache.
+The same prompt and the same seed for all, so that what differs is the cache.
 """
 
 import argparse
@@ -14,20 +14,24 @@ from rich.table import Table
 import xquant_jax as xq
 from xquant_jax.packing import BLOCK
 
+SAMPLING = xq.Sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.1)
 METHODS = ("bf16", "int8", "xquant:4", "xquant:2")
-PROMPT = textwrap.dedent(inspect.getsource(textwrap.TextWrapper._wrap_chunks))  # the library's own training text
+PROMPT = textwrap.dedent(inspect.getsource(textwrap.TextWrapper._wrap_chunks))[:1200]
 TASK = '''
 
-class Counter:
-    """Counts how often each item was seen."""
+class Queue:
+    """Keeps items in the order in which they came."""
 
-    def __init__(self, items=()):
-        self._counts = {}
-        for item in items:
-            self.add(item)
+    def __init__(self, maxsize=0):
+        self.maxsize = maxsize
+        self.items = []
 
-    def add(self, item):
-'''
+    def put(self, item):
+        if self.full():
+            raise Full
+        self.items.append(item)
+
+    def get(self):'''
 
 
 def main() -> None:
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", nargs="+", default=METHODS, help="cache methods to compare; the first is the measure"
     )
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     console = Console()
     model = xq.load("demo")
@@ -55,7 +60,9 @@ def main() -> None:
     )
     console.print(TASK.strip("\n"), style="dim", highlight=False, markup=False)
     for spec in arguments.cache:
-        result = xq.generate(model, prompt, cache=spec, max_new_tokens=arguments.max_new_tokens)
+        result = xq.generate(
+            model, prompt, cache=spec, max_new_tokens=arguments.max_new_tokens, sampling=SAMPLING, seed=arguments.seed
+        )
         answer = result.results[0]
         console.rule(spec, align="left")
         console.print(answer.text, highlight=False, markup=False)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Int32
 
 from xquant_jax.config import ModelConfig
@@ -111,9 +112,12 @@ def check_room(capacity: int, tokens: int) -> None:
 def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], counts: Int[Array, " B"]) -> Cache:
     """Writes the first `counts` of T new vectors of each sequence behind its window; the rest is dropped.
 
-    `new` has one entry per segment. The window grows where T does not fit; `flush` gives the room back.
+    `new` has one entry per segment. Flush whole blocks before the next append: a window holds at most 127 tokens and
+    these T (it grows where they do not fit, and `flush` gives the room back). Outside of compiled code a cache that is
+    full, or was not flushed, raises `CacheFullError`; inside the caller makes sure (`check_room`).
     """
     batch, length = jax.tree.leaves(new)[0].shape[1:3]
+    _check_append(cache, counts, length)
     rows = jnp.arange(batch)[:, None]
     slots = cache.in_window[:, None] + jnp.arange(length)
 
@@ -130,6 +134,15 @@ def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], 
         for segment, vectors in zip(cache.segments, new, strict=True)
     )
     return dataclasses.replace(cache, lengths=cache.lengths + counts, segments=segments)
+
+
+def _check_append(cache: Cache, counts: Array, length: int) -> None:
+    if any(isinstance(a, Tracer) for a in (cache.lengths, cache.flushed, counts)):
+        return
+    check_room(cache.capacity, int((cache.lengths + counts).max()))
+    width = max(next(iter(cache.segments[0].window.values())).shape[2], BLOCK - 1 + length)
+    if int((cache.in_window + counts).max()) > width:
+        raise CacheFullError(f"the window holds {width} tokens and whole blocks were not flushed; call flush first")
 
 
 def flush(cache: Cache, factors: tuple[Any, ...]) -> Cache:
@@ -151,7 +164,10 @@ def flush(cache: Cache, factors: tuple[Any, ...]) -> Cache:
     for segment, segment_factors in zip(cache.segments, factors, strict=True):
 
         def layer(
-            i: Array, carry: tuple[dict[str, Blocks], Blocks | None], segment: Any = segment, start: int = start,
+            i: Array,
+            carry: tuple[dict[str, Blocks], Blocks | None],
+            segment: Any = segment,
+            start: int = start,
             factors: Any = segment_factors,
         ) -> tuple[dict[str, Blocks], Blocks | None]:  # layer by layer, so that float32 temporaries stay small
             history, running = carry

@@ -1,6 +1,7 @@
 """`generate` and `stream`: prompts in, tokens and text out, over one compiled program (`xquant_jax.decoding`)."""
 
 import dataclasses
+import numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -82,13 +83,25 @@ def generate(
     stop: strings that end an answer; they are not part of its text
     stop_ids: token ids that end an answer, by default the model's own; `[]` for none
     prefill_chunk: prompt tokens processed at once. Tokens of a chunk see each other exactly and earlier chunks
-        through the cache; None takes the whole prompt at once
-    cache_tokens: tokens per sequence that the cache holds, by default what prompts and answers can need
+        through the cache, as the new tokens will; None takes the whole prompt at once and exactly
+    cache_tokens: tokens per sequence that the cache holds, by default as many as the longest prompt and answer of
+        the bucket can need: calls that share a program share its size
 
     Raises `PromptError` for an empty prompt or a token id out of range, `CacheFullError` if `cache_tokens` is too
     small, `ConfigError` for an option that cannot be honoured.
     """
-    batch = _Batch.prepare(**locals())
+    batch = _Batch.prepare(
+        model,
+        prompts,
+        cache=cache,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop=stop,
+        stop_ids=stop_ids,
+        prefill_chunk=prefill_chunk,
+        cache_tokens=cache_tokens,
+    )
     compile_s = batch.compile()
     start = time.perf_counter()
     batch.run(1)
@@ -115,7 +128,18 @@ def stream(
     cache_tokens: int | None = None,
 ) -> Iterator[StreamedToken]:
     """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program."""
-    batch = _Batch.prepare(**locals())
+    batch = _Batch.prepare(
+        model,
+        prompts,
+        cache=cache,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop=stop,
+        stop_ids=stop_ids,
+        prefill_chunk=prefill_chunk,
+        cache_tokens=cache_tokens,
+    )
     return batch.events()
 
 
@@ -123,7 +147,7 @@ def stream(
 class _Batch:
     """A batch in progress: the device's state and the host's transcripts."""
 
-    prompts: list[Prompt]
+    prompts: list[str | list[int]]
     transcripts: list[Transcript]
     state: Decoding
     cache: Cache
@@ -134,6 +158,7 @@ class _Batch:
         cls,
         model: Model,
         prompts: Prompt | Sequence[Prompt],
+        *,
         cache: str | CacheConfig,
         max_new_tokens: int,
         sampling: Sampling,
@@ -151,7 +176,7 @@ class _Batch:
             raise ConfigError("stop must be a list of strings that are not empty")
         if stop and model.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer, and this model has none; use stop_ids")
-        ends = tuple(model.stop_ids if stop_ids is None else stop_ids)
+        ends = model.stop_ids if stop_ids is None else tuple(_token_ids(model, "stop_ids", stop_ids))
         longest = max(map(len, tokens))
         bucket, chunk = bucket_length(longest, prefill_chunk)
         if cache_tokens is not None:
@@ -166,14 +191,17 @@ class _Batch:
             seen = np.zeros((size, model.config.vocab_size), bool)
             for row, ids in zip(seen, tokens, strict=True):
                 row[ids] = True
-        kv = allocate(cache_config, model.config, batch=size, tokens=cache_tokens or bucket + max_new_tokens - 1)
+        kv = allocate(
+            cache_config, model.config, batch=size, tokens=cache_tokens or bucket + answer_room(max_new_tokens)
+        )
+        room = answer_room(max_new_tokens)
         state = Decoding(
             prompts=padded,
             prompt_lengths=np.asarray([len(ids) for ids in tokens], np.int32),
             fed=np.int32(0),
             step=np.int32(0),
-            tokens=np.zeros((size, max_new_tokens), np.int32),
-            logprobs=np.zeros((size, max_new_tokens), np.float32),
+            tokens=np.zeros((size, room), np.int32),
+            logprobs=np.zeros((size, room), np.float32),
             counts=np.zeros(size, np.int32),
             done=np.zeros(size, bool),
             seeds=np.asarray(_seeds(seed, size), np.int32),
@@ -181,7 +209,8 @@ class _Batch:
         )
         factors = cache_config.factors(model)
         arrays = jax.tree.map(np.float32, sampling)
-        ends_array = np.asarray(ends or [-1], np.int32)
+        ends_array = np.full(-(-max(len(ends), 1) // 8) * 8, -1, np.int32)  # padded: their number compiles nothing
+        ends_array[: len(ends)] = ends
 
         def program(state: Decoding, cache: Cache, limit: int) -> tuple[Decoding, Cache]:
             options = (arrays, ends_array, np.int32(limit))
@@ -261,33 +290,61 @@ def bucket_length(longest: int, prefill_chunk: int | None) -> tuple[int, int]:
     return -(-chunks // step) * step * prefill_chunk, prefill_chunk
 
 
-def _tokenize(model: Model, prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
-    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-    asked: list[Any] = [prompts] if alone else list(prompts)
-    if not asked:
+def answer_room(max_new_tokens: int) -> int:
+    """Places for new tokens: a power of two, at least 16, up to 512, then whole 512s."""
+    if max_new_tokens > 512:
+        return -(-max_new_tokens // 512) * 512
+    return max(16, 1 << (max_new_tokens - 1).bit_length())
+
+
+def _tokenize(model: Model, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | list[int]], list[list[int]]]:
+    """The prompts as they were asked, ids as plain numbers, and all of them as token ids."""
+    if isinstance(prompts, bytes) or any(isinstance(prompt, bytes) for prompt in prompts):
+        raise PromptError("a prompt is bytes; decode it to text, or give token ids")
+    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral))
+    if alone:
+        prompts = [prompts]  # pyright: ignore[reportAssignmentType]
+    if not len(prompts):
         raise PromptError("there is no prompt; give at least one")
-    tokens = []
-    for i, prompt in enumerate(asked):
-        if isinstance(prompt, str):
-            if model.tokenizer is None:
-                raise PromptError("this model has no tokenizer.json; give prompts as token ids")
-            if not prompt:
-                raise PromptError(f"prompt {i} is empty; give at least one character")
-            prompt = model.tokenizer.encode(prompt)
-        ids = [int(token) for token in prompt]
+    asked, tokens = [], []
+    for i, prompt in enumerate(prompts):
+        text = isinstance(prompt, str)
+        ids = _encode(model, i, prompt) if text else _token_ids(model, f"prompt {i}", prompt)  # pyright: ignore[reportArgumentType]
         if not ids:
             raise PromptError(f"prompt {i} is empty; give at least one token")
-        for token in ids:
-            if not 0 <= token < model.config.vocab_size:
-                raise PromptError(
-                    f"prompt {i} holds token id {token}; the model's ids are 0 to {model.config.vocab_size - 1}"
-                )
+        asked.append(prompt if text else ids)
         tokens.append(ids)
     return asked, tokens
 
 
+def _encode(model: Model, i: int, prompt: str) -> list[int]:
+    if model.tokenizer is None:
+        raise PromptError("this model has no tokenizer.json; give prompts as token ids")
+    if not prompt:
+        raise PromptError(f"prompt {i} is empty; give at least one character")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"prompt {i} is not valid Unicode: {error.reason}") from error
+    return model.tokenizer.encode(prompt)
+
+
+def _token_ids(model: Model, what: str, ids: Sequence[int]) -> list[int]:
+    """Plain numbers; PromptError for what is not a token id of the model."""
+    size = model.config.vocab_size
+    for token in ids:
+        if not isinstance(token, numbers.Integral):
+            raise PromptError(f"{what} holds {token!r}, which is not a whole number")
+        if not 0 <= token < size:
+            raise PromptError(f"{what} holds token id {token}; the model's ids are 0 to {size - 1}")
+    return [int(token) for token in ids]
+
+
 def _seeds(seed: int | Sequence[int], size: int) -> list[int]:
-    seeds = [seed] * size if isinstance(seed, int) else list(seed)
+    seeds = [int(seed)] * size if isinstance(seed, numbers.Integral) else [int(s) for s in seed]  # pyright: ignore[reportGeneralTypeIssues]
     if len(seeds) != size:
         raise ConfigError(f"{len(seeds)} seeds given for {size} prompts; give one for all or one for each")
+    for s in seeds:
+        if not -(2**31) <= s < 2**31:
+            raise ConfigError(f"seed={s} is not possible; choose from -2^31 to 2^31 - 1")
     return seeds

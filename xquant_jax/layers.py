@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from xquant_jax.config import ModelConfig
 
 Attend = Callable[..., tuple[Array, Any]]
-"""(h [B, T, D], x [B, T, D], q [B, T, H, d], k [B, T, K, d], v [B, T, K, d]) -> attention output [B, T, H, d] and what to emit.
+"""(h [B, T, D], x [B, T, D], q [B, T, H, d], k [B, T, K, d], v [B, T, K, d]) -> attention output [B, T, H, d] and what
+to emit.
 
 h is the layer's attention input before its norm and x after it; q and k are after any QK-norm and before RoPE.
 """

@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         ends = jnp.full(batch, length) if lengths is None else jnp.maximum(lengths, 1)
         filled = jnp.minimum(jnp.arange(whole), ends[:, None] - 1)[..., None]
         h, start, running = self.embed(tokens), 0, None
-        for method, layers in cache_config.segments(c):
+        for method, _ in cache_config.segments(c):
             if running is None and (spec := method.running(c)) is not None:
                 running = allocate_blocks(spec, (batch, whole // BLOCK))
 

@@ -64,7 +64,7 @@ class StreamSpec:
             object.__setattr__(self, "group", default_group(along))
         if self.group < 1 or along % self.group:
             what = "the stream's width" if self.axis == "token" else "the tokens of a block,"
-            fitting = [g for g in range(8, along + 1) if along % g == 0]
+            fitting = [g for g in range(1, along + 1) if along % g == 0]
             raise ConfigError(f"group={self.group} does not divide {what} {along}; these do: {fitting}")
 
 

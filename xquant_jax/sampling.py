@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xquant_jax.errors import ConfigError
 
+LOWEST_TEMPERATURE = 1e-4
+"""Below it logits divided by the temperature overflow float32 sooner than they differ from greedy."""
+
 Number = Any
 """A float, or an array in compiled code."""
 
@@ -36,8 +39,10 @@ class Sampling:
 
     def checked(self) -> "Sampling":
         """The same sampling, greedy written as `temperature=None`. Raises `ConfigError` for values out of range."""
-        if self.temperature is not None and not self.temperature >= 0:
-            raise ConfigError(f"temperature={self.temperature} is not possible; choose 0 (greedy) or more")
+        if self.temperature and not LOWEST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"temperature={self.temperature} is not possible; choose 0 (greedy) or {LOWEST_TEMPERATURE} and more"
+            )
         if self.repetition_penalty is not None and not self.repetition_penalty > 0:
             raise ConfigError(f"repetition_penalty={self.repetition_penalty} is not possible; choose more than 0")
         if self.top_k is not None and self.top_k < 1:

@@ -5,9 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 
 from xquant_jax.errors import CheckpointError
+
+CONTEXT = 16
+"""Tokens that are decoded again with every new one."""
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What tokenizers decode the bytes of an incomplete character to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +35,38 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.backend.decode(list(tokens), skip_special_tokens=True)
 
-    def continuation(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        """Text of `tokens` behind `prompt`, a leading space included (some decoders strip it from a text's start)."""
-        before, whole = self.decode(prompt), self.decode([*prompt, *tokens])
-        return whole[len(before) :] if whole.startswith(before) else self.decode(tokens)
-
     def stream(self, prompt: Sequence[int]) -> "TextStream":
-        return TextStream(self, DecodeStream(ids=list(prompt), skip_special_tokens=True))
+        return TextStream(self, list(prompt[-CONTEXT:]))
 
 
 @dataclasses.dataclass
 class TextStream:
-    """Turns tokens into text one by one; text comes once it can no longer change (whole characters)."""
+    """Turns new tokens into text one by one, each piece as soon as its characters are whole.
+
+    A token's text depends on the tokens before it (leading spaces, characters of several tokens), so a few of them,
+    at first the end of the prompt, are decoded again with it, and the text that was shown is cut off.
+    """
 
     tokenizer: Tokenizer
-    decoder: DecodeStream
+    tokens: list[int]
+
+    def __post_init__(self) -> None:
+        self._shown = self._decode().rstrip(INCOMPLETE)
 
     def push(self, token: int) -> str:
-        return self.decoder.step(self.tokenizer.backend, token) or ""
+        self.tokens.append(token)
+        text = self._decode()
+        if text.endswith(INCOMPLETE):
+            return ""
+        piece, self._shown = text[len(self._shown) :], text
+        if len(self.tokens) > 2 * CONTEXT:
+            self.tokens = self.tokens[-CONTEXT:]
+            self._shown = self._decode()
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: characters that never became whole."""
+        return self._decode()[len(self._shown) :]
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.tokens)

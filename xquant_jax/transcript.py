@@ -37,28 +37,23 @@ class Transcript:
         if token in self.stop_ids:
             self.finish_reason = STOP
         elif self._stream is not None:
-            self.text += self._stream.push(token)
-            self._cut_at_stop_string()
+            self._add(self._stream.push(token))
         if self.finish_reason is None and len(self.tokens) == self.max_new_tokens:
             self.finish_reason = LENGTH
-        if self.finish_reason is not None:
-            self._finish_text()
+        ended_by_text = self.finish_reason == STOP and token not in self.stop_ids
+        if self.finish_reason is not None and self._stream is not None and not ended_by_text:
+            self._add(self._stream.finish())
         return self._show(len(self.text) if self.finish_reason else len(self.text) - self._held_back())
 
-    def _cut_at_stop_string(self) -> None:
-        found = [at for stop in self.stop_strings if (at := self.text.find(stop)) >= 0]
+    def _add(self, piece: str) -> None:
+        """Extends the text, up to the first stop string that this completes."""
+        longest = max(map(len, self.stop_strings), default=0)
+        begin = max(0, len(self.text) - longest)
+        self.text += piece
+        found = [at for stop in self.stop_strings if (at := self.text.find(stop, begin)) >= 0]
         if found:
             self.text = self.text[: min(found)]
             self.finish_reason = STOP
-
-    def _finish_text(self) -> None:
-        """Adds what the stream held back: an incomplete character at the very end."""
-        if self.tokenizer is None or (self.finish_reason == STOP and self.tokens[-1] not in self.stop_ids):
-            return
-        shown = self.tokens[:-1] if self.tokens[-1] in self.stop_ids else self.tokens
-        whole = self.tokenizer.continuation(self.prompt_tokens, shown)
-        if whole.startswith(self.text):
-            self.text = whole
 
     def _held_back(self) -> int:
         """Characters at the end of the text that may be the start of a stop string."""

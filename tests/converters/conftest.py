@@ -119,6 +119,9 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         shards: int = 1,
         name: str = "source",
     ) -> Path:
-        return write(tmp_path / name, config or config_of("llama"), tensors, shards)
+        if config is None:
+            embedding = (tensors or {}).get("model.embed_tokens.weight", np.zeros(0, np.float32))
+            config = config_of("llama", torch_dtype=embedding.dtype.name)
+        return write(tmp_path / name, config, tensors, shards)
 
     return make

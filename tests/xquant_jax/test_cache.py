@@ -116,6 +116,18 @@ def test_rejected_tokens_are_taken_back_by_shortening_lengths() -> None:
         np.testing.assert_array_equal(np.asarray(window)[:, 0, :2], np.asarray(new[0][name])[:, 0, 128:130])
 
 
+def test_appending_without_a_flush_or_beyond_the_capacity_is_an_error() -> None:
+    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=1, tokens=128)
+    new = vectors(cache, 100)
+    hundred = jnp.asarray([100])
+    cache = append(cache, new, hundred)
+    with pytest.raises(CacheFullError, match="whole blocks were not flushed"):
+        append(append(cache, new, hundred), vectors(cache, 1), jnp.asarray([1]))
+    cache = flush(append(cache, new, hundred), none(cache))
+    with pytest.raises(CacheFullError, match=r"holds 255 tokens .* need 300"):
+        append(cache, new, hundred)
+
+
 def formula(spec: str) -> float:
     """Bytes per token and layer of design section 3, for R = 128 and D = 256."""
     name, _, bits = spec.partition(",")[0].partition(":")

@@ -84,9 +84,10 @@ def test_a_second_call_of_the_same_bucket_compiles_nothing(model: xq.Model) -> N
         xq.generate(model, ["The cat sat", "Tom saw"], sampling=changed, seed=3, max_new_tokens=6)
         list(xq.stream(model, ["A bird flew", "Ben"], sampling=changed, max_new_tokens=6))
         xq.generate(model, ["A girl", "A boy"], sampling=changed, stop=["was"], max_new_tokens=6)
+        xq.generate(model, ["A girl", "A boy"], sampling=changed, stop_ids=[5, 6], max_new_tokens=9)
     assert compiled == []
     with counted_compilations() as compiled:
-        xq.generate(model, ["The cat sat", "Tom saw"], sampling=sampling, max_new_tokens=7)
+        xq.generate(model, ["The cat sat", "Tom saw"], sampling=sampling, max_new_tokens=17)
     assert compiled  # the counter counts
 
 
@@ -140,6 +141,13 @@ def test_two_bit_cache_stays_coherent_over_flushes(model: xq.Model) -> None:
         assert np.mean(result.logprobs[150:]) > np.mean(exact.logprobs[150:]) - 0.3
 
 
+def test_numpy_tokens_and_seeds_are_taken_as_numbers(model: xq.Model) -> None:
+    tokens = np.asarray(model.tokenizer.encode("Once upon"))
+    result = xq.generate(model, [tokens], seed=np.int64(3), max_new_tokens=3)
+    assert json.loads(json.dumps(result.to_json()))["results"][0]["prompt"] == tokens.tolist()
+    assert xq.generate(model, tokens.tolist(), max_new_tokens=3).results[0].tokens == result.results[0].tokens
+
+
 def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
     result = xq.generate(model, STORIES[0], max_new_tokens=5)
     written = json.loads(json.dumps(result.to_json()))
@@ -168,6 +176,11 @@ def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
         ("Hi", {"stop": [""]}, xq.ConfigError, "stop must be"),
         ("Hi", {"seed": [1, 2]}, xq.ConfigError, "2 seeds given for 1 prompts"),
         ("Hi", {"prefill_chunk": 0}, xq.ConfigError, "prefill_chunk=0"),
+        ("Hi", {"seed": 2**31}, xq.ConfigError, "seed=2147483648 is not possible"),
+        ("Hi", {"stop_ids": [512]}, xq.PromptError, "stop_ids holds token id 512"),
+        ([[1.5]], {}, xq.PromptError, "1.5, which is not a whole number"),
+        (b"Hi", {}, xq.PromptError, "a prompt is bytes"),
+        ("Hi \udcff", {}, xq.PromptError, "prompt 0 is not valid Unicode"),
     ],
 )
 def test_bad_input_is_a_clear_error(model: xq.Model, prompts, options, error, message) -> None:

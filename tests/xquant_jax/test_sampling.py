@@ -66,6 +66,8 @@ def test_log_probabilities_are_the_models_own() -> None:
     [
         ({"temperature": -0.1}, "temperature=-0.1 is not possible"),
         ({"temperature": float("nan")}, "temperature=nan is not possible"),
+        ({"temperature": float("inf")}, "temperature=inf is not possible"),
+        ({"temperature": 1e-40}, "temperature=1e-40 is not possible"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 keeps no token"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 is not possible"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5 is not possible"),

@@ -1,9 +1,11 @@
 """The command line, `xquant COMMAND ...`. A command is one file here: its options (`add_parser`) and what it does."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
+import jax
 from rich.console import Console
 
 from xquant_jax.cli import convert, evaluate, generate, lm_eval
@@ -22,10 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
     try:
         arguments.run(arguments)
     except (XQuantError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax.cli.json_file import check_folder, write_json
-from xquant_jax.errors import ConfigError
+from xquant_jax.errors import ConfigError, PromptError
 from xquant_jax.generation import Generation, generate, stream
 from xquant_jax.loading import DTYPES, load
 from xquant_jax.sampling import Sampling
@@ -35,14 +35,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--stop-id", action="append", type=int, help="a token id that does, instead of the model's own")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
     parser.add_argument("--cache-tokens", type=int, help="tokens per sequence that the cache holds (default: enough)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of weights and activations (default: the model's; on CPU float32)"
+    )
     parser.add_argument("--stream", action="store_true", help="print the text as it comes (one prompt)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    prompts = [*arguments.prompt, *(path.read_text(encoding="utf-8") for path in arguments.prompt_file)]
+    prompts = [*arguments.prompt, *map(_read, arguments.prompt_file)]
     if arguments.stream and (len(prompts) != 1 or arguments.json):
         raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt and no --json")
     check_folder("--json", arguments.json)
@@ -75,6 +77,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, generation.to_json())
     _show(Console(), prompts, generation)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _show(console: Console, prompts: Sequence[str], generation: Generation) -> None:

@@ -12,6 +12,8 @@ def check_folder(option: str, path: Path | None) -> None:
     """Raises `ConfigError` if a file that is to be written in the end has no folder."""
     if path and not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no directory {path.parent}")
+    if path and path.is_dir():
+        raise ConfigError(f"{option} {path} is a directory; name a file")
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -17,6 +17,7 @@ from pallas_kernels.xla import expand
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
+from xquant_jax.packing import PLANES
 from xquant_jax.quantization import StreamSpec
 
 BASES = ("joint", "per_head")
@@ -34,6 +35,8 @@ class XQuant(Method):
     input: str = "post_norm"  # or unit_norm: X without the norm's weight, which is folded into the projections
 
     def __post_init__(self) -> None:
+        if self.bits not in PLANES:
+            raise ConfigError(f"bits={self.bits} is not supported; choose 2, 3, 4 or 8")
         if self.input not in ("post_norm", "unit_norm"):
             raise ConfigError(f"input={self.input} is not supported; choose post_norm or unit_norm")
         for option in ("key_basis", "value_basis"):

@@ -5,8 +5,8 @@ stores the difference of its X to the sum below and adds what is read back of it
 
 K = H: dx = X - x^, x^ += dx^.
 K < H, `predict=paper`: dz = (X - x^) U_kv, x^ += dz^ U_kv^T, with U_kv of the layer's [W_k | W_v].
-K < H, `predict=latent`: z = X A with A = U_kv; dz = z - z^ M, z^ = z^ M + dz^, where M = A_below^+ A comes from the weights
-alone. The sum is 2R wide instead of D, and prediction costs a quarter.
+K < H, `predict=latent`: z = X A with A = U_kv; dz = z - z^ M, z^ = z^ M + dz^, where M = A_below^+ A comes from the
+weights alone. The sum is 2R wide instead of D, and prediction costs a quarter.
 """
 
 import dataclasses

@@ -1,0 +1,68 @@
+"""Loading: the demo model, types, and files that contradict each other."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import xquant_jax as xq
+from tests.conftest import GOLDEN
+
+MODEL = GOLDEN / "llama-llama3"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def test_the_demo_model_knows_python() -> None:
+    """It is trained on Python, so Python is likelier than its own words in another order."""
+    model = xq.load("demo")
+    assert model.config.num_heads >= 2 * model.config.num_kv_heads
+    assert model.config.kv_width % 128 == 0
+    code = "def __init__(self, name):\n        self.name = name\n\n    def __repr__(self):\n        return"
+    tokens = model.tokenizer.encode(code)
+    shuffled = np.random.default_rng(0).permutation(tokens).tolist()
+
+    def likelihood(ids: list[int]) -> float:
+        logits = model.transformer.apply({"params": model.params}, jnp.asarray([ids]), method="score")
+        logits = np.asarray(logits[0, :-1], np.float64)
+        chosen = logits[np.arange(len(ids) - 1), ids[1:]]
+        return float(np.mean(chosen - np.log(np.exp(logits).sum(-1))))
+
+    assert likelihood(tokens) > -2.5
+    assert likelihood(tokens) > likelihood(shuffled) + 3
+
+
+def test_a_type_can_be_chosen() -> None:
+    model = xq.load(MODEL, dtype="bfloat16")
+    assert model.params["layers"]["key"]["kernel"].dtype == "bfloat16"
+    with pytest.raises(xq.ConfigError, match="dtype=int8 is not supported"):
+        xq.load(MODEL, dtype="int8")
+
+
+def test_numbers_too_large_for_the_type_are_an_error(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(xq.CheckpointError, match=r"'up'.*'kernel'.* has values too large for float16"):
+        xq.load(copy, dtype="float16")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}'])
+def test_a_broken_generation_config_is_an_error(copy: Path, text: str) -> None:
+    (copy / "generation_config.json").write_text(text)
+    with pytest.raises(xq.CheckpointError, match=r"generation_config\.json"):
+        xq.load(copy)
+
+
+def test_tensors_of_another_type_than_the_config_says_are_an_error(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    with pytest.raises(xq.CheckpointError, match=r"is float32, but config\.json says bfloat16"):
+        xq.load(copy)
