@@ -64,9 +64,9 @@ def decode_attention(
 ) -> Part:
     """See `pallas_kernels.api.decode_attention`."""
 
-    def read(vectors: dict[str, Array], running: None) -> tuple[Array, Array, None]:
+    def read(vectors: dict[str, Array], running: Blocks | None) -> tuple[Array, Array, Blocks | None]:
         z = vectors["value"]
-        return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1), None
+        return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1), running
 
     streams = {"key": key_stream, "value": value_stream}
     part, _ = attend_history(q, streams, layer, flushed, read, geometry)

@@ -151,6 +151,23 @@ def flush(cache: Cache, factors: tuple[Any, ...]) -> Cache:
     Layer after layer, as a method may store the difference to what was read back from the layer before (`factors`
     are those of the forward pass).
     """
+    return _settle(cache, _quantize_whole_blocks(cache, factors))
+
+
+def flush_when_due(cache: Cache, factors: tuple[Any, ...]) -> Cache:
+    """`flush` if a sequence has a whole block in its window, under one `lax.cond`; only histories pass through it."""
+    due = jnp.any(cache.in_window >= BLOCK)
+    histories = lax.cond(
+        due,
+        lambda cache: _quantize_whole_blocks(cache, factors),
+        lambda cache: tuple(segment.history for segment in cache.segments),
+        cache,
+    )
+    return _settle(cache, histories)
+
+
+def _quantize_whole_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[str, Blocks], ...]:
+    """The histories with every whole block of the windows in them."""
     whole = cache.in_window // BLOCK
     batch = whole.shape[0]
     rows = jnp.arange(batch)[:, None]
@@ -159,17 +176,13 @@ def flush(cache: Cache, factors: tuple[Any, ...]) -> Cache:
     number = jnp.arange(candidates)
     targets = jnp.where(number < whole[:, None], cache.flushed[:, None] + number, capacity)  # capacity: dropped
 
-    segments, start = [], 0
+    histories, start = [], 0
     running = None if cache.running is None else allocate_blocks(cache.running.spec, (batch, candidates))
     for segment, segment_factors in zip(cache.segments, factors, strict=True):
 
         def layer(
-            i: Array,
-            carry: tuple[dict[str, Blocks], Blocks | None],
-            segment: Any = segment,
-            start: int = start,
-            factors: Any = segment_factors,
-        ) -> tuple[dict[str, Blocks], Blocks | None]:  # layer by layer, so that float32 temporaries stay small
+            i: Array, carry: Any, segment: Any = segment, start: int = start, factors: Any = segment_factors
+        ) -> Any:
             history, running = carry
             own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, start + i, keepdims=False), factors)
             window = {
@@ -183,21 +196,31 @@ def flush(cache: Cache, factors: tuple[Any, ...]) -> Cache:
                 for name, stored in blocks.items()
             }, running
 
+        # a loop over layers, so that float32 temporaries stay small
         history, running = lax.fori_loop(0, segment.num_layers, layer, (segment.history, running))
-        window = {name: _shift(w, whole, BLOCK - 1 + cache.max_step) for name, w in segment.window.items()}
-        segments.append(dataclasses.replace(segment, history=history, window=window))
+        histories.append(history)
         start += segment.num_layers
-    return dataclasses.replace(cache, flushed=cache.flushed + whole, segments=tuple(segments))
+    return tuple(histories)
 
 
-def flush_when_due(cache: Cache, factors: tuple[Any, ...]) -> Cache:
-    """`flush` if a sequence has a whole block in its window, under one `lax.cond`."""
-    due = jnp.any(cache.in_window >= BLOCK)
-    return lax.cond(due, lambda cache: flush(cache, factors), lambda cache: cache, cache)
+def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
+    """Takes the histories over and forgets what was moved into them from the windows."""
+    whole, room = cache.in_window // BLOCK, BLOCK - 1 + cache.max_step
+    segments = tuple(
+        dataclasses.replace(
+            segment,
+            history=history,
+            window={name: _shift(window, whole, room) for name, window in segment.window.items()},
+        )
+        for segment, history in zip(cache.segments, histories, strict=True)
+    )
+    return dataclasses.replace(cache, flushed=cache.flushed + whole, segments=segments)
 
 
 def _shift(window: Float[Array, "L B W C"], whole: Int32[Array, " B"], room: int) -> Float[Array, "L B room C"]:
     """Drops what was flushed from the front and whatever exceeds `room` at the end."""
+    if window.shape[2] == room == BLOCK:
+        return window  # a whole block was all of it
     slots = jnp.minimum(whole[:, None] * BLOCK + jnp.arange(room), window.shape[2] - 1)
     return jnp.take_along_axis(window, slots[None, :, :, None], axis=2)
 

@@ -105,8 +105,10 @@ class Evaluation:
         }
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "Evaluation":
-        def measurement(row: dict[str, Any]) -> Measurement:
+    def from_json(cls, document: Any) -> "Evaluation":
+        """What `to_json` wrote. Raises `ConfigError` for anything else."""
+
+        def measurement(row: Any) -> Measurement:
             losses = [math.nan if loss is None else float(loss) for loss in row["window_nlls"]]
             allocated = CacheBytes(**row["allocated"])
             return Measurement(row["cache"], float(row["paper_ratio"]), allocated, losses, float(row["seconds"]))

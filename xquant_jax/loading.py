@@ -51,7 +51,8 @@ class Model:
             layer = self.checkpoint.layer(i)
             norm = np.asarray(layer["attention_norm"]["scale"], np.float32)[:, None]
             folded = {side: {"kernel": norm * layer[side]["kernel"].astype(np.float32)} for side in ("key", "value")}
-            return layer_factors([kind], folded, self.config)[kind]
+            kinds: Any = [kind]
+            return next(iter(layer_factors(kinds, folded, self.config).values()))
 
         if (kind, folded) not in self._factors:
             read = folded_factors if folded else partial(self.checkpoint.factors, kind)

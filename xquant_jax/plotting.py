@@ -8,7 +8,8 @@ from xquant_jax.evaluate import Evaluation
 
 # Okabe and Ito's palette: told apart by colour-blind readers too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-MARKERS = "osD^vPX*"
+TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+"""Sizes in percent that a logarithmic axis may name."""
 
 
 def check(path: Path) -> None:
@@ -20,7 +21,7 @@ def check(path: Path) -> None:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """One line per method, a point per bit width with the standard error of its difference to 16 bit."""
+    """One line and colour per method, a dot per bit width, with the standard error of its difference to 16 bit."""
     figure = _figure()
     axes = figure.add_subplot()
     rows = [row for row in map(evaluation.row, evaluation.measurements) if row["perplexity"] is not None]
@@ -39,30 +40,28 @@ def draw(evaluation: Evaluation, path: Path) -> None:
             y,
             yerr=[row["perplexity"] * (row["stderr"] or 0.0) for row in points],
             color=colour,
-            marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+            marker="o",
+            markersize=9,
             linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
             capsize=3,
             label=label,
+            zorder=3 + number,
         )
         for at, height, row in zip(x, y, points, strict=True):
-            axes.annotate(
-                _head(row["cache"])[1],
-                (at, height),
-                xytext=(6, 5),
-                textcoords="offset points",
-                color=colour,
-                fontsize="small",
-            )
+            style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "size": 7, "weight": "bold"}
+            axes.text(at, height, _head(row["cache"])[1], color="white", zorder=3.5 + number, **style)
     exact = evaluation.row(evaluation.baseline)["perplexity"]
     if exact is not None:
         axes.axhline(exact, color="gray", linestyle="--", linewidth=1, label=f"16 bit, no cache: {exact:.3f}")
         if rows and max(row["perplexity"] for row in rows) > 2 * exact:
             axes.set_yscale("log")
-    sizes = [row["paper_ratio"] for row in rows]
-    if sizes and max(sizes) > 4 * min(sizes):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("size of a cached token, % of 16-bit keys and values (codes and scales)")
+    sizes = [100 * row["paper_ratio"] for row in rows]
+    if sizes and max(sizes) > 3 * min(sizes):
+        axes.set_xscale("log")
+        shown = [tick for tick in TICKS if min(sizes) / 1.2 <= tick <= max(sizes) * 1.2]
+        axes.set_xticks(shown, [str(tick) for tick in shown])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel("size of a cached token, % of 16-bit keys and values (codes and scales); numbers in the dots: bits")
     axes.set_ylabel("perplexity (standard error of the difference to 16 bit)")
     every = f", all with {', '.join(sorted(common))}" if common else ""
     axes.set_title(
@@ -71,8 +70,9 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         f"protocol {evaluation.protocol}{every}",
         fontsize="medium",
     )
+    axes.margins(x=0.08)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", markerscale=0.7)
     figure.savefig(path, dpi=150)
 
 
@@ -87,7 +87,7 @@ def _figure() -> Any:
 def _head(spec: str) -> tuple[str, str]:
     """Name and bits."""
     name, _, bits = spec.split(",")[0].partition(":")
-    return name, f"{bits} bit" if bits else ""
+    return name, bits
 
 
 def _options(spec: str) -> list[str]:

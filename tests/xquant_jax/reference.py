@@ -71,12 +71,14 @@ def read_block(history: Any, layer: int, row: int, number: int) -> tuple[np.ndar
     return (codes * scale + zero).astype(np.float32), scale
 
 
-def assert_neighbours(theirs: np.ndarray, ours: np.ndarray, step: np.ndarray | float) -> None:
-    """At most a step apart plus a neighbouring bfloat16, and 97 % equal (one extreme rounded otherwise moves its
-    whole group a little)."""
-    off = np.abs(theirs - ours) - 1e-5 * np.abs(ours).max()  # less what float32 sums are off by
+def assert_neighbours(
+    theirs: np.ndarray, ours: np.ndarray, step: np.ndarray | float, slack: float = 1e-5, share: float = 0.03
+) -> None:
+    """At most a step apart plus a neighbouring bfloat16, and all but a `share` equal (one extreme rounded otherwise
+    moves its whole group a little)."""
+    off = np.abs(theirs - ours) - slack * np.abs(ours).max()  # less what float32 sums are off by
     assert (off <= 1.02 * step + np.abs(ours) / 128).all()
-    assert (off > 0).sum() <= max(0.03 * off.size, 3)
+    assert (off > 0).sum() <= max(share * off.size, 3)
 
 
 def rms(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
@@ -135,7 +137,7 @@ class Reference:
             both.append(kv)
         return both[0], both[1]
 
-    def store(self, i: int, f: Any, x: np.ndarray) -> None:
+    def store(self, i: int, f: Any, x: np.ndarray, h: np.ndarray | None = None) -> None:
         if "down" in f["key"]:
             vectors = {s: x @ f[s]["down"].reshape(len(x), -1) for s in ("key", "value")}
         else:
@@ -204,7 +206,7 @@ class Reference:
                     score = keys[:, kv] @ q[head] / math.sqrt(c.head_dim)
                     p = np.exp(score - score.max())
                     out[head] = p @ values[:, kv] / p.sum()
-                self.store(i, f, x)
+                self.store(i, f, x, h)
                 h = h + out.reshape(-1) @ w["output"]["kernel"] + w["output"].get("bias", 0)
                 y = rms(h, w["mlp_norm"]["scale"], c.norm_eps)
                 gate = y @ w["gate"]["kernel"]

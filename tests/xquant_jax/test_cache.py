@@ -84,7 +84,7 @@ def test_stored_vectors_come_back_in_order() -> None:
 
 def test_padding_is_never_stored() -> None:
     """A row without new tokens keeps its window and history untouched."""
-    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=4, tokens=300)
+    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=4, tokens=500)
     cache = feed(cache, vectors(cache, 300), 300)
     after = flush(append(cache, vectors(cache, 200, seed=1), jnp.asarray([0, 200, 0, 0])), none(cache))
     before, after = cache.segments[0], after.segments[0]
@@ -117,15 +117,14 @@ def test_rejected_tokens_are_taken_back_by_shortening_lengths() -> None:
 
 
 def test_appending_without_a_flush_or_beyond_the_capacity_is_an_error() -> None:
-    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=1, tokens=128)
-    new = vectors(cache, 100)
-    hundred = jnp.asarray([100])
-    cache = append(cache, new, hundred)
+    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=1, tokens=256)
+    new, hundred = vectors(cache, 100), jnp.asarray([100])
+    cache = append(append(cache, new, hundred), new, hundred)
     with pytest.raises(CacheFullError, match="whole blocks were not flushed"):
-        append(append(cache, new, hundred), vectors(cache, 1), jnp.asarray([1]))
-    cache = flush(append(cache, new, hundred), none(cache))
-    with pytest.raises(CacheFullError, match=r"holds 255 tokens .* need 300"):
         append(cache, new, hundred)
+    cache = append(flush(cache, none(cache)), new, hundred)
+    with pytest.raises(CacheFullError, match=r"holds 383 tokens .* need 400"):
+        append(flush(cache, none(cache)), new, hundred)
 
 
 def formula(spec: str) -> float:

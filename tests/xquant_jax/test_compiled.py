@@ -15,7 +15,9 @@ from xquant_jax.sampling import Sampling
 BATCH, NEW, CHUNK = 2, 64, 16
 
 
-@pytest.mark.parametrize("spec", ["bf16", "int8", "xquant:4", "xquant:2,basis=joint,first=2@4"])
+@pytest.mark.parametrize(
+    "spec", ["bf16", "int8", "xquant:4", "fp8", "kivi:2,group=32,rope=post", "xquant:2,basis=joint,first=2@4"]
+)
 def test_temporaries_stay_below_a_tenth_of_the_cache(spec: str) -> None:
     """Prefill and decode in one program with a donated cache of 64 k tokens; nothing is allocated but shapes."""
     config = tiny_config(width=128, num_heads=4, num_kv_heads=2, head_dim=32, num_layers=6, sliding_windows=(None,) * 6)

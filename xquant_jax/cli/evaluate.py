@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +17,9 @@ from xquant_jax.errors import ConfigError
 from xquant_jax.evaluate import Evaluation, Measurement
 from xquant_jax.loading import DTYPES, load
 from xquant_jax.scoring import CHUNK, PROTOCOLS
+
+WIDE = 110
+"""Columns of a terminal from which on a cache's options stay on one line."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -84,11 +88,11 @@ def run(arguments: argparse.Namespace) -> None:
             report(measurement)
     if arguments.json:
         write_json(arguments.json, evaluation.to_json())
-    show(Console(), evaluation)
     if arguments.plot:
         from xquant_jax import plotting
 
         plotting.draw(evaluation, arguments.plot)
+    show(Console(), evaluation)
 
 
 @contextmanager
@@ -119,25 +123,27 @@ def _progress(evaluation: Evaluation) -> Iterator[Callable[[Measurement], None]]
 
 
 def _name(m: Measurement, evaluation: Evaluation) -> str:
-    return "16 bit, no cache" if m is evaluation.baseline else m.cache
+    return "none" if m is evaluation.baseline else m.cache
 
 
 def show(console: Console, evaluation: Evaluation) -> None:
     """The table of results."""
     table = Table(
-        title=f"{evaluation.model} on {evaluation.text}: {len(evaluation.predicted_bytes)} windows of "
-        f"{evaluation.seq_len} tokens, protocol {evaluation.protocol}"
+        title=f"{evaluation.model} on {evaluation.text}\n{len(evaluation.predicted_bytes)} windows of "
+        f"{evaluation.seq_len} tokens, protocol {evaluation.protocol}",
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
     table.add_column("cache", overflow="fold")
-    for heading in ("perplexity", "nats over 16 bit", "bits/byte", "size", "allocated", "tokens/s"):
-        table.add_column(heading, justify="right")
+    for heading in ("perplexity", "nats over\n16 bit", "bits/\nbyte", "size", "allocated", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for m in [evaluation.baseline, *evaluation.measurements]:
         row, exact = evaluation.row(m), m is evaluation.baseline
-        difference = "" if exact else _number(row["delta_nll"], "+.5f")
+        difference = "" if exact else _number(row["delta_nll"], "+.4f")
         if not exact and row["stderr"] is not None:
-            difference += f" ± {row['stderr']:.5f}"
+            difference += f" ± {row['stderr']:.4f}"
         table.add_row(
-            _name(m, evaluation),
+            _name(m, evaluation) if console.width >= WIDE else _name(m, evaluation).replace(",", ",\n"),
             _number(row["perplexity"], ".4f"),
             difference,
             _number(row["bits_per_byte"], ".4f"),
@@ -147,8 +153,9 @@ def show(console: Console, evaluation: Evaluation) -> None:
         )
     console.print(table)
     console.print(
-        "size: codes and scales of a token, relative to keys and values of 16 bits; "
-        f"allocated: bytes of a cache for one sequence of {evaluation.seq_len} tokens, with window and scratch",
+        "none: without a cache, what differences refer to; size: codes and scales of a token, relative to keys and "
+        "values of 16 bits; allocated: bytes of a cache for one sequence of "
+        f"{evaluation.seq_len} tokens, with window and scratch",
         style="dim",
         highlight=False,
     )

@@ -14,8 +14,9 @@ from xquant_jax.methods.fp8 import FP8
 from xquant_jax.methods.int8 import Int8
 from xquant_jax.methods.kivi import KIVI
 from xquant_jax.methods.xquant import XQuant
+from xquant_jax.methods.xquant_cl import XQuantCL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (BF16, Int8, FP8, KIVI, XQuant)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (BF16, Int8, FP8, KIVI, XQuant, XQuantCL)}
 
 
 @dataclasses.dataclass(frozen=True, order=True)

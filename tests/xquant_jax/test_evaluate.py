@@ -1,0 +1,329 @@
+"""`xquant eval`: what the protocols compute, what is reported, and what cannot be honoured."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import xquant_jax as xq
+from tests.conftest import GOLDEN, RandomModel, random_model, random_tokens, tiny_config
+from tests.xquant_jax.reference import fake_quantize_block, rms, rope
+from xquant_jax import evaluate
+from xquant_jax.cli import main
+from xquant_jax.errors import ConfigError
+from xquant_jax.evaluate import Evaluation
+from xquant_jax.methods import CacheConfig
+from xquant_jax.scoring import Scorer
+
+TOLERANCE = 5e-4  # nats; float32 against float64, and a code rounded otherwise here and there
+LENGTH = 150  # a whole block and part of one
+
+
+def losses(model: RandomModel, spec: str | None, tokens: np.ndarray, protocol: str = "paper", chunk: int = 64):
+    cache = None if spec is None else CacheConfig.parse(spec)
+    program = Scorer(model, cache, protocol, chunk).program(*tokens.shape)
+    return np.asarray(program(tokens, np.full(len(tokens), tokens.shape[1], np.int32)).loss)
+
+
+def stored(vectors: np.ndarray, bits: int, axis: str) -> np.ndarray:
+    """All vectors of a stream quantized and read back; the last block is filled up with copies of the last one."""
+    whole = -(-len(vectors) // 128) * 128
+    padded = np.concatenate([vectors, np.repeat(vectors[-1:], whole - len(vectors), axis=0)])
+    group = max(g for g in range(1, 129) if vectors.shape[1] % g == 0)
+    blocks = [fake_quantize_block(block, bits, axis, group) for block in padded.reshape(-1, 128, vectors.shape[1])]
+    return np.concatenate(blocks)[: len(vectors)].astype(np.float64)
+
+
+def reference_losses(model: RandomModel, tokens: np.ndarray, bits: int) -> np.ndarray:
+    """Protocol "paper" in numpy: layer after layer, every key and value rebuilt from what is read back."""
+    c, params = model.config, jax.tree.map(lambda a: np.asarray(a, np.float64), model.params)
+    h = params["embed"]["embedding"][tokens]
+    for i in range(c.num_layers):
+        w = jax.tree.map(lambda a, i=i: a[i], params["layers"])
+        x = rms(h, w["attention_norm"]["scale"], c.norm_eps)
+        if c.is_multi_head:
+            read = stored(x, bits, "token")
+            k, v = read @ w["key"]["kernel"], read @ w["value"]["kernel"]
+        else:
+            sides = []
+            for side, axis in (("key", "channel"), ("value", "token")):
+                heads = np.split(w[side]["kernel"], c.num_kv_heads, axis=1)
+                parts = [np.linalg.svd(head, full_matrices=False) for head in heads]
+                signs = factor_signs(model, i, side, parts)
+                z = x @ np.concatenate([u * sign for (u, _, _), sign in zip(parts, signs, strict=True)], axis=1)
+                read = np.split(stored(z, bits, axis), c.num_kv_heads, axis=1)
+                up = [(sign * s)[:, None] * b for (_, s, b), sign in zip(parts, signs, strict=True)]
+                sides.append(np.concatenate([z_h @ m for z_h, m in zip(read, up, strict=True)], axis=1))
+            k, v = sides
+        q, k, v = (a.reshape(len(tokens), -1, c.head_dim) for a in (x @ w["query"]["kernel"], k, v))
+        q, k = (np.stack([rope(row, at, c.rope.theta) for at, row in enumerate(a)]) for a in (q, k))
+        out = np.empty_like(q)
+        for head in range(c.num_heads):
+            kv = head // (c.num_heads // c.num_kv_heads)
+            score = q[:, head] @ k[:, kv].T / math.sqrt(c.head_dim)
+            p = np.where(np.tri(len(tokens)), np.exp(score - score.max(1, keepdims=True)), 0)
+            out[:, head] = p @ v[:, kv] / p.sum(1, keepdims=True)
+        h = h + out.reshape(len(tokens), -1) @ w["output"]["kernel"]
+        y = rms(h, w["mlp_norm"]["scale"], c.norm_eps)
+        gate = y @ w["gate"]["kernel"]
+        h = h + (gate / (1 + np.exp(-gate)) * (y @ w["up"]["kernel"])) @ w["down"]["kernel"]
+    logits = rms(h, params["final_norm"]["scale"], c.norm_eps) @ params["head"]["kernel"]
+    chosen = logits[np.arange(len(tokens) - 1), tokens[1:]]
+    top = logits.max(1)[:-1]
+    return np.log(np.exp(logits[:-1] - top[:, None]).sum(1)) + top - chosen
+
+
+def factor_signs(model: RandomModel, layer: int, side: str, parts: list) -> list[np.ndarray]:
+    """Signs of singular vectors are arbitrary; these are the library's."""
+    down = np.asarray(model.svd("per_head")[side]["down"][layer], np.float64)  # [D, K, e]
+    return [np.sign((down[:, n] * u).sum(0)) for n, (u, _, _) in enumerate(parts)]
+
+
+@pytest.mark.parametrize(("kv_heads", "bits"), [(4, 2), (2, 2), (2, 4)])
+def test_paper_protocol_is_attention_over_the_packed_stream(kv_heads: int, bits: int) -> None:
+    model = random_model(tiny_config(num_kv_heads=kv_heads))
+    tokens = random_tokens(model.config, LENGTH)
+    ours = losses(model, f"xquant:{bits}", tokens[None])[0]
+    expected = reference_losses(model, tokens, bits)
+    assert abs(ours.mean() - expected.mean()) < TOLERANCE
+    assert np.median(np.abs(ours - expected)) < TOLERANCE
+    other = losses(model, f"xquant:{bits + 4 if bits == 4 else 3}", tokens[None])[0]
+    assert np.median(np.abs(other - expected)) > 10 * TOLERANCE  # one bit more is told apart
+
+
+@pytest.mark.parametrize(
+    ("spec", "chunk"), [("bf16,dtype=float32", 64), ("xquant:3", 16), ("xquant:2,basis=joint,first=1@4", 200)]
+)
+def test_streaming_protocol_is_the_cache_fed_step_by_step(spec: str, chunk: int) -> None:
+    """Logits of `extend` equal those of calls that return the last one only, whatever a sequence's length."""
+    model = random_model(tiny_config())
+    tokens, lengths = random_tokens(model.config, 2, 200), np.asarray([200, 131], np.int32)
+    config = CacheConfig.parse(spec)
+    factors = config.factors(model)
+    ours = Scorer(model, config, "streaming", chunk).program(2, 200)(tokens, lengths).loss
+    cache = xq.allocate(config, model.config, batch=2, tokens=200, max_step=chunk)
+
+    @jax.jit
+    def feed(tokens, cache, counts):
+        logits, after = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
+        return jax.nn.log_softmax(logits), xq.flush_when_due(after, factors)
+
+    for start in range(0, 200, chunk):
+        piece = np.pad(tokens[:, start : start + chunk], ((0, 0), (0, max(0, start + chunk - 200))))
+        counts = np.clip(lengths - start, 0, chunk)
+        for back in (0, 5):  # the last position of the chunk and one further in
+            shorter = np.maximum(counts - back, 0)
+            logprobs, after = feed(piece, cache, shorter)
+            for row in np.flatnonzero(shorter):
+                at = start + shorter[row] - 1
+                if at + 1 < lengths[row]:
+                    assert abs(logprobs[row, tokens[row, at + 1]] + ours[row, at]) < 1e-3
+            if back == 0:
+                following = after
+        cache = following
+
+
+@pytest.mark.parametrize("spec", ["bf16,dtype=float32", "int8", "xquant:2,basis=joint"])
+def test_exact_storage_gives_the_baseline_and_quantization_does_not(spec: str) -> None:
+    model = random_model(tiny_config())
+    tokens = random_tokens(model.config, 2, LENGTH)
+    exact = losses(model, None, tokens)
+    for protocol in ("paper", "streaming"):
+        difference = np.abs(losses(model, spec, tokens, protocol) - exact).max()
+        assert (difference < 1e-4) == (spec == "bf16,dtype=float32")
+
+
+@pytest.mark.parametrize("protocol", ["paper", "streaming"])
+def test_padding_changes_nothing(protocol: str) -> None:
+    model = random_model(tiny_config())
+    tokens = random_tokens(model.config, 2, 160)
+    scorer = Scorer(model, CacheConfig.parse("xquant:2"), protocol)
+    padded = scorer.program(2, 160)(tokens, np.asarray([160, 70], np.int32)).loss
+    alone = scorer.program(1, 70)(tokens[1:, :70], np.asarray([70], np.int32)).loss
+    np.testing.assert_allclose(padded[1, :69], alone[0], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def evaluation(shared: Path) -> tuple[xq.Model, Evaluation]:
+    model = xq.load(shared / "models" / "stories260K", dtype="float32")
+    text = (shared / "data" / "tinystories_val.txt").read_text()[:9000]
+    return model, evaluate.evaluate(model, text, ["bf16", "xquant:2"], seq_len=128, limit_windows=5, batch=2)
+
+
+class TestReport:
+    def test_figures_follow_from_the_losses_of_the_windows(self, evaluation) -> None:
+        _, result = evaluation
+        row, exact = result.row(result.measurements[1]), result.baseline.losses
+        own = result.measurements[1].losses
+        assert len(own) == 5
+        assert row["perplexity"] == pytest.approx(math.exp(sum(own) / 5))
+        differences = [a - b for a, b in zip(own, exact, strict=True)]
+        assert row["delta_nll"] == pytest.approx(sum(differences) / 5)
+        assert row["stderr"] == pytest.approx(np.std(differences, ddof=1) / math.sqrt(5))
+        assert row["stderr"] < np.std(own, ddof=1) / math.sqrt(5)  # pairing is what makes it small
+        nats = sum(own) * 127
+        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(result.predicted_bytes))
+
+    def test_bytes_are_those_of_the_predicted_tokens_text(self, evaluation, shared: Path) -> None:
+        """Whole text: what the first tokens of the windows stand for is missing, nothing else."""
+        model, result = evaluation
+        text = (shared / "data" / "tinystories_val.txt").read_text()[:9000]
+        ids = model.tokenizer.encode(text, special_tokens=False)
+        for window, size in enumerate(result.predicted_bytes):
+            predicted = ids[window * 128 + 1 : (window + 1) * 128]
+            assert abs(len(model.tokenizer.decode(predicted).encode()) - size) <= 2  # a space at either end
+
+    def test_sizes_are_the_papers_formula_and_what_is_allocated(self, evaluation) -> None:
+        model, result = evaluation
+        group = model.config.kv_width  # 32: a scale and a zero of 2 bytes for so many values of a token
+        bits = (2 + 32 / 128) + (2 + 32 / group)  # of a key and a value
+        assert [m.paper_ratio for m in result.measurements] == [1.0, bits / 32]
+        cache = xq.allocate(CacheConfig.parse("xquant:2"), model.config, batch=1, tokens=128)
+        assert result.row(result.measurements[1])["allocated_bytes"] == sum(a.nbytes for a in jax.tree.leaves(cache))
+
+    def test_json_holds_everything_to_go_on(self, evaluation) -> None:
+        _, result = evaluation
+        document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+        assert Evaluation.from_json(document) == result
+        assert {"model", "text", "seq_len", "protocol", "rows"} <= document.keys()
+        asked = {"cache", "perplexity", "nll", "delta_nll", "stderr", "paper_ratio", "allocated_bytes"}
+        for row in document["rows"]:
+            assert asked | {"tokens_per_second"} <= row.keys()
+
+    def test_a_loss_that_is_not_finite_is_reported_as_none(self, evaluation) -> None:
+        _, result = evaluation
+        broken = Evaluation.from_json(result.to_json())
+        broken.measurements[0].losses[1] = math.nan
+        row = json.loads(json.dumps(broken.to_json(), allow_nan=False))["rows"][0]
+        assert (row["perplexity"], row["stderr"]) == (None, None)
+
+
+class TestCommand:
+    @pytest.fixture
+    def command(self, shared: Path, tmp_path: Path) -> list[str]:
+        text = tmp_path / "text.txt"
+        text.write_text((shared / "data" / "tinystories_val.txt").read_text()[:4000])
+        out = ["--json", str(tmp_path / "out.json")]
+        model = str(shared / "models" / "stories260K")
+        return ["eval", model, "--text", str(text), "--seq-len", "128", "--batch", "2", *out]
+
+    def test_writes_table_json_and_plot(self, command: list[str], tmp_path: Path, capsys) -> None:
+        pytest.importorskip("matplotlib")
+        picture = tmp_path / "out.png"
+        assert main([*command, "--cache", "bf16", "xquant:4", "xquant:2", "--plot", str(picture)]) == 0
+        rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+        assert [row["cache"] for row in rows] == ["bf16", "xquant:4", "xquant:2"]
+        printed = capsys.readouterr().out
+        for row in rows:
+            assert f"{row['perplexity']:.4f}" in printed
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize("protocol", ["paper", pytest.param("streaming", marks=pytest.mark.slow)])
+    def test_an_interrupted_run_goes_on_where_it_stopped(
+        self, command: list[str], protocol: str, tmp_path: Path, monkeypatch, capsys
+    ) -> None:
+        command = [*command, "--cache", "xquant:4", "xquant:2", "--protocol", protocol]
+        assert main(command) == 0
+        whole = json.loads((tmp_path / "out.json").read_text())
+        (tmp_path / "out.json").unlink()
+
+        class Interrupted(Scorer):
+            def program(self, batch: int, length: int):
+                if self.cache is not None and self.cache.method.bits == 2:
+                    raise KeyboardInterrupt
+                return super().program(batch, length)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "Scorer", Interrupted)
+            assert main(command) == 130
+        part = json.loads((tmp_path / "out.json").read_text())
+        assert part["rows"][0]["window_nlls"] == whole["rows"][0]["window_nlls"]
+        del part["rows"][0]["window_nlls"][2:]  # as if it had stopped earlier
+        (tmp_path / "out.json").write_text(json.dumps(part))
+        assert main([*command, "--resume"]) == 0
+        again = json.loads((tmp_path / "out.json").read_text())
+        for one, other in zip(whole["rows"], again["rows"], strict=True):
+            np.testing.assert_allclose(one["window_nlls"], other["window_nlls"], rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        "change", ["--seq-len 64", "--protocol streaming", "--limit-windows 3", "--dtype bfloat16"]
+    )
+    def test_resuming_another_run_is_an_error(self, command: list[str], change: str, tmp_path: Path, capsys) -> None:
+        assert main([*command, "--cache", "bf16"]) == 0
+        before = (tmp_path / "out.json").read_text()
+        capsys.readouterr()
+        assert main([*command, "--cache", "bf16", "--resume", *change.split()]) == 2
+        assert "the earlier run has" in capsys.readouterr().err
+        assert (tmp_path / "out.json").read_text() == before
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--cache bf16 --seq-len 5000", "less than one window of seq_len=5000"),
+            ("--cache bf16 --seq-len 1", "seq_len=1 leaves no token"),
+            ("--cache bf16 --limit-windows 0", "limit_windows=0"),
+            ("--cache bf16 --batch 0", "--batch 0"),
+            ("--cache bf16 --chunk 0", "chunk=0"),
+            ("--cache nonsense", "cache method 'nonsense' is not known"),
+            ("--cache xquant:4,first=9@4", "the model has 5 layers"),
+            ("--cache bf16 --plot out.xyz", ".xyz is not a picture"),
+            ("--cache bf16 --plot nowhere/out.png", "there is no directory nowhere"),
+        ],
+    )
+    def test_what_cannot_be_honoured_is_one_line(
+        self, command: list[str], options: str, message: str, tmp_path: Path, capsys
+    ) -> None:
+        assert main([*command, *options.split()]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out.json").exists()
+
+    def test_text_that_is_not_utf8_is_an_error(self, command: list[str], tmp_path: Path, capsys) -> None:
+        (tmp_path / "text.txt").write_bytes(b"Once upon a \xff time")
+        assert main([*command, "--cache", "bf16"]) == 2
+        assert "not UTF-8 text: byte 0xff at 12" in capsys.readouterr().err
+
+    def test_json_that_is_none_of_ours_is_not_resumed(self, command: list[str], tmp_path: Path, capsys) -> None:
+        for content in ("nothing", "[]", '{"model": "a"}'):
+            (tmp_path / "out.json").write_text(content)
+            assert main([*command, "--cache", "bf16", "--resume"]) == 2
+            assert "choose another file" in capsys.readouterr().err
+
+    def test_a_model_without_tokenizer_is_an_error(self, tmp_path: Path, capsys) -> None:
+        (tmp_path / "text.txt").write_text("Once")
+        model = str(GOLDEN / "llama-llama3")
+        assert main(["eval", model, "--text", str(tmp_path / "text.txt"), "--cache", "bf16"]) == 2
+        assert "no tokenizer.json" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    from xquant_jax import plotting
+
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"xquant-jax\[plot\]"):
+        plotting.check(tmp_path / "out.png")
+
+
+# From an independent fake-quantized computation of these models (float32; windows of 512 tokens, the first three layers
+# at 4 bits): increase of the mean negative log-likelihood over 16 bit.
+INCREASES = {
+    "pystdlib-mha": (34.1631, {"xquant:4": 0.00309, "xquant:2": 0.08048}),
+    "pystdlib-gqa": (34.7309, {"xquant:3,basis=joint": 0.02200, "xquant:2": 0.07816}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INCREASES)
+def test_agrees_with_an_independent_computation(name: str, shared: Path) -> None:
+    """Within 15 % of each increase, or 0.002 nats."""
+    perplexity, increases = INCREASES[name]
+    model = xq.load(shared / "models" / name, dtype="float32")
+    text = evaluate.read_text(shared / "data" / "pystdlib_valid.txt")
+    result = evaluate.evaluate(model, text, [f"{spec},first=3@4" for spec in increases], limit_windows=32)
+    assert result.row(result.baseline)["perplexity"] == pytest.approx(perplexity, abs=2e-4)
+    for m, expected in zip(result.measurements, increases.values(), strict=True):
+        assert result.row(m)["delta_nll"] == pytest.approx(expected, rel=0.15, abs=0.002), m.cache

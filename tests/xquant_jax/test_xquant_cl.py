@@ -1,0 +1,179 @@
+"""XQuant-CL in prefill and decode equals an independent computation: numpy, one sequence, one token at a time."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import random_model, random_tokens, tiny_config
+from tests.xquant_jax.reference import Reference, assert_neighbours, bf16, fake_quantize_block, read_block, rms
+from tests.xquant_jax.test_xquant import PROMPTS, STEPS, run_library
+from xquant_jax.cache import allocate, cache_bytes
+from xquant_jax.errors import ConfigError
+from xquant_jax.methods import CacheConfig
+
+TOLERANCE = 4e-4  # of the logits' range: float32 against float64, over four layers
+SLACK = 1e-4  # of the largest value: what float32 sums are off by after four layers
+MODELS = {
+    "K=H": tiny_config(num_layers=4, num_kv_heads=4, sliding_windows=(None,) * 4, tied_embeddings=True),
+    "K<H": tiny_config(num_layers=4, sliding_windows=(None, None, 200, None), qkv_bias=True, qk_norm=True),
+}
+
+
+class ClosedLoop(Reference):
+    """Layer 0 plain xquant, layer 1 the base, above it differences. `whole` holds x^ of the history, `codes` the
+    streams as they are read back."""
+
+    def __init__(self, model: Any, cache_config: CacheConfig) -> None:
+        self.method: Any = cache_config.method
+        self.segments = cache_config.segments(model.config)
+        self.segment_of = [n for n, (_, layers) in enumerate(self.segments) for _ in range(layers)]
+        super().__init__(model.config, model.params, cache_config.factors(model), self.method.bits)
+        self.codes: list[dict[str, list[np.ndarray]]] = [{} for _ in range(model.config.num_layers)]
+        self.adopted: list[set[int]] = [set() for _ in range(model.config.num_layers)]
+
+    def layer(self, i: int) -> Any:
+        def pick(tree: Any) -> Any:
+            return {k: pick(v) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in tree.items()}
+
+        return pick(self.params["layers"]), pick(self.factors[self.segment_of[i]])
+
+    def keys_values(self, w: Any, f: Any, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if i == 0 or self.method.input != "residual":
+            return super().keys_values(w, f, i)
+        kept = self.stored[i], self.whole[i]
+        old = [rms(block, 1.0, self.c.norm_eps) for block in kept[1].get("x", [])]
+        fresh = [rms(np.asarray(v, bf16).astype(np.float64), 1.0, self.c.norm_eps) for v in kept[0]["x"]]
+        vectors = np.concatenate([*old, *(v[None] for v in fresh[128 * len(old) :])])
+        heads = (len(vectors), self.c.num_kv_heads, self.c.head_dim)
+        return (vectors @ f["key"]["up"]).reshape(heads), (vectors @ f["value"]["up"]).reshape(heads)
+
+    def store(self, i: int, f: Any, x: np.ndarray, h: np.ndarray | None = None) -> None:
+        if i == 0:
+            if self.method.input != "post_norm":
+                x = rms(h, 1.0, self.c.norm_eps)
+            return super().store(i, f, x)
+        if self.method.input == "unit_norm":
+            x = rms(h, 1.0, self.c.norm_eps)
+        if self.method.input == "residual":
+            x = h
+        self.stored[i].setdefault("x", []).append(x @ f["basis"] if self.method.predict == "latent" else x)
+
+    def quantize_whole_blocks(self) -> None:
+        first = {"bits": self.segments[0][0].bits}
+        for name, vectors in self.stored[0].items():
+            blocks = self.whole[0].setdefault(name, [])
+            while 128 * (len(blocks) + 1) <= len(vectors):
+                part = np.stack(vectors[128 * len(blocks) : 128 * (len(blocks) + 1)]).astype(bf16).astype(np.float32)
+                axis = "channel" if name == "key" else "token"
+                blocks.append(fake_quantize_block(part, first["bits"], axis, part.shape[1]))
+        for n in range(len(self.whole[1].get("x", [])), len(self.stored[1]["x"]) // 128):
+            total = None
+            for i in range(1, self.c.num_layers):
+                total = self.add_layer(i, n, total, None)
+
+    def add_layer(self, i: int, n: int, total: np.ndarray | None, theirs: np.ndarray | None) -> np.ndarray:
+        """Quantizes block n of layer i (or takes `theirs` as what was read back) and returns x^ with it."""
+        _, f = self.layer(i)
+        basis = f.get("basis") if self.method.predict != "latent" else None
+        below = total @ f["predict"] if total is not None and self.method.predict == "latent" else total
+        if theirs is None:
+            part = np.stack(self.stored[i]["x"][128 * n : 128 * (n + 1)]).astype(bf16).astype(np.float64)
+            part = part if below is None else part - below
+            part = part if basis is None else part @ basis
+            axis = "token" if below is None else self.method.delta
+            bits = self.segments[self.segment_of[i]][0].bits
+            theirs = fake_quantize_block(part.astype(np.float32), bits, axis, part.shape[1])
+        self.codes[i].setdefault("x", [])[n : n + 1] = [theirs]
+        lifted = theirs if basis is None else theirs @ basis.T
+        total = self.round((lifted if below is None else below + lifted).astype(np.float32))
+        self.whole[i].setdefault("x", [])[n : n + 1] = [total]
+        return total
+
+    def round(self, total: np.ndarray) -> np.ndarray:
+        if self.method.accumulator == "bf16":
+            return total.astype(bf16).astype(np.float64)
+        return fake_quantize_block(total, 8, "token", total.shape[1]).astype(np.float64)
+
+    def adopt_all(self, cache: Any, row: int) -> None:
+        """`Reference.adopt` for streams that are differences: what was stored, then the sums that follow from it."""
+        totals: dict[int, np.ndarray] = {}
+        for i in range(self.c.num_layers):
+            segment = cache.segments[self.segment_of[i]]
+            at = i - self.segment_of.index(self.segment_of[i])
+            whole = len(next(iter(self.whole[i].values()))) if self.whole[i] else 0
+            for name, history in segment.history.items():
+                for n in range(whole):
+                    theirs, step = read_block(history, at, row, n)
+                    if i > 0 and n not in self.adopted[i]:  # what this layer stores on top of the library's sum below
+                        self.add_layer(i, n, totals.get(n), None)
+                        assert_neighbours(theirs, self.codes[i]["x"][n], step, SLACK, 0.1)
+                        self.adopted[i].add(n)
+                    if i > 0:
+                        totals[n] = self.add_layer(i, n, totals.get(n), theirs)
+                    else:
+                        assert_neighbours(theirs, self.whole[i][name][n], step, SLACK, 0.1)
+                        self.whole[i][name][n] = theirs
+            for name, window in segment.window.items():
+                vectors = self.stored[i][name]
+                theirs = np.asarray(window[at, row, : len(vectors) - 128 * whole]).astype(np.float32)
+                if len(theirs):
+                    assert_neighbours(
+                        theirs, np.asarray(vectors[128 * whole :]).astype(bf16).astype(np.float32), 0.0, SLACK, 0.1
+                    )
+                    vectors[128 * whole :] = list(theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("K=H", "xquant-cl:2"),
+        ("K=H", "xquant-cl:3,input=unit_norm,accumulator=int8"),
+        ("K=H", "xquant-cl:4,input=residual,delta=channel"),
+        ("K<H", "xquant-cl:2"),
+        ("K<H", "xquant-cl:4,input=unit_norm,delta=channel"),
+        ("K<H", "xquant-cl:3,predict=latent,accumulator=int8"),
+    ],
+)
+def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
+    """Ragged rows around flushes; the base is the second layer, so that differences build on differences."""
+    model = random_model(MODELS[kind])
+    cache_config = CacheConfig.parse(f"{spec},first=2@4")
+    tokens = random_tokens(model.config, len(PROMPTS), max(PROMPTS) + STEPS)
+    counts = np.asarray(PROMPTS, np.int32)
+    seen = run_library(model, str(cache_config), tokens, counts)
+    for row in (0, 1, 4, 5):
+        reference = ClosedLoop(model, cache_config)
+        pieces = [tokens[row, : counts[row]], *tokens[row, counts[row] : counts[row] + STEPS, None]]
+        for step, (piece, (logits, cache)) in enumerate(zip(pieces, seen, strict=True)):
+            expected = reference.feed(list(piece))
+            assert np.abs(logits[row] - expected).max() <= TOLERANCE * np.ptp(expected), (row, step)
+            reference.adopt_all(cache, row)
+
+
+def test_the_running_sum_is_counted_as_scratch() -> None:
+    config = MODELS["K=H"]
+    sizes = {
+        spec: cache_bytes(jax.eval_shape(lambda s=spec: allocate(CacheConfig.parse(s), config, batch=2, tokens=1024)))
+        for spec in ("xquant:2,first=3@4", "xquant-cl:2", "xquant-cl:2,accumulator=int8")
+    }
+    plain, wide, narrow = sizes.values()
+    assert wide.codes + wide.scales == plain.codes + plain.scales
+    assert wide.scratch - plain.scratch == 2 * 1024 * config.width * 2
+    assert narrow.scratch - plain.scratch == 2 * 1024 * (config.width + 4)  # scale and zero of one group of 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "message"),
+    [
+        ("K<H", "xquant-cl:2,input=residual", "input=residual applies to models with a key/value head per query head"),
+        ("K=H", "xquant-cl:2,predict=latent", "predict=latent applies to grouped-query models"),
+        ("K=H", "xquant-cl:2,first=4@4", "first=4@4: the model has 4 layers"),
+        ("K=H", "xquant-cl:2,input=pre_norm", "input=pre_norm is not supported; choose post_norm or unit_norm or"),
+        ("K=H", "xquant-cl:5", "bits=5 is not supported"),
+    ],
+)
+def test_what_does_not_apply_is_an_error(kind: str, spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CacheConfig.parse(spec).segments(MODELS[kind])
