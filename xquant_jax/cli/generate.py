@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--stop-id", action="append", type=int, help="a token id that does, instead of the model's own")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
     parser.add_argument("--cache-tokens", type=int, help="tokens per sequence that the cache holds (default: enough)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's; float32 on CPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes (one prompt)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.set_defaults(run=run)
