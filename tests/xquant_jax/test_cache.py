@@ -79,7 +79,7 @@ def test_stored_vectors_come_back_in_order() -> None:
 
 def test_padding_is_never_stored() -> None:
     """A row without new tokens keeps its window and history untouched."""
-    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=4, tokens=300)
+    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=4, tokens=500)
     cache = feed(cache, vectors(cache, 300), 300)
     after = flush(append(cache, vectors(cache, 200, seed=1), jnp.asarray([0, 200, 0, 0])))
     for name, stream in cache.segments[0].streams.items():
