@@ -115,15 +115,14 @@ def test_rejected_tokens_are_taken_back_by_shortening_lengths() -> None:
 
 
 def test_appending_without_a_flush_or_beyond_the_capacity_is_an_error() -> None:
-    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=1, tokens=128)
-    new = vectors(cache, 100)
-    hundred = jnp.asarray([100])
-    cache = append(cache, new, hundred)
+    cache = allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=1, tokens=256)
+    new, hundred = vectors(cache, 100), jnp.asarray([100])
+    cache = append(append(cache, new, hundred), new, hundred)
     with pytest.raises(CacheFullError, match="whole blocks were not flushed"):
-        append(append(cache, new, hundred), vectors(cache, 1), jnp.asarray([1]))
-    cache = flush(append(cache, new, hundred))
-    with pytest.raises(CacheFullError, match=r"holds 255 tokens .* need 300"):
         append(cache, new, hundred)
+    cache = append(flush(cache), new, hundred)
+    with pytest.raises(CacheFullError, match=r"holds 383 tokens .* need 400"):
+        append(flush(cache), new, hundred)
 
 
 def formula(spec: str) -> float:
