@@ -17,7 +17,8 @@ from xquant_jax.methods import CacheConfig
 from xquant_jax.sampling import Sampling
 from xquant_jax.transcript import Transcript
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
+Seed = int | np.integer | Sequence[int]
 
 STOP_STRING_STEPS = 16
 """Tokens decoded on the device between two looks for stop strings on the host."""
@@ -70,7 +71,7 @@ def generate(
     cache: str | CacheConfig = "xquant:4",
     max_new_tokens: int = 128,
     sampling: Sampling = Sampling(),
-    seed: int | Sequence[int] = 0,
+    seed: Seed = 0,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int | None = 512,
@@ -121,7 +122,7 @@ def stream(
     cache: str | CacheConfig = "xquant:4",
     max_new_tokens: int = 128,
     sampling: Sampling = Sampling(),
-    seed: int | Sequence[int] = 0,
+    seed: Seed = 0,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int | None = 512,
@@ -162,7 +163,7 @@ class _Batch:
         cache: str | CacheConfig,
         max_new_tokens: int,
         sampling: Sampling,
-        seed: int | Sequence[int],
+        seed: Seed,
         stop: Sequence[str],
         stop_ids: Sequence[int] | None,
         prefill_chunk: int | None,
@@ -329,18 +330,19 @@ def _encode(model: Model, i: int, prompt: str) -> list[int]:
     return model.tokenizer.encode(prompt)
 
 
-def _token_ids(model: Model, what: str, ids: Sequence[int]) -> list[int]:
+def _token_ids(model: Model, what: str, ids: Sequence[int] | np.ndarray) -> list[int]:
     """Plain numbers; PromptError for what is not a token id of the model."""
-    size = model.config.vocab_size
+    size, plain = model.config.vocab_size, []
     for token in ids:
         if not isinstance(token, numbers.Integral):
             raise PromptError(f"{what} holds {token!r}, which is not a whole number")
-        if not 0 <= token < size:
+        plain.append(int(token))
+        if not 0 <= plain[-1] < size:
             raise PromptError(f"{what} holds token id {token}; the model's ids are 0 to {size - 1}")
-    return [int(token) for token in ids]
+    return plain
 
 
-def _seeds(seed: int | Sequence[int], size: int) -> list[int]:
+def _seeds(seed: Seed, size: int) -> list[int]:
     seeds = [int(seed)] * size if isinstance(seed, numbers.Integral) else [int(s) for s in seed]  # pyright: ignore[reportGeneralTypeIssues]
     if len(seeds) != size:
         raise ConfigError(f"{len(seeds)} seeds given for {size} prompts; give one for all or one for each")

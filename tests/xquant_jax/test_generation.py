@@ -178,7 +178,7 @@ def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
         ("Hi", {"prefill_chunk": 0}, xq.ConfigError, "prefill_chunk=0"),
         ("Hi", {"seed": 2**31}, xq.ConfigError, "seed=2147483648 is not possible"),
         ("Hi", {"stop_ids": [512]}, xq.PromptError, "stop_ids holds token id 512"),
-        ([[1.5]], {}, xq.PromptError, "1.5, which is not a whole number"),
+        ([np.asarray([1.5])], {}, xq.PromptError, "1.5.*, which is not a whole number"),
         (b"Hi", {}, xq.PromptError, "a prompt is bytes"),
         ("Hi \udcff", {}, xq.PromptError, "prompt 0 is not valid Unicode"),
     ],
