@@ -1,9 +1,9 @@
 """Factors of the key and value projections: what XQuant projects the attention input X to, and back from.
 
 With the thin, full-rank SVD W = U Σ Bᵀ, X U is stored and K = (X U)(Σ Bᵀ) is rebuilt: exact, nothing
-truncated (XQuant, arXiv 2508.10395, the section on grouped-query attention; design.md, section 3). LAPACK
-runs in float64, the factors are float32. Signs of singular vectors are arbitrary; here the largest entry of
-each column of U is positive, so that equal weights give equal factors.
+truncated (XQuant, arXiv 2508.10395, the section on grouped-query attention). LAPACK runs in float64, the factors are
+float32. Signs of singular vectors are arbitrary, and are left as LAPACK gives them; others redraw the quantization
+noise of the latents.
 
 Shape letters: D model width, R = K d width of keys and of values, r = min(D, R), e = min(D, d).
 """
@@ -106,11 +106,8 @@ def factor_shapes(kind: FactorKind, config: ModelConfig) -> dict[str, tuple[int,
 
 
 def _svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U, Σ and Bᵀ of the last two axes in float64, thin, with the sign rule above."""
-    basis, values, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-    largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=-2, keepdims=True), axis=-2)
-    sign = np.where(largest < 0, -1.0, 1.0)  # [..., 1, r]
-    return basis * sign, values, right * sign.swapaxes(-1, -2)
+    """U, Σ and Bᵀ of the last two axes in float64, thin."""
+    return np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

@@ -103,14 +103,6 @@ def test_a_rank_deficient_weight_still_gives_an_orthonormal_basis():
     assert relative_error(factors["down"].astype(np.float64) @ factors["up"], w) < TOLERANCE
 
 
-def test_signs_do_not_depend_on_the_sign_of_the_weight():
-    w = weight((96, 48))
-    down, opposite = joint_factors(w)["down"], joint_factors(-w)["down"]
-    assert np.array_equal(down, opposite)
-    largest = np.take_along_axis(down, np.abs(down).argmax(axis=0)[None], axis=0)
-    assert np.all(largest > 0)
-
-
 @pytest.fixture
 def grouped(tiny_config):
     return model_config(tiny_config("llama"))
