@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from xquant_jax.generation import Completion, Generation, StreamedToken, generate, stream
     from xquant_jax.loading import Model, load
     from xquant_jax.methods import CacheConfig
-    from xquant_jax.model import Transformer
+    from xquant_jax.model import Transformer, forward
     from xquant_jax.sampling import Sampling
 
 _MODULES = {
@@ -43,7 +43,7 @@ _MODULES = {
     "generation": ("Completion", "Generation", "StreamedToken", "generate", "stream"),
     "loading": ("Model", "load"),
     "methods": ("CacheConfig",),
-    "model": ("Transformer",),
+    "model": ("Transformer", "forward"),
     "sampling": ("Sampling",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -82,6 +82,7 @@ __all__ = [
     "check_room",
     "flush",
     "flush_when_due",
+    "forward",
     "generate",
     "load",
     "stream",

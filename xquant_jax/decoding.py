@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from xquant_jax.cache import Cache, flush, flush_when_due
-from xquant_jax.model import Transformer
+from xquant_jax.model import Transformer, forward
 from xquant_jax.quantization import Leaf
 from xquant_jax.sampling import Sampling, sample
 
@@ -64,15 +64,11 @@ def advance(
     """
     rows = jnp.arange(state.prompts.shape[0])
 
-    def run(tokens: Array, cache: Cache, counts: Array) -> tuple[Array, Cache]:
-        logits_and_cache: Any = model.apply({"params": params}, tokens, cache, factors, counts)
-        return logits_and_cache
-
     def feed_chunk(carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
         fed, cache, last = carry
         tokens = lax.dynamic_slice_in_dim(state.prompts, fed, chunk, axis=1)
         counts = jnp.clip(state.prompt_lengths - fed, 0, chunk)
-        logits, cache = run(tokens, cache, counts)
+        logits, cache = forward(model, params, tokens, cache, factors, counts)
         ends_here = (counts > 0) & (fed + counts == state.prompt_lengths)
         return fed + chunk, flush(cache, factors), jnp.where(ends_here[:, None], logits, last)
 
@@ -93,7 +89,7 @@ def advance(
     def decode_step(carry: tuple[Decoding, Cache]) -> tuple[Decoding, Cache]:
         s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
-        logits, cache = run(token, cache, (~s.done).astype(jnp.int32))
+        logits, cache = forward(model, params, token, cache, factors, (~s.done).astype(jnp.int32))
         return choose(s, logits), flush_when_due(cache, factors)
 
     longest = state.prompt_lengths.max()

@@ -19,6 +19,9 @@ from xquant_jax.quantization import Blocks, as_tokens, dequantize
 TILE_BLOCKS = 8
 """Blocks of history dequantized at once: bounds the temporaries to 1024 tokens of one layer."""
 
+SCORES_AT_ONCE = 2**17
+"""Scores of a head and tile, new tokens times history tokens: makes tiles smaller in prefill."""
+
 Read = Callable[[dict[str, Array], Blocks | None], tuple[Array, Array, Blocks | None]]
 """Dequantized streams [B, S, C] by name and the running sum of the same blocks [B, S/128, ...] -> keys [B, S, K, d],
 values [B, S, K or 1, C] and the running sum with this layer in it."""
@@ -50,7 +53,7 @@ def attend_history(
     A method that stores differences between layers hands the running sum of the history from layer to layer.
     """
     num_blocks = next(iter(history.values())).words[0].shape[2]
-    size = min(TILE_BLOCKS, num_blocks)
+    size = min(TILE_BLOCKS, num_blocks, max(1, SCORES_AT_ONCE // (BLOCK * q.shape[1])))
     batch = q.shape[0]
 
     def tile(number: Array, running: Blocks | None) -> tuple[Part, Blocks | None]:

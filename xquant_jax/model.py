@@ -201,3 +201,17 @@ class Transformer(nn.Module):
         if not self.config.tied_embeddings:
             return self.head(h)
         return jnp.einsum("...d,vd->...v", h, self.embed.embedding, preferred_element_type=jnp.float32)
+
+
+def forward(
+    model: Transformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    factors: tuple[Any, ...],
+    counts: Int[Array, " B"],
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`Transformer.__call__` as a pure function: logits of each sequence's last new token, and the cache with the new
+    tokens appended but not flushed."""
+    logits_and_cache: Any = model.apply({"params": params}, tokens, cache, factors, counts)
+    return logits_and_cache
