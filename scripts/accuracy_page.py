@@ -24,13 +24,14 @@ over windows. Size: codes and scales of a token relative to keys and values in 1
 
 What they say:
 
-- **At 2 bits XQuant-CL is the best method on all four models**, by a wide margin over plain XQuant and over KIVI\\* at
-  equal or half the bytes. At 3 bits it is the best on three; on pystdlib-gqa it equals KIVI\\* within the errors, and at
-  4 bits KIVI\\* is ahead there, within the errors. Its price is scratch memory for the running sum, and operations.
-- **Plain XQuant does not always win against KIVI\\*.** At equal bytes it is better on stories260K, about equal to worse
-  on the demo model and clearly worse on pystdlib-gqa. On pystdlib-mha xquant:4 is far better than kivi:2 and smaller.
-- The paper's order is therefore confirmed for CL at 2 bits, and refuted for plain XQuant against KIVI\\* on two of three
-  grouped-query models of this size. KVQuant is not built yet.
+- **At 2 bits XQuant-CL is the best method on all four models**, by a wide margin over plain XQuant and over KIVI\\*
+  at equal or half the bytes. At 3 bits it is the best on three; on pystdlib-gqa it equals KIVI\\* within the errors,
+  and at 4 bits KIVI\\* is ahead there, within the errors. Its price is scratch memory for the running sum, and
+  operations.
+- **Plain XQuant does not always win against KIVI\\*.** At equal bytes it is better on stories260K, equal to worse on
+  the demo model and clearly worse on pystdlib-gqa. On pystdlib-mha xquant:4 is far better than kivi:2 and smaller.
+- The paper's order is therefore confirmed for CL at 2 bits, and refuted for plain XQuant against KIVI\\* on two of
+  three grouped-query models of this size. KVQuant is not built yet.
 - `basis=per_head` (the default) is as good as the paper's `joint` or better.
 - `input=unit_norm` is as good as `post_norm` or better everywhere; `predict=latent` loses nothing within the errors.
 - 8 bits, `int8` or `fp8`, cost next to nothing on the larger models.
