@@ -46,6 +46,11 @@ def test_a_type_can_be_chosen() -> None:
         xq.load(MODEL, dtype="int8")
 
 
+def test_an_implementation_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(xq.ConfigError, match="implementation='cuda' is not available"):
+        xq.load(MODEL, implementation="cuda")
+
+
 def test_numbers_too_large_for_the_type_are_an_error(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference, assert_neighbours, bf16, fake_quantize_block, read_block, rms
 from tests.xquant_jax.test_xquant import PROMPTS, STEPS, run_library
+from xquant_jax import history as tiles
 from xquant_jax.cache import allocate, cache_bytes
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods import CacheConfig
@@ -150,6 +151,20 @@ def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
             expected = reference.feed(list(piece))
             assert np.abs(logits[row] - expected).max() <= TOLERANCE * np.ptp(expected), (row, step)
             reference.adopt_all(cache, row)
+
+
+@pytest.mark.parametrize("kind", ["K=H", "K<H"])
+def test_tiles_that_overlap_add_every_difference_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks in tiles of two: the last tile begins within the one before."""
+    model = random_model(MODELS[kind])
+    tokens = random_tokens(model.config, 2, 390 + STEPS)
+    counts = np.asarray([390, 260], np.int32)
+    spec = "xquant-cl:2,first=2@4"
+    whole = run_library(model, spec, tokens, counts)
+    monkeypatch.setattr(tiles, "TILE_BLOCKS", 2)
+    tiled = run_library(model, spec, tokens, counts)
+    for (expected, _), (logits, _) in zip(whole, tiled, strict=True):
+        assert np.abs(logits - expected).max() <= 1e-5 * np.ptp(expected)
 
 
 def test_the_running_sum_is_counted_as_scratch() -> None:
