@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from converters import layer_factors, open_checkpoint
+from converters import FOLDED, layer_factors, open_checkpoint
 from converters.finite import all_finite
 from converters.shards import read_json
 from pallas_kernels.api import backend
@@ -37,7 +37,7 @@ class Model:
     dtype: str
     checkpoint: Any
     calibration: Path  # file of what `xquant calibrate` found; need not exist
-    _factors: dict[tuple[str, bool], Any] = dataclasses.field(default_factory=dict, repr=False)
+    _factors: dict[tuple[str, bool, int], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> ModelConfig:
@@ -46,23 +46,23 @@ class Model:
     def layer_params(self) -> dict[str, Any]:
         return self.params["layers"]
 
-    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
-        """SVD factors of all layers, leading axis L: read from a converted checkpoint, computed otherwise.
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
+        """SVD factors of the first `number` layers (None: all) on a leading axis: read from a converted checkpoint
+        where it has them (`converters.FOLDED`), computed otherwise.
 
-        `folded`: of the weights with the attention norm's scale multiplied into them; these are always computed.
+        `folded`: of the weights with the attention norm's scale multiplied into them.
         """
 
-        def folded_factors(i: int) -> Any:
-            layer = self.checkpoint.layer(i)
-            norm = np.asarray(layer["attention_norm"]["scale"], np.float32)[:, None]
-            folded = {side: {"kernel": norm * layer[side]["kernel"].astype(np.float32)} for side in ("key", "value")}
+        def compute(i: int) -> Any:
             kinds: Any = [kind]
-            return next(iter(layer_factors(kinds, folded, self.config).values()))
+            return next(iter(layer_factors(kinds, self.checkpoint.layer(i), self.config, folded=folded).values()))
 
-        if (kind, folded) not in self._factors:
-            read = folded_factors if folded else partial(self.checkpoint.factors, kind)
-            self._factors[kind, folded] = _stack_layers(self.config.num_layers, read, self.dtype)
-        return self._factors[kind, folded]
+        key = (kind, folded, number or self.config.num_layers)
+        if key not in self._factors:
+            stored = FOLDED.get(kind) == folded  # pyright: ignore[reportCallIssue, reportArgumentType]
+            read = partial(self.checkpoint.factors, kind) if stored else compute
+            self._factors[key] = _stack_layers(key[2], read, self.dtype)
+        return self._factors[key]
 
     @cached_property
     def fingerprint(self) -> str:
