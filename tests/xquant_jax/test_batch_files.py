@@ -48,21 +48,6 @@ def test_every_prompt_gets_the_answer_of_generate(stories: str, tmp_path: Path, 
     )
     options = ["--cache", "bf16", "--slots", "2", "--max-new-tokens", "6", "--seed", "3", "--stop-id", "2"]
     options += ["--temperature", "0.8", "--top-k", "40"]
-        "--cache",
-        "bf16",
-        "--slots",
-        "2",
-        "--max-new-tokens",
-        "6",
-        "--temperature",
-        "0.8",
-        "--top-k",
-        "40",
-        "--seed",
-        "3",
-        "--stop-id",
-        "2",
-    ]
     assert main(["batch", stories, str(asked), str(results), *options]) == 0
     written = {record["line"]: record for record in read(results)}
     model, sampling = xq.load(stories), xq.Sampling(temperature=0.8, top_k=40)
