@@ -22,6 +22,9 @@ from xquant_jax.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+DEMO = Path(str(files("xquant_jax") / "demo"))
+"""The model that ships with the package."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -74,7 +77,7 @@ def load(path: str | Path, *, dtype: str | None = None, implementation: str | No
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} is not supported; choose {', '.join(DTYPES)}")
     backend(implementation)  # raises here, not at the first step that would use it
-    directory = Path(str(files("xquant_jax") / "demo")) if str(path) == "demo" else Path(path)
+    directory = DEMO if str(path) == "demo" else Path(path)
     checkpoint = open_checkpoint(directory)
     config = checkpoint.model_config
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
