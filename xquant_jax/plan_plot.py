@@ -65,4 +65,4 @@ def draw(plan: Plan, config: ModelConfig, path: Path) -> None:
         "dots: the largest context that fits; faint beyond it"
     )
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)

@@ -234,10 +234,16 @@ def test_bytes_as_people_write_them(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-def test_the_checksum_of_weights_sees_one_bit() -> None:
-    params = {"a": jnp.ones((3, 4), jnp.bfloat16), "b": jnp.zeros(5)}
-    changed = {**params, "b": params["b"].at[2].set(1e-45)}
-    assert weights_checksum(params) != weights_checksum(changed)
+def test_the_checksum_of_weights_sees_one_bit_and_two_numbers_in_the_wrong_order() -> None:
+    params = {"a": jnp.arange(12, dtype=jnp.bfloat16).reshape(3, 4), "b": jnp.zeros(5), "c": jnp.ones(5)}
+    others = [
+        {**params, "b": params["b"].at[2].set(1e-45)},
+        {**params, "a": params["a"][:, ::-1]},
+        {**params, "a": params["a"][::-1]},
+        {**params, "b": params["c"], "c": params["b"]},
+    ]
+    assert len({weights_checksum(tree) for tree in [params, *others]}) == 5
+    assert weights_checksum(params) == weights_checksum(dict(params))
 
 
 def test_blank_lines_count_but_ask_for_nothing(tmp_path: Path) -> None:

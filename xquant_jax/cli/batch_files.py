@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from xquant_jax.batch import Answer, Request
 from xquant_jax.cli.json_file import read_json, write_json
@@ -212,11 +213,20 @@ def settings_of(
 
 
 def weights_checksum(params: Any) -> int:
-    """The bits of all parameters, summed modulo 2^32: the same however they are split over devices."""
+    """32 bits that depend on every bit of all parameters and its place, however they are split over devices."""
+
+    def mixed(a: Array) -> Array:
+        """A word of each number and its place, mixed by the finalizer of MurmurHash3 (Appleby)."""
+        x = lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}").astype(jnp.uint32)
+        for axis in range(a.ndim):
+            x = x * jnp.uint32(0x9E3779B1) + lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return x ^ (x >> 16)
 
     @jax.jit
-    def total(params: Any) -> Any:
-        words = (lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}") for a in jax.tree.leaves(params))
-        return sum((jnp.sum(word, dtype=jnp.uint32) for word in words), start=jnp.uint32(0))
+    def total(params: Any) -> Array:
+        parts = [jnp.sum(mixed(a), dtype=jnp.uint32) for a in jax.tree.leaves(params)]
+        return sum((part * jnp.uint32(2 * i + 1) for i, part in enumerate(parts)), start=jnp.uint32(0))
 
     return int(total(params))

@@ -82,10 +82,7 @@ def show(console: Console, planned: Plan) -> None:
     """The table, and what it says about speed in words."""
     device, weights = planned.device, planned.baseline.memory["weights"]
     table = Table(
-        title=f"{planned.model} on {device.name}: {planned.batch} x {planned.context:,} tokens\n"
-        f"{planned.parameters / 1e9:.2f} G parameters, {gib(weights)} in bf16; {device.flops / 1e12:g} TFLOP/s, "
-        f"{device.bandwidth / 1e9:g} GB/s, ridge {device.ridge:.0f} FLOP/byte; {gib(planned.usable)} of "
-        f"{gib(device.memory)} usable",
+        title=f"{planned.model} on {device.name}: {planned.batch} x {planned.context:,} tokens",
         box=box.SIMPLE_HEAD,
         padding=0,
         collapse_padding=True,
@@ -110,6 +107,13 @@ def show(console: Console, planned: Plan) -> None:
             style=None if row.fits else "dim",
         )
     console.print(table)
+    console.print(
+        f"{planned.parameters / 1e9:.2f} G parameters, {gib(weights)} in bf16; {device.flops / 1e12:g} TFLOP/s, "
+        f"{device.bandwidth / 1e9:g} GB/s, ridge {device.ridge:.0f} FLOP/byte; {gib(planned.usable)} of "
+        f"{gib(device.memory)} usable",
+        highlight=False,
+        soft_wrap=True,
+    )
     for line in remarks(planned):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
