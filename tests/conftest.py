@@ -13,6 +13,8 @@ import pytest
 from jax import monitoring
 
 from converters.svd import layer_factors
+from xquant_jax.calibration.calibrate import calibrate
+from xquant_jax.calibration.needs import Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.model import Transformer
 from xquant_jax.rope import Rope
@@ -52,6 +54,10 @@ class RandomModel:
 
     def layer_params(self) -> dict[str, Any]:
         return self.params["layers"]
+
+    def calibrated(self, need: Need) -> dict[str, Any]:
+        text = random_tokens(self.config, 4, 256, seed=7)
+        return jax.tree.map(jnp.asarray, calibrate(self, text, [need])[0])
 
     def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
         layers = [

@@ -29,10 +29,12 @@ class Segment:
 
     history: stream name -> quantized blocks [L, B, N, ...]
     window: name -> newest vectors [L, B, W, C]; what a method needs to make its stream vectors from at a flush
+    sink: name -> the first vectors of the history, kept as they are [L, B, n, C]; empty for most methods
     """
 
     history: dict[str, Blocks]
     window: dict[str, Leaf]
+    sink: dict[str, Leaf]
     method: "Method" = struct.field(pytree_node=False)
     num_layers: int = struct.field(pytree_node=False)
 
@@ -60,7 +62,8 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Allocated bytes by part. codes: packed words, or values as they are; scratch: running sums and lengths."""
+    """Allocated bytes by part. codes: packed words and outliers, or values as they are; window: with the first tokens
+    where a method keeps them; scratch: running sums and lengths."""
 
     codes: int
     scales: int
@@ -87,7 +90,8 @@ def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, to
             name: jnp.zeros((layers, batch, BLOCK - 1 + max_step, width), dtype)
             for name, (width, dtype) in method.window(config).items()
         }
-        segments.append(Segment(history, window, method, layers))
+        sink = {name: w[:, :, : method.sink_tokens] for name, w in window.items() if method.sink_tokens}
+        segments.append(Segment(history, window, sink, method, layers))
         if (spec := method.running(config)) is not None:
             running = allocate_blocks(spec, (batch, blocks))
     return Cache(
@@ -189,6 +193,7 @@ def _quantize_whole_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict
                 name: lax.dynamic_index_in_dim(w, i, keepdims=False)[:, : candidates * BLOCK]
                 for name, w in segment.window.items()
             }
+            window = segment.method.without_sink(window, cache.flushed == 0)
             specs = {name: h.spec for name, h in history.items()}
             blocks, _, running = segment.method.store_and_read(own, window, running, specs)
             return {
@@ -206,11 +211,16 @@ def _quantize_whole_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict
 def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
     """Takes the histories over and forgets what was moved into them from the windows."""
     whole, room = cache.in_window // BLOCK, BLOCK - 1 + cache.max_step
+    begins = ((cache.flushed == 0) & (whole > 0))[:, None, None]
     segments = tuple(
         dataclasses.replace(
             segment,
             history=history,
             window={name: _shift(window, whole, room) for name, window in segment.window.items()},
+            sink={
+                name: jnp.where(begins, segment.window[name][:, :, : sink.shape[2]], sink)
+                for name, sink in segment.sink.items()
+            },
         )
         for segment, history in zip(cache.segments, histories, strict=True)
     )
@@ -233,8 +243,8 @@ def cache_bytes(cache: Cache) -> CacheBytes:
 
     histories = [history for segment in cache.segments for history in segment.history.values()]
     return CacheBytes(
-        codes=sum(size(h.words) for h in histories),
+        codes=sum(size((h.words, h.places, h.outliers)) for h in histories),
         scales=sum(size((h.scale, h.zero)) for h in histories),
-        window=sum(size(segment.window) for segment in cache.segments),
+        window=sum(size((segment.window, segment.sink)) for segment in cache.segments),
         scratch=size((cache.lengths, cache.flushed, cache.running)),
     )

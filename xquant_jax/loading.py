@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from converters import layer_factors, open_checkpoint
 from converters.finite import all_finite
 from converters.shards import read_json
 from pallas_kernels.api import backend
+from xquant_jax.calibration.needs import Need
+from xquant_jax.calibration.store import FILE, Calibration, fingerprint
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError, ConfigError
 from xquant_jax.model import Transformer
@@ -36,6 +39,7 @@ class Model:
     stop_ids: tuple[int, ...]
     dtype: str
     checkpoint: Any
+    calibration: Path  # file of what `xquant calibrate` found; need not exist
     _factors: dict[tuple[str, bool], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -63,19 +67,48 @@ class Model:
             self._factors[kind, folded] = _stack_layers(self.config.num_layers, read, self.dtype)
         return self._factors[kind, folded]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of some of the weights: whose calibration a file holds."""
+        return fingerprint(self.checkpoint)
 
-def load(path: str | Path, *, dtype: str | None = None, implementation: str | None = None) -> Model:
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return Calibration.read(self.calibration, self.fingerprint)
+
+    def calibrated(self, need: Need) -> dict[str, Array]:
+        """What `xquant calibrate` found on text. Raises `ConfigError` if it was not run, or with another model."""
+        found = self._calibration.get(need) if self.calibration.exists() else None
+        if found is None:
+            lacks = "does not hold it" if self.calibration.exists() else "does not exist"
+            raise ConfigError(
+                f"cache {need.cache} needs calibration on text, and {self.calibration} {lacks}; run "
+                f"xquant calibrate {self.checkpoint.path} --text FILE --cache {need.cache}"
+            )
+        return {name: jnp.asarray(array) for name, array in found.items()}
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    implementation: str | None = None,
+    calibration: str | Path | None = None,
+) -> Model:
     """Loads a converted directory, a Hugging Face directory, or `"demo"`, the model that ships with the package.
 
     dtype: of parameters and activations; by default the checkpoint's own, but float32 on CPU, where narrower types
         are emulated and several times slower
     implementation: of the kernels, by default the best for the device
+    calibration: file that `xquant calibrate` wrote, by default `calibration.safetensors` in the directory
 
     Raises `CheckpointError` for files that are missing or inconsistent, `ConfigError` for a model that is not
     supported.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} is not supported; choose {', '.join(DTYPES)}")
+    if calibration is not None and not Path(calibration).exists():
+        raise ConfigError(f"calibration={calibration} does not exist; xquant calibrate writes one")
     backend(implementation)  # raises here, not at the first step that would use it
     directory = DEMO if str(path) == "demo" else Path(path)
     checkpoint = open_checkpoint(directory)
@@ -91,6 +124,7 @@ def load(path: str | Path, *, dtype: str | None = None, implementation: str | No
         stop_ids=_stop_ids(directory, checkpoint.config),
         dtype=dtype,
         checkpoint=checkpoint,
+        calibration=Path(calibration) if calibration is not None else directory / FILE,
     )
 
 

@@ -19,7 +19,7 @@ from xquant_jax.cache import Cache, allocate, flush_when_due
 from xquant_jax.decoding import feed, token_keys
 from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer, forward
-from xquant_jax.quantization import Blocks, Leaf
+from xquant_jax.quantization import Leaf
 from xquant_jax.sampling import Sampling, sample
 
 
@@ -143,23 +143,13 @@ def _take(
 def _copy_rows(cache: Cache, own: Cache, targets: Int[Array, " R"]) -> Cache:
     """The cache with the rows of a shorter one in its slots. What a slot had beyond their blocks is never read."""
 
-    def put_blocks(whole: Blocks, part: Blocks) -> Blocks:
-        return jax.tree.map(lambda w, p: w.at[:, targets, : p.shape[2]].set(p, mode="drop"), whole, part)
-
     def put(whole: Array, part: Array) -> Array:
-        return whole.at[:, targets].set(part, mode="drop")
+        """[L, B, N, ...] and [L, R, n, ...]: blocks, or places of a window."""
+        return whole.at[:, targets, : part.shape[2]].set(part, mode="drop")
 
-    segments = tuple(
-        dataclasses.replace(
-            segment,
-            history={name: put_blocks(blocks, rows.history[name]) for name, blocks in segment.history.items()},
-            window={name: put(window, rows.window[name]) for name, window in segment.window.items()},
-        )
-        for segment, rows in zip(cache.segments, own.segments, strict=True)
-    )
     return dataclasses.replace(
         cache,
         lengths=cache.lengths.at[targets].set(own.lengths, mode="drop"),
         flushed=cache.flushed.at[targets].set(own.flushed, mode="drop"),
-        segments=segments,
+        segments=jax.tree.map(put, cache.segments, own.segments),
     )

@@ -198,11 +198,13 @@ def settings_of(
     prefill_chunk: int | None,
 ) -> dict[str, Any]:
     """What results depend on, ready for JSON; how many run at once and on which devices is not part of it."""
+    cache_config = CacheConfig.parse(cache)
     return {
         "weights": f"{weights_checksum(model.params):08x}",
         "dtype": model.dtype,
-        "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
-        "cache": str(CacheConfig.parse(cache)),
+        "prompts": _digest(prompts),
+        "cache": str(cache_config),
+        "calibration": _digest(model.calibration) if cache_config.method.needs(model.config) else None,
         "max_new_tokens": max_new_tokens,
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
@@ -210,6 +212,10 @@ def settings_of(
         "stop_ids": list(model.stop_ids if stop_ids is None else stop_ids),
         "prefill_chunk": prefill_chunk,
     }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def weights_checksum(params: Any) -> int:

@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at once")
     parser.add_argument("--max-length", type=int, help="tokens of context and answer (default: what the model allows)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of xquant calibrate (default: the model's)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, as they come")
     parser.set_defaults(run=run)
 
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.dtype,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length,
+            calibration=str(arguments.calibration) if arguments.calibration else None,
         )
         outcome = simple_evaluate(
             model=model,
