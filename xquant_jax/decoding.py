@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Int
 
+from xquant_jax import sharding
 from xquant_jax.cache import Cache, flush, flush_when_due
 from xquant_jax.model import Transformer, forward
 from xquant_jax.quantization import Leaf
@@ -70,13 +71,14 @@ def advance(
         counts = jnp.clip(state.prompt_lengths - fed, 0, chunk)
         logits, cache = forward(model, params, tokens, cache, factors, counts)
         ends_here = (counts > 0) & (fed + counts == state.prompt_lengths)
-        return fed + chunk, flush(cache, factors), jnp.where(ends_here[:, None], logits, last)
+        cache = sharding.constrain_cache(flush(cache, factors))
+        return fed + chunk, cache, jnp.where(ends_here[:, None], logits, last)
 
     def choose(s: Decoding, logits: Array) -> Decoding:
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), s.step))(s.seeds)
         tokens, logprobs = sample(logits, sampling, keys, s.seen)
         live = ~s.done
-        return dataclasses.replace(
+        s = dataclasses.replace(
             s,
             tokens=s.tokens.at[:, s.step].set(jnp.where(live, tokens, 0)),
             logprobs=s.logprobs.at[:, s.step].set(jnp.where(live, logprobs, 0.0)),
@@ -85,12 +87,13 @@ def advance(
             seen=None if s.seen is None else s.seen.at[rows, tokens].max(live),
             step=s.step + 1,
         )
+        return sharding.constrain_as(s, sharding.P())  # small, and every host reads it
 
     def decode_step(carry: tuple[Decoding, Cache]) -> tuple[Decoding, Cache]:
         s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
         logits, cache = forward(model, params, token, cache, factors, (~s.done).astype(jnp.int32))
-        return choose(s, logits), flush_when_due(cache, factors)
+        return choose(s, logits), sharding.constrain_cache(flush_when_due(cache, factors))
 
     longest = state.prompt_lengths.max()
     logits = jnp.zeros((rows.size, model.config.vocab_size), jnp.float32)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from xquant_jax.config import ModelConfig
+from xquant_jax.sharding import constrain
 
 Attend = Callable[..., tuple[Array, Any]]
 """(h [B, T, D], x [B, T, D], q [B, T, H, d], k [B, T, K, d], v [B, T, K, d]) -> attention output [B, T, H, d] and what
@@ -53,10 +54,10 @@ class Block(nn.Module):
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         attended, emitted = attend(h, x, q, k, v)
-        h = h + self.output(attended.astype(h.dtype).reshape(*h.shape[:2], -1))
+        h = constrain(h + self.output(attended.astype(h.dtype).reshape(*h.shape[:2], -1)), "batch", None, None)
         y = self.mlp_norm(h)
-        h = h + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
-        return h, emitted
+        inner = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", None, "mlp")
+        return constrain(h + self.down(inner), "batch", None, None), emitted
 
     def _heads(self, a: Float[Array, "B T N"]) -> Float[Array, "B T heads d"]:
-        return a.reshape(*a.shape[:2], -1, self.config.head_dim)
+        return constrain(a.reshape(*a.shape[:2], -1, self.config.head_dim), "batch", None, "heads", None)

@@ -60,13 +60,19 @@ class NewTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One layer's view of a segment: its unsliced arrays, the index of the layer within them, and the running sum."""
+    """One layer's view of a segment: its unsliced arrays, the index of the layer within them, and the running sum.
+
+    On a mesh a device has some of a sequence's blocks and of its window's places: those from `first_block` and from
+    `first_place` on. `flushed` and `in_window` count the whole sequence's.
+    """
 
     segment: Segment
     layer: Int[Array, ""]
     flushed: Int[Array, " B"]
     in_window: Int[Array, " B"]
     running: Blocks | None
+    first_block: Int[Array, ""] | int = 0
+    first_place: Int[Array, ""] | int = 0
 
     def window(self) -> dict[str, Array]:
         """The newest vectors of this layer, [B, W, C] by name."""
@@ -116,6 +122,13 @@ class Method(abc.ABC):
             )
         early: Any = dataclasses.replace(self, bits=bits)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return [(early, layers), (self, config.num_layers - layers)]
+
+    def by_head(self, config: ModelConfig) -> bool:
+        """Whether all streams are the kv heads' own parts side by side, so that a device can hold some heads alone.
+
+        Factors that each head has its own of are then named as in `xquant_jax.sharding.PER_HEAD_FACTORS`.
+        """
+        return False
 
     @abc.abstractmethod
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
@@ -195,7 +208,7 @@ class Method(abc.ABC):
         implementation: str | None = None,
     ) -> tuple[Part, Blocks | None]:
         """Attention to everything stored, and the running sum. The absorbed form equals the definition but for
-        rounding."""
+        rounding. On a mesh: to what this device has of it, `config` telling the heads it has."""
         if self.keys_rotated:
             q = rope.rotate_heads(q, geometry.positions, geometry.frequencies)
             geometry = dataclasses.replace(geometry, rotated=True)
@@ -215,20 +228,27 @@ class Method(abc.ABC):
 
         window = {name: vectors.astype(q.dtype) for name, vectors in stored.window().items()}
         recent = attention.attend(
-            q, *keys_values(window), geometry, origin=BLOCK * stored.flushed, count=stored.in_window
+            q,
+            *keys_values(window),
+            geometry,
+            origin=BLOCK * stored.flushed + stored.first_place,
+            count=stored.in_window - stored.first_place,
         )
         history, running = stored.segment.history, stored.running
+        blocks = next(iter(history.values())).words[0].shape[2]
+        flushed = jnp.clip(stored.flushed - stored.first_block, 0, blocks)
+        geometry = dataclasses.replace(geometry, positions=geometry.positions - BLOCK * stored.first_block)
         if self.accumulates:
-            old, running = attend_history(q, history, stored.layer, stored.flushed, read, geometry, running)
+            old, running = attend_history(q, history, stored.layer, flushed, read, geometry, running)
         elif absorbed is None:
-            old, _ = attend_history(q, history, stored.layer, stored.flushed, read, geometry)
+            old, _ = attend_history(q, history, stored.layer, flushed, read, geometry)
         else:
             old = pallas_kernels.decode_attention(
                 q,
                 history[absorbed.key],
                 absorbed.key_rebuild,
                 history[absorbed.value],
-                stored.flushed,
+                flushed,
                 geometry,
                 layer=stored.layer,
                 num_kv_heads=config.num_kv_heads,
