@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from xquant_jax import sharding
 from xquant_jax.config import ModelConfig
@@ -32,10 +32,12 @@ class Segment:
 
     history: stream name -> quantized blocks [L, B, N, ...]
     window: name -> newest vectors [L, B, W, C]; what a method needs to make its stream vectors from at a flush
+    sink: name -> the first vectors of the history, kept as they are [L, B, n, C]; empty for most methods
     """
 
     history: dict[str, Blocks]
     window: dict[str, Leaf]
+    sink: dict[str, Leaf]
     method: "Method" = struct.field(pytree_node=False)
     num_layers: int = struct.field(pytree_node=False)
 
@@ -64,7 +66,8 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Allocated bytes by part. codes: packed words, or values as they are; scratch: running sums and lengths."""
+    """Allocated bytes by part. codes: packed words and outliers, or values as they are; window: with the first tokens
+    where a method keeps them; scratch: running sums and lengths."""
 
     codes: int
     scales: int
@@ -97,7 +100,8 @@ def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, to
                 name: jnp.zeros((layers, batch, room, width), dtype)
                 for name, (width, dtype) in method.window(config).items()
             }
-            filled.append(Segment(history, window, method, layers))
+            sink = {name: w[:, :, : method.sink_tokens] for name, w in window.items() if method.sink_tokens}
+            filled.append(Segment(history, window, sink, method, layers))
             if (spec := method.running(config)) is not None:
                 running = allocate_blocks(spec, (batch, blocks))
         return Cache(
@@ -280,6 +284,7 @@ def _quantize_own_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[s
                 name: sharding.gather(w, lies.blocks, axis=1)[:, : candidates.size * BLOCK]
                 for name, w in window.items()
             }
+            window = segment.method.without_sink(window, cache.flushed == 0)
             blocks, _, running = segment.method.store_and_read(own, window, running, specs)
             return {
                 name: jax.tree.map(lambda old, new: old.at[i, rows, targets].set(new, mode="drop"), history[name], b)
@@ -296,6 +301,7 @@ def _quantize_own_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[s
 def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
     """Takes the histories over and forgets what was moved into them from the windows."""
     whole = cache.in_window // BLOCK
+    begins = (cache.flushed == 0) & (whole > 0)
     segments = tuple(
         dataclasses.replace(
             segment,
@@ -303,6 +309,10 @@ def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
             window={
                 name: _shift(window, whole, _window_room(cache.max_step, cache.layout), cache.layout)
                 for name, window in segment.window.items()
+            },
+            sink={
+                name: _keep_first(segment.window[name], sink, begins, cache.layout)
+                for name, sink in segment.sink.items()
             },
         )
         for segment, history in zip(cache.segments, histories, strict=True)
@@ -332,6 +342,20 @@ def _shift(
     return sharding.on_shards(shift, (lies.window, batch), lies.window)(window, whole)
 
 
+def _keep_first(
+    window: Float[Array, "L B W C"], sink: Float[Array, "L B n C"], begins: Bool[Array, " B"], lies: Layout
+) -> Float[Array, "L B n C"]:
+    """The window's first vectors where a sequence's first block leaves it."""
+    n = sink.shape[2]
+
+    def keep(window: Array, sink: Array, begins: Array) -> Array:
+        first = sharding.gather(window[:, :, :n], lies.blocks, axis=2)[:, :, :n]  # those of the first device come first
+        return jnp.where(begins[:, None, None], first, sink)
+
+    batch = sharding.RULES.spec("batch")
+    return sharding.on_shards(keep, (lies.window, lies.sink, batch), lies.sink)(window, sink, begins)
+
+
 def cache_bytes(cache: Cache) -> CacheBytes:
     """Sums the bytes of every array of the cache (or of its shape structs) by part."""
 
@@ -340,8 +364,8 @@ def cache_bytes(cache: Cache) -> CacheBytes:
 
     histories = [history for segment in cache.segments for history in segment.history.values()]
     return CacheBytes(
-        codes=sum(size(h.words) for h in histories),
+        codes=sum(size((h.words, h.places, h.outliers)) for h in histories),
         scales=sum(size((h.scale, h.zero)) for h in histories),
-        window=sum(size(segment.window) for segment in cache.segments),
+        window=sum(size((segment.window, segment.sink)) for segment in cache.segments),
         scratch=size((cache.lengths, cache.flushed, cache.running)),
     )

@@ -196,7 +196,6 @@ class _Batch:
         model = model.on(mesh)
         if model.mesh is not None:
             sharding.check_batch(size, model.mesh)
-            sharding.check_cache(cache_config, model.config, model.mesh)
         padded = np.zeros((size, bucket), np.int32)
         for row, ids in zip(padded, tokens, strict=True):
             row[: len(ids)] = ids

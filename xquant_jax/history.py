@@ -4,7 +4,8 @@ The stacked history of all layers is never sliced as a whole: a tile is cut out,
 values, attended to and forgotten. Tiles past the longest sequence, or before every sliding window, cost nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,11 @@ values [B, S, K or 1, C] and the running sum with this layer in it."""
 
 
 def read_tile(
-    blocks: Blocks, layer: Int[Array, ""] | int, start: Int[Array, ""] | int, size: int
+    blocks: Blocks,
+    layer: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+    size: int,
+    codebook: Float[Array, " levels"] | None = None,
 ) -> Float[Array, "B S C"]:
     """Dequantizes `size` blocks from block `start` of one layer of a history [L, B, N, ...]."""
 
@@ -36,7 +41,7 @@ def read_tile(
         at = (layer, 0, start, *[0] * (a.ndim - 3))
         return lax.dynamic_slice(a, at, (1, a.shape[1], size, *a.shape[3:]))[0]
 
-    return as_tokens(dequantize(jax.tree.map(cut, blocks)))
+    return as_tokens(dequantize(jax.tree.map(cut, blocks), codebook))
 
 
 def attend_history(
@@ -47,10 +52,14 @@ def attend_history(
     read: Read,
     geometry: Geometry,
     running: Blocks | None = None,
+    *,
+    codebooks: Mapping[str, Float[Array, " levels"]] = MappingProxyType({}),
+    skip: Int[Array, ""] | int = 0,
 ) -> tuple[Part, Blocks | None]:
-    """Attends to the first `flushed` blocks of each sequence.
+    """Attends to the first `flushed` blocks of each sequence, but for their first `skip` tokens.
 
     A method that stores differences between layers hands the running sum of the history from layer to layer.
+    `codebooks`: of the streams that have one.
     """
     num_blocks = next(iter(history.values())).words[0].shape[2]
     size = min(TILE_BLOCKS, num_blocks, max(1, SCORES_AT_ONCE // (BLOCK * q.shape[1])))
@@ -59,7 +68,10 @@ def attend_history(
     def tile(number: Array, running: Blocks | None) -> tuple[Part, Blocks | None]:
         start = jnp.minimum(number * size, num_blocks - size)  # the last tile may overlap the one before
         stale = number * size - start
-        vectors = {name: read_tile(b, layer, start, size).astype(q.dtype) for name, b in history.items()}
+        vectors = {
+            name: read_tile(blocks, layer, start, size, codebooks.get(name)).astype(q.dtype)
+            for name, blocks in history.items()
+        }
         before = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), running)
         k, v, after = read(vectors, before)
         fresh = jnp.arange(size) >= stale
@@ -74,7 +86,7 @@ def attend_history(
             v,
             geometry,
             origin=jnp.full(batch, start * BLOCK),
-            first=stale * BLOCK,
+            first=jnp.maximum(stale * BLOCK, skip - start * BLOCK),
             count=(flushed - start) * BLOCK,
         )
         return part, jax.tree.map(write, running, before, after)

@@ -5,6 +5,7 @@ layer's index, and only the new tokens' vectors travel out.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -122,20 +123,33 @@ class Transformer(nn.Module):
 
     def score(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of every position, without a cache: for training and for comparison."""
+        return self._without_cache(tokens, None, lambda **seen: None)[0]
+
+    def observe(
+        self, tokens: Int[Array, "B T"], shifts: dict[str, Float[Array, "L B T K d"]]
+    ) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "L B T ..."]]]:
+        """`score`, and what the layers' attention is given: `h` before its norm, `x` after it, `key` before RoPE and
+        `value`. `shifts` are added to keys and values: for gradients with respect to them."""
+        return self._without_cache(tokens, shifts, dict)
+
+    def _without_cache(self, tokens: Array, shifts: Any, keep: Callable[..., Any]) -> tuple[Array, Any]:
         batch, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
 
-        def layer(h: Array, xs: tuple[Any, Array]) -> tuple[Array, None]:
-            params, sliding_window = xs
+        def layer(h: Array, xs: tuple[Any, Array, Any]) -> tuple[Array, Any]:
+            params, sliding_window, shift = xs
             geometry = self._geometry(positions, sliding_window)
 
-            def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                return attention.attend(q, k, v, geometry, origin=positions[:, 0], count=length).out, None
+            def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                if shift is not None:
+                    k, v = k + shift["key"].astype(k.dtype), v + shift["value"].astype(v.dtype)
+                part = attention.attend(q, k, v, geometry, origin=positions[:, 0], count=length)
+                return part.out, keep(h=h, x=x, key=k, value=v)
 
             return self._block(params, h, attend)
 
-        h, _ = lax.scan(jax.checkpoint(layer), self.embed(tokens), (self.layers, self._sliding_windows()))
-        return self._logits(h)
+        h, seen = lax.scan(jax.checkpoint(layer), self.embed(tokens), (self.layers, self._sliding_windows(), shifts))
+        return self._logits(h), seen
 
     def score_stored(
         self,
@@ -173,8 +187,13 @@ class Transformer(nn.Module):
                 def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                     new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
                     whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
-                    _, vectors, summed = method.store_and_read(own, whole_blocks, running, specs)
-                    vectors = {name: v[:, :length].astype(q.dtype) for name, v in vectors.items()}
+                    quantized = method.without_sink(whole_blocks, jnp.ones(batch, bool))
+                    _, vectors, summed = method.store_and_read(own, quantized, running, specs)
+                    n = method.sink_tokens
+                    vectors = {
+                        name: jnp.concatenate([new[name][:, :n], v[:, n:length]], axis=1).astype(q.dtype)
+                        for name, v in vectors.items()
+                    }
                     k, v = method.rebuild(own, vectors, c)
                     seen = geometry
                     if method.keys_rotated:

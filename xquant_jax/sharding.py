@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.quantization import Blocks
+from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 if TYPE_CHECKING:
     from xquant_jax.cache import Cache
@@ -96,14 +96,18 @@ class Layout:
         return P(None, RULES.batch, self.blocks, self.channels)
 
     @property
+    def sink(self) -> P:
+        """Of [L, B, n, C]."""
+        return P(None, RULES.batch, None, self.channels)
+
+    @property
     def running(self) -> P:
         """Of [B, N, rows, C]."""
         return P(RULES.batch, self.blocks)
 
     def factors(self, tree: Any) -> Any:
         """Of the leaves of one layer's factors."""
-        axes = PER_HEAD_FACTORS if self.channels else {}
-        return jax.tree_util.tree_map_with_path(lambda path, _: RULES.spec(*axes.get(path[-1].key, ())), tree)
+        return named_specs(tree, PER_HEAD_FACTORS if self.channels else {})
 
     def stacked_factors(self, tree: Any) -> Any:
         """The same for factors of all layers, leading axis L."""
@@ -112,15 +116,24 @@ class Layout:
     def share(self, history: dict[str, Blocks]) -> dict[str, Blocks]:
         """Within `on_shards`: a device's own arrays, described as streams of their own width."""
         parts = devices_along(self.channels)
-        return {
-            name: dataclasses.replace(b, spec=dataclasses.replace(b.spec, width=b.spec.width // parts))
-            for name, b in history.items()
-        }
+
+        def own(spec: StreamSpec) -> StreamSpec:
+            group = 0 if spec.bits == UNQUANTIZED else spec.group
+            return dataclasses.replace(spec, width=spec.width // parts, group=group)
+
+        return {name: dataclasses.replace(blocks, spec=own(blocks.spec)) for name, blocks in history.items()}
 
 
 def layout(cache_config: "CacheConfig", config: ModelConfig) -> Layout:
-    """By head if all streams of all layers belong to heads."""
-    by_head = all(method.by_head(config) for method, _ in cache_config.segments(config))
+    """By head if all streams of all layers belong to heads and no group of channels spans those of two devices."""
+    segments, parts = cache_config.segments(config), devices_along(RULES.heads)
+    groups = [
+        spec.width // spec.group
+        for method, _ in segments
+        for spec in method.streams(config).values()
+        if spec.axis == "token" and spec.bits != UNQUANTIZED
+    ]
+    by_head = all(method.by_head(config) for method, _ in segments) and all(n % parts == 0 for n in groups)
     return Layout(RULES.head_blocks, RULES.heads) if by_head else Layout(RULES.whole_blocks, ())
 
 
@@ -207,6 +220,20 @@ def gather(x: Any, axes: Axes, axis: int) -> Any:
     return lax.all_gather(x, axes, axis=axis, tiled=True) if active() and axes else x
 
 
+def named_specs(tree: Any, axes: dict[str, tuple[str | None, ...]]) -> Any:
+    """The partition of every leaf of a tree by its own name."""
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> P:
+        return RULES.spec(*axes.get(getattr(path[-1], "key", ""), ()))
+
+    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=lambda x: type(x) is tuple and isinstance(x[0], int))
+
+
+def named(specs: Any, mesh: Mesh) -> Any:
+    """A tree of partitions as shardings on a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+
 def parameter_spec(path: str) -> P:
     """The partition of a parameter of one layer or of the outer part."""
     return RULES.spec(*PARAMETER_AXES.get(path, ()))
@@ -219,6 +246,7 @@ def cache_specs(cache: "Cache") -> "Cache":
             segment,
             history=jax.tree.map(lambda _: cache.layout.history, segment.history),
             window=jax.tree.map(lambda _: cache.layout.window, segment.window),
+            sink=jax.tree.map(lambda _: cache.layout.sink, segment.sink),
         )
         for segment in cache.segments
     )
@@ -247,7 +275,7 @@ def place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
 
     def put(x: Any, spec: P) -> Any:
         sharding = NamedSharding(mesh, spec)
-        if isinstance(x, jax.Array):
+        if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
             return jax.device_put(x, sharding)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -272,21 +300,6 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
                 f"{name}={size} cannot be split over {_named(mesh, axes)}; for this model "
                 f"{'*'.join(axes)} can be {_listed(fitting)}"
             )
-
-
-def check_cache(cache_config: "CacheConfig", config: ModelConfig, mesh: Mesh) -> None:
-    """Raises `ConfigError` where a stream's quantization groups do not divide by the mesh."""
-    lies = layout(cache_config, config)
-    for method, _ in cache_config.segments(config):
-        parts = _parts(mesh, lies.channels)
-        for name, spec in method.streams(config).items():
-            if spec.axis == "token" and (spec.width // spec.group) % parts:
-                own = spec.width // parts
-                raise ConfigError(
-                    f"{cache_config}: groups of {spec.group} channels of the {name} stream, {spec.width} wide, cannot "
-                    f"be split over {_named(mesh, RULES.heads)}; groups of {_listed(divisors(own))} channels can, and "
-                    f"so can these groups over tensor={_listed(divisors(spec.width // spec.group))}"
-                )
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:

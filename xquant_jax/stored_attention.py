@@ -46,10 +46,10 @@ def attend_stored(
         sliding_window: Array,
         frequencies: Array,
     ) -> tuple[Part, Blocks | None]:
-        history, window, flushed, in_window = arrays
+        history, window, sink, flushed, in_window = arrays
         shard = sharding.shard_index(lies.blocks)
         own = Stored(
-            dataclasses.replace(segment, history=lies.share(history), window=window),
+            dataclasses.replace(segment, history=lies.share(history), window=window, sink=sink),
             layer,
             flushed,
             in_window,
@@ -72,7 +72,7 @@ def attend_stored(
         (
             lies.factors(factors),
             of_queries,
-            (lies.history, lies.window, batch, batch),
+            (lies.history, lies.window, lies.sink, batch, batch),
             of_running,
             P(),
             batch,
@@ -81,7 +81,7 @@ def attend_stored(
         ),
         (Part(of_result, of_result), of_running),
     )
-    arrays = (segment.history, segment.window, stored.flushed, stored.in_window)
+    arrays = (segment.history, segment.window, segment.sink, stored.flushed, stored.in_window)
     window = jnp.asarray(geometry.sliding_window, jnp.int32)
     return run(factors, q, arrays, stored.running, stored.layer, geometry.positions, window, geometry.frequencies)
 

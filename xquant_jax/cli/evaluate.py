@@ -47,6 +47,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="float32",
         help="of weights and activations; in float32 nothing but the cache rounds",
     )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="of xquant calibrate (default: the model's own)"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, as they come")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw perplexity against size")
     parser.add_argument("--resume", action="store_true", help="go on from what the file of --json holds")
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     earlier = None
     if arguments.resume and arguments.json.exists():
         earlier = Evaluation.from_json(read_json(arguments.json))
-    model = load(arguments.model, dtype=arguments.dtype)
+    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
     windows = evaluate.cut(model, text, arguments.seq_len, arguments.limit_windows)
     evaluation = evaluate.prepare(
         model,

@@ -37,6 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--cache-tokens", type=int, help="tokens per sequence that the cache holds (default: enough)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes (one prompt)")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="of xquant calibrate (default: the model's own)"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.set_defaults(run=run)
 
@@ -46,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.stream and (len(prompts) != 1 or arguments.json):
         raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt and no --json")
     check_folder("--json", arguments.json)
-    model = load(arguments.model, dtype=arguments.dtype)
+    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
     options: dict[str, Any] = {
         "cache": arguments.cache,
         "max_new_tokens": arguments.max_new_tokens,

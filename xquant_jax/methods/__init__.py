@@ -13,10 +13,13 @@ from xquant_jax.methods.bf16 import BF16
 from xquant_jax.methods.fp8 import FP8
 from xquant_jax.methods.int8 import Int8
 from xquant_jax.methods.kivi import KIVI
+from xquant_jax.methods.kvquant import KVQuant
 from xquant_jax.methods.xquant import XQuant
 from xquant_jax.methods.xquant_cl import XQuantCL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (BF16, Int8, FP8, KIVI, XQuant, XQuantCL)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (BF16, Int8, FP8, KIVI, KVQuant, XQuant, XQuantCL)
+}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -93,7 +96,7 @@ class CacheConfig:
                 raise ConfigError(f"cache option {option!r} in {spec!r} has no value; write {option}=...")
             if key not in known and key != "first":
                 raise ConfigError(f"cache method {name} has no option {key!r}; it has {', '.join(known) or 'none'}")
-            for field in ("key_basis", "value_basis") if key == "basis" else (key,):
+            for field in ("key_basis", "value_basis") if key == "basis" and "basis" not in fields else (key,):
                 if field in given:
                     raise ConfigError(f"cache spec {spec!r} gives {field} twice")
                 given[field] = value

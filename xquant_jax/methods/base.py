@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from xquant_jax import attention, rope
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.cache import Segment
+from xquant_jax.calibration.needs import Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.history import attend_history
@@ -42,6 +43,10 @@ class FactorSource(Protocol):
 
         `folded`: of the weights with the attention norm's scale multiplied into them.
         """
+        ...
+
+    def calibrated(self, need: Need) -> dict[str, Any]:
+        """What `xquant calibrate` found on text."""
         ...
 
 
@@ -76,10 +81,14 @@ class Stored:
 
     def window(self) -> dict[str, Array]:
         """The newest vectors of this layer, [B, W, C] by name."""
-        return {
-            name: lax.dynamic_index_in_dim(window, self.layer, keepdims=False)
-            for name, window in self.segment.window.items()
-        }
+        return self._pick(self.segment.window)
+
+    def sink(self) -> dict[str, Array]:
+        """The first vectors of this layer's history as they were, [B, n, C] by name."""
+        return self._pick(self.segment.sink)
+
+    def _pick(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        return {name: lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for name, a in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +119,11 @@ class Method(abc.ABC):
     def keys_rotated(self) -> bool:
         """Whether keys are stored after RoPE."""
         return False
+
+    @property
+    def sink_tokens(self) -> int:
+        """How many tokens at the start of a sequence are kept as they are."""
+        return 0
 
     def layers(self, config: ModelConfig, first: tuple[int, int] | None) -> list[tuple["Method", int]]:
         """The method of each run of layers: (method, number of layers). `first`: so many layers at so many bits."""
@@ -142,8 +156,16 @@ class Method(abc.ABC):
         """How the running sum of the history is held, for methods that store differences between layers."""
         return None
 
+    def needs(self, config: ModelConfig) -> tuple[Need, ...]:
+        """What the factors take from calibration."""
+        return ()
+
     def factors(self, source: FactorSource) -> Any:
         """What the other functions multiply with; every leaf has the leading axis L."""
+        return {}
+
+    def codebooks(self, factors: Any) -> dict[str, Float[Array, " levels"]]:
+        """Levels of the streams that are quantized to a codebook."""
         return {}
 
     @abc.abstractmethod
@@ -193,10 +215,18 @@ class Method(abc.ABC):
         The only place where streams are written. Returns them packed, [B, S/128, ...], then what `read` returns.
         """
         below = None if running is None else as_tokens(dequantize(running)).astype(jnp.float32)
-        vectors = self.store(factors, window, below)
-        blocks = {name: quantize(as_blocks(v), specs[name]) for name, v in vectors.items()}
-        stored = {name: as_tokens(dequantize(b)) for name, b in blocks.items()}
+        vectors, books = self.store(factors, window, below), self.codebooks(factors)
+        blocks = {name: quantize(as_blocks(v), specs[name], books.get(name)) for name, v in vectors.items()}
+        stored = {name: as_tokens(dequantize(b, books.get(name))) for name, b in blocks.items()}
         return blocks, *self.read(factors, stored, running)
+
+    def without_sink(self, window: dict[str, Array], begins: Bool[Array, " B"]) -> dict[str, Array]:
+        """Where a sequence begins, the next token in place of those that are kept: they shall widen no group."""
+        n = self.sink_tokens
+        if not n:
+            return window
+        begins = begins[:, None, None]
+        return {name: w.at[:, :n].set(jnp.where(begins, w[:, n : n + 1], w[:, :n])) for name, w in window.items()}
 
     def attend(
         self,
@@ -234,14 +264,28 @@ class Method(abc.ABC):
             origin=BLOCK * stored.flushed + stored.first_place,
             count=stored.in_window - stored.first_place,
         )
+        if self.sink_tokens:
+            sink = {name: vectors.astype(q.dtype) for name, vectors in stored.sink().items()}
+            count = jnp.where((stored.flushed > 0) & (stored.first_block == 0), self.sink_tokens, 0)
+            first = attention.attend(q, *keys_values(sink), geometry, origin=jnp.zeros_like(count), count=count)
+            recent = attention.merge(recent, first)
         history, running = stored.segment.history, stored.running
         blocks = next(iter(history.values())).words[0].shape[2]
         flushed = jnp.clip(stored.flushed - stored.first_block, 0, blocks)
         geometry = dataclasses.replace(geometry, positions=geometry.positions - BLOCK * stored.first_block)
-        if self.accumulates:
-            old, running = attend_history(q, history, stored.layer, flushed, read, geometry, running)
-        elif absorbed is None:
-            old, _ = attend_history(q, history, stored.layer, flushed, read, geometry)
+        if self.accumulates or absorbed is None:
+            old, summed = attend_history(
+                q,
+                history,
+                stored.layer,
+                flushed,
+                read,
+                geometry,
+                running if self.accumulates else None,
+                codebooks=self.codebooks(factors),
+                skip=self.sink_tokens - BLOCK * stored.first_block,
+            )
+            running = summed if self.accumulates else running
         else:
             old = pallas_kernels.decode_attention(
                 q,

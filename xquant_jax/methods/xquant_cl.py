@@ -5,8 +5,10 @@ stores the difference of its X to the sum below and adds what is read back of it
 
 K = H: dx = X - x^, x^ += dx^.
 K < H, `predict=paper`: dz = (X - x^) U_kv, x^ += dz^ U_kv^T, with U_kv of the layer's [W_k | W_v].
-K < H, `predict=latent`: z = X A with A = U_kv; dz = z - z^ M, z^ = z^ M + dz^, where M = A_below^+ A comes from the
-weights alone. The sum is 2R wide instead of D, and prediction costs a quarter.
+K < H, `predict=latent`: z = X A with A = U_kv (`basis=joint`) or the bases of every key/value head's keys and values
+side by side (`per_head`); dz = z - z^ M, z^ = z^ M + dz^, where M = A_below^+ A comes from the weights alone. The sum
+is 2R wide instead of D. With `rank=r`, M = P P^T A_below^+ A, P being the r principal directions of the layer below on
+calibration text; the two factors take 4 * 2R r operations per token.
 """
 
 import dataclasses
@@ -14,10 +16,12 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Float64
+from threadpoolctl import threadpool_limits
 
 from pallas_kernels import KeyRebuild
 from pallas_kernels.xla import expand
+from xquant_jax.calibration.needs import Directions, Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
@@ -28,6 +32,7 @@ CHOICES = {
     "input": ("post_norm", "unit_norm", "residual"),
     "delta": ("token", "channel"),
     "predict": ("paper", "latent"),
+    "basis": ("joint", "per_head"),
     "accumulator": ("bf16", "int8"),
 }
 
@@ -40,6 +45,7 @@ class XQuantCL(Method):
         projections (`unit_norm`), or before the norm (`residual`, K = H only)
     delta: quantize differences along the `token` or the `channel`
     predict: K < H only, see above
+    basis, rank: of `predict=latent`, see above; rank=0: all directions, without calibration
     accumulator: how the running sum of the history is held: `bf16` or `int8`
     """
 
@@ -49,13 +55,20 @@ class XQuantCL(Method):
     input: str = "post_norm"
     delta: str = "token"
     predict: str | None = None  # None: paper where K < H
+    basis: str | None = None  # None: joint
+    rank: int = 0
     accumulator: str = "bf16"
 
     def __post_init__(self) -> None:
         for option, choices in CHOICES.items():
             value = getattr(self, option)
-            if value not in choices and not (option == "predict" and value is None):
+            if value not in choices and not (option in ("predict", "basis") and value is None):
                 raise ConfigError(f"{option}={value} is not supported; choose {' or '.join(choices)}")
+        if self.predict != "latent" and (self.basis or self.rank):
+            option = f"basis={self.basis}" if self.basis else f"rank={self.rank}"
+            raise ConfigError(f"{option} applies to predict=latent; leave it out or add predict=latent")
+        if self.rank < 0:
+            raise ConfigError(f"rank={self.rank} is not possible; choose 1 or more, or 0 for all directions")
 
     def layers(self, config: ModelConfig, first: tuple[int, int] | None) -> list[tuple[Method, int]]:
         """Plain layers, the base of the running sum, and the differences."""
@@ -82,28 +95,43 @@ class XQuantCL(Method):
         bits = UNQUANTIZED if self.accumulator == "bf16" else 8
         return StreamSpec(self._running_width(config), bits, "token")
 
+    def needs(self, config: ModelConfig) -> tuple[Need, ...]:
+        if not self.rank:
+            return ()
+        return (Directions(self.basis or "joint", self.input == "unit_norm", self.rank),)
+
     def factors(self, source: FactorSource) -> Any:
         params, config = source.layer_params(), source.config
         folded = self.input != "post_norm"
         weights = projections(params, folded)
-        factors: dict[str, Any] = {"key": {}, "value": {}}
-        if not config.is_multi_head:
-            factors["basis"] = source.svd("kv", folded=folded)["basis"]
         if self.predict == "latent":
-            basis = np.asarray(factors["basis"], np.float32)
-            weights = {
-                side: jnp.asarray(np.swapaxes(basis, 1, 2) @ np.asarray(w, np.float32), w.dtype)
-                for side, w in weights.items()
-            }
-            below = np.concatenate([basis[:1], basis[:-1]])  # orthonormal: its pseudoinverse is its transpose
-            factors["predict"] = jnp.asarray(np.swapaxes(below, 1, 2) @ basis, factors["basis"].dtype)
-        for side, weight in weights.items():
-            factors[side]["up"] = weight
-            if config.qkv_bias:
+            basis = latent_basis(source, self.basis or "joint", folded=folded)
+            factors: dict[str, Any] = {"basis": basis} | self._rebuilding(source, weights, basis)
+            if self.rank:
+                (need,) = self.needs(config)
+                found = source.calibrated(need)
+                factors["predict"] = tuple(jnp.asarray(found[part], basis.dtype) for part in ("down", "up"))
+            else:
+                orthonormal = self.basis != "per_head"
+                factors["predict"] = (jnp.asarray(prediction(basis, orthonormal), basis.dtype),)
+        else:
+            factors = {side: {"up": weight} for side, weight in weights.items()}
+            if not config.is_multi_head:
+                factors["basis"] = source.svd("kv", folded=folded)["basis"]
+        if config.qkv_bias:
+            for side in ("key", "value"):
                 factors[side]["bias"] = params[side]["bias"]
         if config.qk_norm:
             factors["key"]["norm"] = params["key_norm"]["scale"]
         return factors
+
+    def _rebuilding(self, source: FactorSource, weights: dict[str, Array], basis: Array) -> dict[str, Any]:
+        """From latents to keys and values: A^T W of all directions, or Sigma_h B_h^T of the head's own."""
+        if self.basis == "per_head":
+            factors = source.svd("per_head", folded=self.input != "post_norm")
+            return {side: {"up": factors[side]["up"]} for side in ("key", "value")}
+        back = np.swapaxes(np.asarray(basis, np.float32), 1, 2)
+        return {side: {"up": jnp.asarray(back @ np.asarray(w, np.float32), w.dtype)} for side, w in weights.items()}
 
     def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
         match self.input:
@@ -125,23 +153,28 @@ class XQuantCL(Method):
 
     def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
         absorbed = self.absorbed(factors, config)
-        x = absorbed.prepare(vectors)["x"]
-        v = expand(x, factors["value"]["up"], config.num_kv_heads)
+        vectors = absorbed.prepare(vectors)
+        v = expand(vectors[absorbed.value], factors["value"]["up"], config.num_kv_heads)
         if config.qkv_bias:
             v = v + factors["value"]["bias"].reshape(config.num_kv_heads, config.head_dim)
-        return absorbed.key_rebuild(x, config.num_kv_heads), v
+        return absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads), v
 
     def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
         key, value = factors["key"], factors["value"]
 
         def prepare(vectors: dict[str, Array]) -> dict[str, Array]:
-            return {"x": unit_norm(vectors["x"], config.norm_eps)} if self.input == "residual" else vectors
+            if self.input == "residual":
+                return {"x": unit_norm(vectors["x"], config.norm_eps)}
+            if self.basis == "per_head":
+                return dict(zip(("key", "value"), jnp.split(vectors["x"], 2, axis=-1), strict=True))
+            return vectors
 
+        per_head = self.basis == "per_head"
         return Absorbed(
-            key="x",
+            key="key" if per_head else "x",
             key_rebuild=KeyRebuild(key["up"], key.get("bias"), key.get("norm"), config.norm_eps),
-            value="x",
-            value_heads=1,
+            value="value" if per_head else "x",
+            value_heads=config.num_kv_heads if per_head else 1,
             project=lambda out: project_values(out, value["up"], value.get("bias"), config),
             prepare=prepare,
         )
@@ -151,15 +184,23 @@ class XQuantCL(Method):
             raise ConfigError(f"predict={self.predict} applies to grouped-query models; leave it out for this one")
         if not config.is_multi_head and self.input == "residual":
             raise ConfigError("input=residual applies to models with a key/value head per query head only (K = H)")
+        if self.rank > self._stored_width(config):
+            raise ConfigError(f"rank={self.rank}: the latent has {self._stored_width(config)} directions")
 
     def _stored_width(self, config: ModelConfig) -> int:
-        return config.width if config.is_multi_head else min(config.width, 2 * config.kv_width)
+        if config.is_multi_head:
+            return config.width
+        if self.basis == "per_head":
+            return 2 * config.num_kv_heads * min(config.width, config.head_dim)
+        return min(config.width, 2 * config.kv_width)
 
     def _running_width(self, config: ModelConfig) -> int:
         return self._stored_width(config) if self.predict == "latent" else config.width
 
     def _predicted(self, factors: Any, running: Array) -> Array:
-        return _times(running, factors["predict"]) if self.predict == "latent" else running
+        for matrix in factors["predict"] if self.predict == "latent" else ():
+            running = _times(running, matrix)
+        return running
 
     def _project(self, factors: Any, x: Array) -> Array:
         """From the running sum's space to that of the stream."""
@@ -184,6 +225,25 @@ class Base(XQuantCL):
 
     def accumulate(self, factors: Any, stored: dict[str, Array], running: Array) -> dict[str, Array]:
         return {"x": self._lift(factors, stored["base"])}
+
+
+def latent_basis(source: FactorSource, basis: str, *, folded: bool) -> Float[Array, "L D C"]:
+    """A of every layer: U_kv (`joint`), or the key heads' and then the value heads' own directions (`per_head`)."""
+    if basis == "joint":
+        return source.svd("kv", folded=folded)["basis"]
+    factors = source.svd("per_head", folded=folded)
+    sides = [factors[side]["down"] for side in ("key", "value")]  # [L, D, K, e]
+    return jnp.concatenate([side.reshape(*side.shape[:2], -1) for side in sides], axis=-1)
+
+
+def prediction(basis: Float[Array, "L D C"], orthonormal: bool) -> Float64[np.ndarray, "L C C"]:
+    """M = A_below^+ A of every layer; of layer 0, which nothing is below, with itself."""
+    wide = np.asarray(basis, np.float64)
+    below = np.concatenate([wide[:1], wide[:-1]])
+    if orthonormal:
+        return np.swapaxes(below, 1, 2) @ wide
+    with threadpool_limits(1, user_api="blas"):  # BLAS threads spin while they wait
+        return np.stack([np.linalg.lstsq(b, a)[0] for b, a in zip(below, wide, strict=True)])
 
 
 def _times(x: Array, matrix: Array) -> Array:

@@ -1,0 +1,121 @@
+"""Finds on a text what cache methods need: levels of keys and values, principal directions of latents.
+
+The text goes through the model without a cache, window by window. Of keys and values a histogram is kept, weighted by
+the squared gradient of the loss (KVQuant, arXiv 2401.18079, section 3.3, equation 2), of latents the second moments.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from xquant_jax.calibration.levels import BINS, levels
+from xquant_jax.calibration.needs import Codebooks, Directions, Need
+from xquant_jax.errors import ConfigError
+from xquant_jax.methods import CacheConfig
+from xquant_jax.methods.base import FactorSource
+from xquant_jax.methods.keys_values import flat
+from xquant_jax.methods.xquant import unit_norm
+from xquant_jax.methods.xquant_cl import latent_basis, prediction
+from xquant_jax.packing import BLOCK
+from xquant_jax.quantization import StreamSpec, as_blocks, normalize
+
+
+def needs_of(caches: Sequence[str | CacheConfig], source: FactorSource) -> tuple[Need, ...]:
+    """What these caches need to be found. Raises `ConfigError` if one of them needs nothing."""
+    needs: list[Need] = []
+    for spec in caches:
+        own = [n for method, _ in CacheConfig.parse(spec).segments(source.config) for n in method.needs(source.config)]
+        if not own:
+            raise ConfigError(f"cache {spec} needs no calibration; leave it out")
+        needs += own
+    return tuple(dict.fromkeys(needs))
+
+
+def calibrate(
+    model: Any,
+    windows: Int[np.ndarray, "W N"],
+    needs: Sequence[Need],
+    *,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, np.ndarray]]:
+    """What each need gets, from windows of tokens; `report` is called with the number of windows done.
+
+    model: a `Model`, or whatever else has a transformer, params and the factors' sources
+
+    Raises `ConfigError` for windows of less than 128 tokens, or losses that are not finite.
+    """
+    if windows.shape[1] < BLOCK:
+        raise ConfigError(f"windows of {windows.shape[1]} tokens are shorter than a block; choose {BLOCK} or more")
+    bases = {
+        need: latent_basis(model, need.basis, folded=need.folded) for need in needs if isinstance(need, Directions)
+    }
+    program: Any = jax.jit(partial(_statistics, model.transformer, tuple(needs)))
+    totals: list[Any] = []
+    for done, window in enumerate(windows):
+        loss, found = program(model.params, tuple(bases.values()), window[None])
+        if not np.isfinite(loss):
+            raise ConfigError(f"the loss of window {done} is {loss}: the model cannot be calibrated on this text")
+        found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
+        totals = jax.tree.map(np.add, totals, found) if totals else found
+        report(done + 1)
+    return [_finish(need, total, bases.get(need)) for need, total in zip(needs, totals, strict=True)]
+
+
+def _statistics(
+    transformer: Any, needs: tuple[Need, ...], params: Any, bases: tuple[Array, ...], tokens: Int[Array, "1 N"]
+) -> tuple[Array, list[Any]]:
+    """The loss of one window, and for each need what is summed over windows."""
+    c = transformer.config
+    shape = (c.num_layers, *tokens.shape, c.num_kv_heads, c.head_dim)
+
+    def loss(shifts: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        logits, seen = transformer.apply({"params": params}, tokens, shifts, method="observe")
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+        return -chosen.mean(), seen
+
+    shifts = {side: jnp.zeros(shape, jnp.float32) for side in ("key", "value")}
+    (value, seen), gradients = jax.value_and_grad(loss, has_aux=True)(shifts)
+    remaining = iter(bases)
+    found: list[Any] = []
+    for need in needs:
+        if isinstance(need, Codebooks):
+            specs = {"key": need.key, "value": need.value}
+            count = partial(_histogram, sink=need.sink)
+            found.append({s: jax.vmap(partial(count, spec=spec))(seen[s], gradients[s]) for s, spec in specs.items()})
+        else:
+            x = unit_norm(seen["h"], c.norm_eps) if need.folded else seen["x"]
+            z = jnp.einsum("lbtd,ldc->lbtc", x.astype(jnp.float32), next(remaining).astype(jnp.float32))
+            found.append(jnp.einsum("lbtc,lbte->lce", z, z))
+    return value, found
+
+
+def _histogram(
+    values: Float[Array, "B N K d"], gradient: Float[Array, "B N K d"], *, spec: StreamSpec, sink: int
+) -> Float[Array, " bins"]:
+    """Sensitivity of the loss to errors at every height between a group's least and largest value."""
+    whole = values.shape[1] // BLOCK * BLOCK
+    values, gradient = flat(values)[:, :whole].astype(jnp.float32), flat(gradient)[:, :whole]
+    values = values.at[:, :sink].set(values[:, sink : sink + 1])  # as `Method.without_sink`
+    unit, scale, _, places, _ = normalize(as_blocks(values), spec)
+    axis = -2 if spec.axis == "channel" else -1
+    weight = (gradient.at[:, :sink].set(0).reshape(unit.shape) * scale.astype(jnp.float32)) ** 2
+    if places is not None:
+        weight = jnp.put_along_axis(weight, places, 0, axis=axis, inplace=False)
+    bins = jnp.clip((unit * BINS).astype(jnp.int32), 0, BINS - 1)
+    return jnp.zeros(BINS).at[bins.reshape(-1)].add(weight.reshape(-1))
+
+
+def _finish(need: Need, total: Any, basis: Array | None) -> dict[str, np.ndarray]:
+    if isinstance(need, Codebooks):
+        return {
+            side: np.stack([levels(layer, 2**need.bits) for layer in histograms]) for side, histograms in total.items()
+        }
+    assert basis is not None
+    directions = np.linalg.eigh(total)[1][:, :, ::-1][:, :, : need.rank]  # rising eigenvalues: the strongest last
+    down = np.concatenate([np.zeros_like(directions[:1]), directions[:-1]])
+    return {"down": down, "up": np.swapaxes(down, 1, 2) @ prediction(basis, need.basis == "joint")}

@@ -1,0 +1,82 @@
+"""`xquant calibrate MODEL --text FILE`: find on text what some cache methods need, and keep it with the model."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from xquant_jax import evaluate
+from xquant_jax.calibration.calibrate import calibrate, needs_of
+from xquant_jax.calibration.store import Calibration
+from xquant_jax.cli.json_file import check_folder
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
+from xquant_jax.loading import DTYPES, load
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="find on text what kvquant and xquant-cl with rank= need",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help='converted or Hugging Face directory, or "demo"')
+    parser.add_argument(
+        "--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 texts like those to be"
+    )
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        metavar="SPEC",
+        help="caches to find it for (default: kvquant at 2, 3 and 4 bits, and xquant-cl with a quarter of the "
+        "directions where keys are shared)",
+    )
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--limit-windows", type=int, default=64, help="windows, spread evenly over the text")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write or add to (default: calibration.safetensors of the model)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_folder("--out", arguments.out)
+    text = "\n".join(map(evaluate.read_text, arguments.text))
+    model = load(arguments.model, dtype=arguments.dtype)
+    needs = needs_of(arguments.cache or default_caches(model.config), model)
+    path = arguments.out or model.calibration
+    before = Calibration.read(path, model.fingerprint) if path.exists() else Calibration(model.fingerprint, {}, {})
+    windows = spread(evaluate.cut(model, text, arguments.seq_len).tokens, arguments.limit_windows)
+    console = Console(stderr=True)
+    steps = iter(track(range(len(windows)), "calibrating", console=console, disable=not console.is_terminal))
+    found = calibrate(model, windows, needs, report=lambda done: next(steps, None))
+    next(steps, None)
+    names = ", ".join(file.name for file in arguments.text)
+    for need, arrays in zip(needs, found, strict=True):
+        before = before.add(need, arrays, f"{windows.size} tokens of {names}")
+    before.write(path)
+    Console().print(f"wrote {path}, for:", highlight=False, soft_wrap=True)
+    for need in needs:
+        Console().print(f"  {need.cache}", highlight=False, markup=False, soft_wrap=True)
+
+
+def default_caches(config: ModelConfig) -> list[str]:
+    """Every cache that needs calibration, with the options' defaults."""
+    caches = [f"kvquant:{bits}" for bits in (2, 3, 4)]
+    if not config.is_multi_head:
+        caches.append(f"xquant-cl,predict=latent,rank={config.kv_width // 2}")
+    return caches
+
+
+def spread(windows: np.ndarray, limit: int) -> np.ndarray:
+    """At most `limit` of the windows, evenly spaced."""
+    if limit < 1:
+        raise ConfigError(f"--limit-windows {limit} leaves nothing to calibrate on; choose 1 or more")
+    count = min(limit, len(windows))
+    return windows[np.arange(count) * len(windows) // count]
