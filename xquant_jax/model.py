@@ -88,7 +88,7 @@ class Transformer(nn.Module):
 
     def _extend(self, tokens: Array, cache: Cache, factors: tuple[Any, ...], counts: Array) -> tuple[Array, Cache]:
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        h = sharding.constrain(self.embed(tokens), "batch", None, None)
+        h = sharding.constrain(self.embed(tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
         start, emitted, running = 0, [], cache.running
         for segment, segment_factors in zip(cache.segments, factors, strict=True):
 
@@ -224,7 +224,9 @@ class Transformer(nn.Module):
             logits = self.head(h)
         else:
             logits = jnp.einsum("...d,vd->...v", h, self.embed.embedding, preferred_element_type=jnp.float32)
-        return sharding.constrain(logits, "batch", *(None,) * (h.ndim - 1))
+        between = (None,) * (h.ndim - 2)
+        logits = sharding.constrain(logits, "batch", *between, "vocabulary")  # else the weight would travel
+        return sharding.constrain(logits, "batch", *between, None)
 
 
 def forward(

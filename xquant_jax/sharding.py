@@ -35,10 +35,12 @@ class Rules:
     """The mesh axes that each logical axis is split over.
 
     Streams that belong to heads are split by head and by block; those that every head needs whole by block alone,
-    over as many devices. The window's places are split like the blocks.
+    over as many devices. The window's places are split like the blocks. Tokens fed at once share the devices along
+    `sequence` out among themselves, where they divide.
     """
 
     batch: Axes = ("data",)
+    tokens: Axes = ("sequence",)
     heads: Axes = ("tensor",)
     mlp: Axes = ("tensor",)
     vocabulary: Axes = ("tensor",)
@@ -188,6 +190,11 @@ def devices_along(axes: Axes) -> int:
     """Into how many parts these axes split; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(axis, 1) for axis in axes)
+
+
+def tokens_axis(length: int) -> str | None:
+    """The logical axis of `length` new tokens: split if they divide."""
+    return None if length % devices_along(RULES.tokens) else "tokens"
 
 
 def constrain(x: Any, *logical: str | None) -> Any:

@@ -61,11 +61,15 @@ def attend_stored(
             geometry, positions=positions, sliding_window=sliding_window, frequencies=frequencies
         )
         part, running = segment.method.attend(factors, q, own, here, own_config, implementation)
-        return _merge_over(part, lies), running
+        return _merge_over(part, lies.blocks, split), running
 
     batch = RULES.spec("batch")
     of_queries = P(RULES.batch, None, lies.channels)
-    of_result = P(RULES.batch, None, RULES.heads)
+    tokens = sharding.tokens_axis(q.shape[1])
+    of_result = RULES.spec("batch", tokens, "heads")
+    split = {1: RULES.tokens} if tokens else {}
+    if not lies.channels:
+        split[2] = RULES.heads
     of_running = None if stored.running is None else lies.running
     run = sharding.on_shards(
         attend,
@@ -86,21 +90,18 @@ def attend_stored(
     return run(factors, q, arrays, stored.running, stored.layer, geometry.positions, window, geometry.frequencies)
 
 
-def _merge_over(part: Part, lies: Layout) -> Part:
-    """The merge of the parts that devices along `lies.blocks` have. Heads come back split over `RULES.heads`."""
-    top = jnp.maximum(lax.pmax(part.lse, lies.blocks), LOWEST)
+def _merge_over(part: Part, axes: Axes, split: dict[int, Axes]) -> Part:
+    """The merge of the parts that the devices along `axes` have, each keeping its share of what `split` names.
+
+    split: array axis -> mesh axes, which are among `axes`
+    """
+    top = jnp.maximum(lax.pmax(part.lse, axes), LOWEST)
     weight = jnp.exp(part.lse - top)
-    split: Axes = () if lies.channels else RULES.heads
-    out, total = _sum((part.out * weight[..., None], weight), lies.blocks, split)
-    if split:
-        own = total.shape[2]
-        top = lax.dynamic_slice_in_dim(top, own * lax.axis_index(split), own, axis=2)
+    sums = [part.out * weight[..., None], weight]
+    for axis, along in split.items():
+        sums = [lax.psum_scatter(x, along, scatter_dimension=axis, tiled=True) for x in sums]
+        own = sums[1].shape[axis]
+        top = lax.dynamic_slice_in_dim(top, own * lax.axis_index(along), own, axis)
+    rest = tuple(axis for axis in axes if axis not in sum(split.values(), ()))
+    out, total = lax.psum(sums, rest) if rest else sums
     return Part(out / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total))
-
-
-def _sum(tree: Any, axes: Axes, split: Axes) -> Any:
-    """Sums over the devices along `axes`; along `split`, which is among them, each keeps its own heads (axis 2)."""
-    rest = tuple(axis for axis in axes if axis not in split)
-    if split:
-        tree = tuple(lax.psum_scatter(x, split, scatter_dimension=2, tiled=True) for x in tree)
-    return lax.psum(tree, rest) if rest else tree
