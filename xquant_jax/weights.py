@@ -14,14 +14,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from converters.checkpoint import Checkpoint
 from converters.finite import all_finite
 from converters.parameters import build_tree, layer_parameters, outer_parameters
 from xquant_jax import sharding
 from xquant_jax.errors import CheckpointError
 
 
-def read_parameters(checkpoint: Checkpoint, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
+def read_parameters(checkpoint: Any, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
     """The parameters of the transformer, those of all layers stacked under `layers`."""
     config = checkpoint.model_config
     if mesh is None:
