@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import monitoring
 
 from converters.svd import layer_factors
 from xquant_jax.config import ModelConfig
@@ -89,6 +92,22 @@ def random_model(config: ModelConfig, seed: int = 0) -> RandomModel:
 
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Collects an entry for every program that XLA compiles inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="session")

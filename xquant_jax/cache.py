@@ -87,7 +87,7 @@ def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, to
     """
     segments = cache_config.segments(config)
     lies = sharding.layout(cache_config, config)
-    blocks = _round_up(max(1, tokens // BLOCK), sharding.devices_along(lies.blocks))
+    blocks = sharding.round_up(max(1, tokens // BLOCK), sharding.devices_along(lies.blocks))
     room = _window_room(max_step, lies)
 
     def empty() -> Cache:
@@ -121,11 +121,7 @@ def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, to
 
 def _window_room(step: int, lies: Layout) -> int:
     """Places behind a partial block for `step` tokens more, on a mesh a multiple of its parts."""
-    return _round_up(BLOCK - 1 + step, sharding.devices_along(lies.blocks))
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
+    return sharding.round_up(BLOCK - 1 + step, sharding.devices_along(lies.blocks))
 
 
 def check_room(capacity: int, tokens: int) -> None:

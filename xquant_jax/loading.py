@@ -30,6 +30,9 @@ from xquant_jax.weights import computed_once, parameter_specs, read_parameters, 
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+DEMO = Path(str(files("xquant_jax") / "demo"))
+"""The model that ships with the package."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -148,7 +151,7 @@ def load(
     if calibration is not None and not Path(calibration).exists():
         raise ConfigError(f"calibration={calibration} does not exist; xquant calibrate writes one")
     backend(implementation)  # raises here, not at the first step that would use it
-    directory = Path(str(files("xquant_jax") / "demo")) if str(path) == "demo" else Path(path)
+    directory = DEMO if str(path) == "demo" else Path(path)
     checkpoint = open_checkpoint(directory)
     config = checkpoint.model_config
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)

@@ -309,14 +309,24 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
+def check_batch(batch: int, mesh: Mesh, what: str = "prompts") -> None:
     """Raises `ConfigError` where the sequences of a batch do not divide by the mesh."""
-    parts = _parts(mesh, RULES.batch)
+    parts = batch_parts(mesh)
     if batch % parts:
         raise ConfigError(
-            f"{batch} prompts cannot be split over {_named(mesh, RULES.batch)}; give a multiple of {parts} prompts, "
+            f"{batch} {what} cannot be split over {_named(mesh, RULES.batch)}; give a multiple of {parts} {what}, "
             f"or a mesh with data={_listed(divisors(batch))}"
         )
+
+
+def batch_parts(mesh: Mesh | None) -> int:
+    """Into how many parts a batch is split."""
+    return 1 if mesh is None else _parts(mesh, RULES.batch)
+
+
+def round_up(n: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-n // step) * step
 
 
 def divisors(n: int) -> list[int]:
