@@ -69,7 +69,7 @@ def advance(
         keys = token_keys(s.seeds, jnp.full_like(s.seeds, s.step))
         tokens, logprobs = sample(logits, sampling, keys, s.seen)
         live = ~s.done
-        s = dataclasses.replace(
+        return dataclasses.replace(
             s,
             tokens=s.tokens.at[:, s.step].set(jnp.where(live, tokens, 0)),
             logprobs=s.logprobs.at[:, s.step].set(jnp.where(live, logprobs, 0.0)),
@@ -78,7 +78,6 @@ def advance(
             seen=None if s.seen is None else s.seen.at[rows, tokens].max(live),
             step=s.step + 1,
         )
-        return sharding.constrain_as(s, sharding.P())  # small, and every host reads it
 
     def decode_step(carry: tuple[Decoding, Cache]) -> tuple[Decoding, Cache]:
         s, cache = carry
@@ -90,7 +89,11 @@ def advance(
     logits, cache, fed = feed(model, params, factors, *prompts, cache, chunk=chunk)
     state = dataclasses.replace(state, fed=fed)
     state = lax.cond(state.step == 0, choose, lambda s, _: s, state, logits)
-    return lax.while_loop(lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache))
+    state, cache = lax.while_loop(
+        lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache)
+    )
+    state = sharding.constrain_as(state, sharding.P())  # small, and every host reads it
+    return state, sharding.constrain_cache(cache)
 
 
 def feed(

@@ -122,12 +122,13 @@ def decode(
         i, s, cache, tokens, logprobs = carry
         logits, cache = forward(model, params, s.last[:, None], cache, factors, s.live.astype(jnp.int32))
         s, logprob = _take(s, logits, sampling, stop_ids)
-        small = (s, tokens.at[i].set(s.last), logprobs.at[i].set(logprob))
-        s, tokens, logprobs = sharding.constrain_as(small, sharding.P())  # every host reads them
-        return i + 1, s, sharding.constrain_cache(flush_when_due(cache, factors)), tokens, logprobs
+        cache = sharding.constrain_cache(flush_when_due(cache, factors))
+        return i + 1, s, cache, tokens.at[i].set(s.last), logprobs.at[i].set(logprob)
 
     start = (jnp.int32(0), slots, dataclasses.replace(cache, **held), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-    return lax.while_loop(goes_on, step, start)[1:]
+    _, slots, cache, *made = lax.while_loop(goes_on, step, start)
+    slots, (tokens, logprobs) = sharding.constrain_as((slots, made), sharding.P())  # every host reads them
+    return slots, sharding.constrain_cache(cache), tokens, logprobs
 
 
 def _take(

@@ -50,10 +50,10 @@ class Line:
         return known | completion
 
 
-def read_prompts(path: Path) -> list[Line]:
+def parse_prompts(text: bytes) -> list[Line]:
     """All lines that are not blank. A line that is malformed has an `error`."""
     lines, first_with_id = [], {}
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, raw in enumerate(text.split(b"\n"), start=1):
         if not raw.strip():
             continue
         identity = None
@@ -187,7 +187,7 @@ def _check_settings(path: Path, settings: dict[str, Any], *, started: bool) -> N
 
 def settings_of(
     model: Model,
-    prompts: Path,
+    prompts: bytes,
     *,
     cache: str | CacheConfig,
     max_new_tokens: int,
@@ -197,11 +197,14 @@ def settings_of(
     stop_ids: list[int] | None,
     prefill_chunk: int | None,
 ) -> dict[str, Any]:
-    """What results depend on, ready for JSON; how many run at once and on which devices is not part of it."""
+    """What results depend on, ready for JSON; how many run at once and on which devices is not part of it.
+
+    prompts: the content of the file
+    """
     return {
         "weights": f"{weights_checksum(model.params):08x}",
         "dtype": model.dtype,
-        "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "prompts": hashlib.sha256(prompts).hexdigest(),
         "cache": str(CacheConfig.parse(cache)),
         "max_new_tokens": max_new_tokens,
         "sampling": dataclasses.asdict(sampling),
