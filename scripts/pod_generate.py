@@ -11,7 +11,9 @@ hosts as before or not, it answers what has no result yet. docs/pods.md walks th
 import argparse
 import contextlib
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from xquant_jax.loading import load
 
 
 def join(arguments: argparse.Namespace) -> None:
-    """Makes this process one of the job. Raises `ConfigError` if the others are not there within --join-timeout."""
+    """Makes this process one of the job. Ends it with an error if the others are not there within --join-timeout."""
     if arguments.processes == 1:
         return
     named = {
@@ -40,23 +42,31 @@ def join(arguments: argparse.Namespace) -> None:
     given = [name for name, value in named.items() if value is not None]
     if given and len(given) < len(named):
         raise ConfigError("--coordinator, --processes and --process belong together; give all three or none")
+    timeout = arguments.join_timeout
+
+    def give_up() -> None:
+        print(
+            f"error: not all processes joined within --join-timeout {timeout} s; start the same command on every host, "
+            f"with one number of processes, and let all of them reach {arguments.coordinator or 'process 0'}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    waiting = threading.Timer(timeout, give_up)  # jax itself would abort, with a stack trace
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
-            **named,
-            initialization_timeout=arguments.join_timeout,
-            heartbeat_timeout_seconds=arguments.heartbeat_timeout,
+            **named, initialization_timeout=2 * timeout + 60, heartbeat_timeout_seconds=arguments.heartbeat_timeout
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"no cluster is known here: {error}; name it with --coordinator HOST:PORT --processes N --process I, "
-            f"or run alone with --processes 1"
+            f"this process cannot join a job: {str(error).splitlines()[0]}; name it with --coordinator HOST:PORT "
+            f"--processes N --process I, or run alone with --processes 1"
         ) from error
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"not all processes joined within --join-timeout {arguments.join_timeout} s: {reason}; start the same "
-            f"command on every host, and let them reach the coordinator"
-        ) from error
+    finally:
+        waiting.cancel()
 
 
 def from_process_0(value: Any) -> Any:
