@@ -1,6 +1,7 @@
 """What the tests share: small random models and the trained ones beside the project."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from xquant_jax.calibration.needs import Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.model import Transformer
 from xquant_jax.rope import Rope
+
+# eight CPU devices for the tests of sharding; everything else runs on the first
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"

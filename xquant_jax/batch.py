@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from xquant_jax import sharding
 from xquant_jax.cache import allocate, cache_bytes
 from xquant_jax.errors import ConfigError, PromptError
 from xquant_jax.generation import (
@@ -75,11 +77,13 @@ def prepare(
     prefill_chunk: int | None = 512,
     slots: int | None = None,
     memory: int | None = None,
+    mesh: Mesh | None = None,
 ) -> "Batch":
     """A batch with these options, which are those of `generate`; `Batch.answers` runs it.
 
     slots: sequences that run at the same time (8 if `memory` is not given either)
-    memory: bytes that the caches may take instead; as many slots as fit
+    memory: bytes that the caches may take instead, on all devices together; as many slots as fit
+    mesh: devices to spread cache and work over, by default those that the model was loaded on
 
     Raises `ConfigError` for an option that cannot be honoured.
     """
@@ -91,18 +95,21 @@ def prepare(
     check_max_new_tokens(max_new_tokens)
     checked_seeds(seed, 1)
     bucket_length(1, prefill_chunk)
+    model = model.on(mesh)
+    if model.mesh is not None and slots is not None:
+        sharding.check_batch(slots, model.mesh, "slots")
     cache_config, sampling, ends = CacheConfig.parse(cache), sampling.checked(), checked_stops(model, stop, stop_ids)
     return Batch(
         model=model,
         cache_config=cache_config,
-        factors=cache_config.factors(model),
+        factors=model.factors(cache_config),
         sampling=sampling,
         ends=ends,
         stop=stop,
         max_new_tokens=max_new_tokens,
         seed=seed,
         prefill_chunk=prefill_chunk,
-        slots=slots or DEFAULT_SLOTS,
+        slots=slots or sharding.round_up(DEFAULT_SLOTS, sharding.batch_parts(model.mesh)),
         memory=memory,
     )
 
@@ -169,17 +176,27 @@ class Batch:
 
     def _slots_within(self, memory: int, expected: Sequence["_Sequence"]) -> int:
         """Slots for these sequences that the memory holds."""
-        one, two = self._bytes_of(1, expected), self._bytes_of(2, expected)
-        return max(0, 1 + (memory - one) // (two - one))
+        parts = sharding.batch_parts(self.model.mesh)
+        one, two = self._bytes_of(parts, expected), self._bytes_of(2 * parts, expected)
+        return parts * max(0, 1 + (memory - one) // (two - one))
 
     def _bytes_of(self, slots: int, expected: Sequence["_Sequence"]) -> int:
         """Bytes of so many slots for these sequences, and of the largest small cache that prompts are fed into."""
-        feeding = max(self._bytes(rows_at_once(chunk), length) for length, chunk in {s.bucket for s in expected})
-        return feeding + self._bytes(slots, max(s.capacity for s in expected))
+        longest = max(s.capacity for s in expected)
+        feeding = max(
+            self._bytes(self.rows_at_once(chunk), length if self.model.mesh is None else longest)
+            for length, chunk in {s.bucket for s in expected}
+        )
+        return feeding + self._bytes(slots, longest)
 
     def _bytes(self, batch: int, tokens: int) -> int:
-        shapes = jax.eval_shape(lambda: allocate(self.cache_config, self.model.config, batch=batch, tokens=tokens))
+        with sharding.using(self.model.mesh):
+            shapes = jax.eval_shape(lambda: allocate(self.cache_config, self.model.config, batch=batch, tokens=tokens))
         return cache_bytes(shapes).total
+
+    def rows_at_once(self, chunk: int) -> int:
+        """Prompts that are fed together; a row of their cache takes at least a block."""
+        return sharding.round_up(max(1, PREFILL_TOKENS // max(chunk, BLOCK)), sharding.batch_parts(self.model.mesh))
 
 
 def _drain(waiting: "deque[_Sequence]", table: "_Table", shorter: int) -> Iterator[Answer]:
@@ -224,14 +241,17 @@ class _Table:
     """The slots of one cache: the arrays on the device, and which sequence is in which slot."""
 
     def __init__(self, batch: Batch, slots: int, expected: Sequence[_Sequence]) -> None:
-        model, size = batch.model, min(slots, len(expected))
+        model = batch.model
+        size = min(slots, sharding.round_up(len(expected), sharding.batch_parts(model.mesh)))
+        self.mesh, self.rows_at_once = model.mesh, batch.rows_at_once
         self.rows: list[_Sequence | None] = [None] * size
         self.buckets: dict[int, int] = {}  # prompt tokens per chunk -> padded length, a program for each
         for length, chunk in (s.bucket for s in expected):
             self.buckets[chunk] = max(length, self.buckets.get(chunk, 0))
         capacity = max(s.capacity for s in expected)
         self.cache_config = batch.cache_config
-        self.cache = allocate(batch.cache_config, model.config, batch=size, tokens=capacity)
+        with sharding.using(model.mesh):
+            self.cache = allocate(batch.cache_config, model.config, batch=size, tokens=capacity)
         self.vocabulary = None if batch.sampling.repetition_penalty is None else model.config.vocab_size
         self.slots = Slots.free(size, self.vocabulary)
         self.parts = (model.transformer, model.params, batch.factors)
@@ -253,7 +273,7 @@ class _Table:
         """Takes sequences from the front, as many as can be fed together and have a slot."""
         chunk = self._chunk(waiting[0])
         assert chunk is not None
-        room = min(self.rows.count(None), rows_at_once(chunk))
+        room = min(self.rows.count(None), self.rows_at_once(chunk))
         arrivals = []
         while waiting and len(arrivals) < room and self._chunk(waiting[0]) == chunk:
             arrivals.append(waiting.popleft())
@@ -286,9 +306,13 @@ class _Table:
         fitting = [c for c, length in self.buckets.items() if size <= (length if c == own else c)]
         return min(fitting, default=None)
 
+    def _placed(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        """On a mesh, whole on every device."""
+        return sharding.place(arrays, sharding.P(), self.mesh)
+
     def _feed(self, arrivals: list[_Sequence], chunk: int) -> tuple[Any, Any]:
         """Puts them into the first free slots. Returns the first tokens of their answers and the log-probabilities."""
-        rows, free = rows_at_once(chunk), [slot for slot, row in enumerate(self.rows) if row is None]
+        rows, free = self.rows_at_once(chunk), [slot for slot, row in enumerate(self.rows) if row is None]
         prompts = np.zeros((rows, self.buckets[chunk]), np.int32)
         lengths, targets = np.zeros(rows, np.int32), np.full(rows, len(self.rows), np.int32)
         new = Slots.free(rows, self.vocabulary)
@@ -299,20 +323,17 @@ class _Table:
             new.limit[i], new.live[i], new.seed[i] = sequence.limit, True, sequence.seed
             if new.seen is not None:
                 new.seen[i, sequence.tokens] = True
-        state = (self.slots, self.cache, prompts, lengths, new, targets)
-        self.slots, self.cache, new, logprobs = admit(
-            *self.parts, *state, *self.choice, cache_config=self.cache_config, chunk=chunk
-        )
+        slots, *inputs = self._placed((self.slots, prompts, lengths, new, targets, *self.choice))
+        with sharding.using(self.mesh):
+            self.slots, self.cache, new, logprobs = admit(
+                *self.parts, slots, self.cache, *inputs, cache_config=self.cache_config, chunk=chunk
+            )
         return jax.device_get((new.last, logprobs))
 
     def _advance(self, *, waiting: bool) -> tuple[Any, Any, Any]:
         """Returns how many tokens every slot has made, then the new ones [steps, B] and their log-probabilities."""
         live = np.asarray([row is not None for row in self.rows])
-        state = (self.slots, self.cache, live, np.bool_(waiting))
-        self.slots, self.cache, tokens, logprobs = decode(*self.parts, *state, *self.choice, steps=self.steps)
+        slots, *inputs = self._placed((self.slots, live, np.bool_(waiting), *self.choice))
+        with sharding.using(self.mesh):
+            self.slots, self.cache, tokens, logprobs = decode(*self.parts, slots, self.cache, *inputs, steps=self.steps)
         return jax.device_get((self.slots.made, tokens, logprobs))
-
-
-def rows_at_once(chunk: int) -> int:
-    """Prompts that are fed together; a row of their cache takes at least a block."""
-    return max(1, PREFILL_TOKENS // max(chunk, BLOCK))

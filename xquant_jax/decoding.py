@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from xquant_jax import sharding
 from xquant_jax.cache import Cache, flush, flush_when_due
 from xquant_jax.model import Transformer, forward
 from xquant_jax.quantization import Leaf
@@ -82,13 +83,17 @@ def advance(
         s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
         logits, cache = forward(model, params, token, cache, factors, (~s.done).astype(jnp.int32))
-        return choose(s, logits), flush_when_due(cache, factors)
+        return choose(s, logits), sharding.constrain_cache(flush_when_due(cache, factors))
 
     prompts = (state.prompts, state.prompt_lengths, state.fed)
     logits, cache, fed = feed(model, params, factors, *prompts, cache, chunk=chunk)
     state = dataclasses.replace(state, fed=fed)
     state = lax.cond(state.step == 0, choose, lambda s, _: s, state, logits)
-    return lax.while_loop(lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache))
+    state, cache = lax.while_loop(
+        lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache)
+    )
+    state = sharding.constrain_as(state, sharding.P())  # small, and every host reads it
+    return state, sharding.constrain_cache(cache)
 
 
 def feed(
@@ -113,7 +118,8 @@ def feed(
         counts = jnp.clip(lengths - fed, 0, chunk)
         logits, cache = forward(model, params, tokens, cache, factors, counts)
         ends_here = (counts > 0) & (fed + counts == lengths)
-        return fed + chunk, flush(cache, factors), jnp.where(ends_here[:, None], logits, last)
+        cache = sharding.constrain_cache(flush(cache, factors))
+        return fed + chunk, cache, jnp.where(ends_here[:, None], logits, last)
 
     nothing = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)
     fed, cache, logits = lax.while_loop(lambda carry: carry[0] < lengths.max(), feed_chunk, (fed, cache, nothing))

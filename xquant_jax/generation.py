@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
+from xquant_jax import sharding
 from xquant_jax.cache import Cache, CacheBytes, allocate, cache_bytes, check_room
 from xquant_jax.decoding import Decoding, advance
 from xquant_jax.errors import ConfigError, PromptError
@@ -77,6 +79,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int | None = 512,
     cache_tokens: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Continues every prompt (a text, or token ids taken as they are).
 
@@ -88,6 +91,8 @@ def generate(
         through the cache, as the new tokens will; None takes the whole prompt at once and exactly
     cache_tokens: tokens per sequence that the cache holds, by default as many as the longest prompt and answer of
         the bucket can need: calls that share a program share its size
+    mesh: devices to spread cache and work over (`make_mesh`), by default those that the model was loaded on; in a job
+        of several processes each of them makes the same call and gets all results
 
     Raises `PromptError` for an empty prompt or a token id out of range, `CacheFullError` if `cache_tokens` is too
     small, `ConfigError` for an option that cannot be honoured.
@@ -103,6 +108,7 @@ def generate(
         stop_ids=stop_ids,
         prefill_chunk=prefill_chunk,
         cache_tokens=cache_tokens,
+        mesh=mesh,
     )
     compile_s = batch.compile()
     start = time.perf_counter()
@@ -128,6 +134,7 @@ def stream(
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int | None = 512,
     cache_tokens: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[StreamedToken]:
     """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program."""
     batch = _Batch.prepare(
@@ -141,6 +148,7 @@ def stream(
         stop_ids=stop_ids,
         prefill_chunk=prefill_chunk,
         cache_tokens=cache_tokens,
+        mesh=mesh,
     )
     return batch.events()
 
@@ -169,6 +177,7 @@ class _Batch:
         stop_ids: Sequence[int] | None,
         prefill_chunk: int | None,
         cache_tokens: int | None,
+        mesh: Mesh | None,
     ) -> "_Batch":
         cache_config, sampling = CacheConfig.parse(cache), sampling.checked()
         asked, tokens = _tokenize(model, prompts)
@@ -180,6 +189,9 @@ class _Batch:
             check_room(cache_tokens, longest + max_new_tokens - 1)
 
         size = len(tokens)
+        model = model.on(mesh)
+        if model.mesh is not None:
+            sharding.check_batch(size, model.mesh)
         padded = np.zeros((size, bucket), np.int32)
         for row, ids in zip(padded, tokens, strict=True):
             row[: len(ids)] = ids
@@ -188,10 +200,9 @@ class _Batch:
             seen = np.zeros((size, model.config.vocab_size), bool)
             for row, ids in zip(seen, tokens, strict=True):
                 row[ids] = True
-        kv = allocate(
-            cache_config, model.config, batch=size, tokens=cache_tokens or bucket + answer_room(max_new_tokens)
-        )
         room = answer_room(max_new_tokens)
+        with sharding.using(model.mesh):
+            kv = allocate(cache_config, model.config, batch=size, tokens=cache_tokens or bucket + room)
         state = Decoding(
             prompts=padded,
             prompt_lengths=np.asarray([len(ids) for ids in tokens], np.int32),
@@ -204,13 +215,14 @@ class _Batch:
             seeds=np.asarray(checked_seeds(seed, size), np.int32),
             seen=seen,
         )
-        factors = cache_config.factors(model)
+        factors = model.factors(cache_config)
         arrays = jax.tree.map(np.float32, sampling)
         ends_array = padded_stop_ids(ends)
 
         def program(state: Decoding, cache: Cache, limit: int) -> tuple[Decoding, Cache]:
-            options = (arrays, ends_array, np.int32(limit))
-            return advance(model.transformer, model.params, factors, state, cache, *options, chunk=chunk)
+            state, options = sharding.place((state, (arrays, ends_array, np.int32(limit))), sharding.P(), model.mesh)
+            with sharding.using(model.mesh):
+                return advance(model.transformer, model.params, factors, state, cache, *options, chunk=chunk)
 
         transcripts = [Transcript(model.tokenizer, ids, frozenset(ends), stop, max_new_tokens) for ids in tokens]
         return cls(asked, transcripts, state, kv, program)

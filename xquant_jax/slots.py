@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from xquant_jax import sharding
 from xquant_jax.cache import Cache, allocate, flush_when_due
 from xquant_jax.decoding import feed, token_keys
 from xquant_jax.methods import CacheConfig
@@ -75,14 +76,18 @@ def admit(
     Returns slots and cache, then what became of the arrivals and the log-probabilities of their first tokens.
     """
     rows, length = prompts.shape
-    own = allocate(cache_config, model.config, batch=rows, tokens=min(length, cache.capacity))
+    # on a mesh as long as the cache, so that every device copies blocks of its own
+    tokens = cache.capacity if sharding.active() else min(length, cache.capacity)
+    own = allocate(cache_config, model.config, batch=rows, tokens=tokens)
     logits, own, _ = feed(model, params, factors, prompts, lengths, jnp.int32(0), own, chunk=chunk)
     arrivals, logprobs = _take(arrivals, logits, sampling, stop_ids)
 
     def put(whole: Array, part: Array) -> Array:
         return whole.at[targets].set(part, mode="drop")
 
-    return jax.tree.map(put, slots, arrivals), _copy_rows(cache, own, targets), arrivals, logprobs
+    slots = jax.tree.map(put, slots, arrivals)
+    slots, arrivals, logprobs = sharding.constrain_as((slots, arrivals, logprobs), sharding.P())
+    return slots, _copy_rows(cache, own, targets), arrivals, logprobs
 
 
 @partial(jax.jit, static_argnames=("model", "steps"), donate_argnames=("slots", "cache"))
@@ -117,10 +122,13 @@ def decode(
         i, s, cache, tokens, logprobs = carry
         logits, cache = forward(model, params, s.last[:, None], cache, factors, s.live.astype(jnp.int32))
         s, logprob = _take(s, logits, sampling, stop_ids)
-        return i + 1, s, flush_when_due(cache, factors), tokens.at[i].set(s.last), logprobs.at[i].set(logprob)
+        cache = sharding.constrain_cache(flush_when_due(cache, factors))
+        return i + 1, s, cache, tokens.at[i].set(s.last), logprobs.at[i].set(logprob)
 
     start = (jnp.int32(0), slots, dataclasses.replace(cache, **held), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-    return lax.while_loop(goes_on, step, start)[1:]
+    _, slots, cache, *made = lax.while_loop(goes_on, step, start)
+    slots, (tokens, logprobs) = sharding.constrain_as((slots, made), sharding.P())  # every host reads them
+    return slots, sharding.constrain_cache(cache), tokens, logprobs
 
 
 def _take(
@@ -141,15 +149,27 @@ def _take(
 
 
 def _copy_rows(cache: Cache, own: Cache, targets: Int[Array, " R"]) -> Cache:
-    """The cache with the rows of a shorter one in its slots. What a slot had beyond their blocks is never read."""
+    """The cache with the rows of another in its slots. What a slot had beyond their blocks is never read."""
+    specs = sharding.cache_specs(cache)
+    copy = sharding.on_shards(_copy_own_rows, (specs, sharding.cache_specs(own), sharding.P()), specs)
+    return copy(cache, own, targets)
+
+
+def _copy_own_rows(cache: Cache, own: Cache, targets: Array) -> Cache:
+    batch, size = sharding.RULES.batch, cache.lengths.shape[0]
+    targets = targets - size * sharding.shard_index(batch)
+    targets = jnp.where((targets >= 0) & (targets < size), targets, size)
 
     def put(whole: Array, part: Array) -> Array:
         """[L, B, N, ...] and [L, R, n, ...]: blocks, or places of a window."""
-        return whole.at[:, targets, : part.shape[2]].set(part, mode="drop")
+        return whole.at[:, targets, : part.shape[2]].set(sharding.gather(part, batch, axis=1), mode="drop")
+
+    def put_number(whole: Array, part: Array) -> Array:
+        return whole.at[targets].set(sharding.gather(part, batch, axis=0), mode="drop")
 
     return dataclasses.replace(
         cache,
-        lengths=cache.lengths.at[targets].set(own.lengths, mode="drop"),
-        flushed=cache.flushed.at[targets].set(own.flushed, mode="drop"),
+        lengths=put_number(cache.lengths, own.lengths),
+        flushed=put_number(cache.flushed, own.flushed),
         segments=jax.tree.map(put, cache.segments, own.segments),
     )

@@ -16,7 +16,7 @@ import pytest
 import xquant_jax as xq
 from xquant_jax.cli import main
 from xquant_jax.cli.batch import parse_bytes
-from xquant_jax.cli.batch_files import Results, read_prompts, weights_checksum
+from xquant_jax.cli.batch_files import Results, parse_prompts, weights_checksum
 
 SETTINGS = {"cache": "xquant:4", "seed": 0}
 
@@ -249,4 +249,4 @@ def test_the_checksum_of_weights_sees_one_bit_and_two_numbers_in_the_wrong_order
 def test_blank_lines_count_but_ask_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\r\n{"prompt": "a"}\r\n\n  \n{"prompt": "b"}\n')
-    assert [line.number for line in read_prompts(path)] == [2, 5]
+    assert [line.number for line in parse_prompts(path.read_bytes())] == [2, 5]

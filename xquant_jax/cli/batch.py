@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xquant_jax import batch
-from xquant_jax.cli.batch_files import Line, Results, read_prompts, settings_of
+from xquant_jax.cli.batch_files import Line, Results, parse_prompts, settings_of
 from xquant_jax.cli.json_file import check_folder
 from xquant_jax.errors import ConfigError
 from xquant_jax.loading import DTYPES, load
@@ -93,10 +93,11 @@ def parse_bytes(text: str | None) -> int | None:
 def run(arguments: argparse.Namespace) -> None:
     check_folder("RESULTS", arguments.results)
     options, size = options_of(arguments)
-    lines = read_prompts(arguments.prompts)
+    prompts = arguments.prompts.read_bytes()
+    lines = parse_prompts(prompts)
     model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
     prepared = batch.prepare(model, **options, **size)
-    with Results.open(arguments.results, settings_of(model, arguments.prompts, **options)) as results:
+    with Results.open(arguments.results, settings_of(model, prompts, **options)) as results:
         pending = [line for line in lines if line.number not in results.done]
         for line in pending:
             if line.request is None:

@@ -50,10 +50,10 @@ class Line:
         return known | completion
 
 
-def read_prompts(path: Path) -> list[Line]:
+def parse_prompts(text: bytes) -> list[Line]:
     """All lines that are not blank. A line that is malformed has an `error`."""
     lines, first_with_id = [], {}
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, raw in enumerate(text.split(b"\n"), start=1):
         if not raw.strip():
             continue
         identity = None
@@ -187,7 +187,7 @@ def _check_settings(path: Path, settings: dict[str, Any], *, started: bool) -> N
 
 def settings_of(
     model: Model,
-    prompts: Path,
+    prompts: bytes,
     *,
     cache: str | CacheConfig,
     max_new_tokens: int,
@@ -197,14 +197,18 @@ def settings_of(
     stop_ids: list[int] | None,
     prefill_chunk: int | None,
 ) -> dict[str, Any]:
-    """What results depend on, ready for JSON; how many run at once and on which devices is not part of it."""
+    """What results depend on, ready for JSON; how many run at once and on which devices is not part of it.
+
+    prompts: the content of the file
+    """
     cache_config = CacheConfig.parse(cache)
+    calibrated = any(method.needs(model.config) for method, _ in cache_config.segments(model.config))
     return {
         "weights": f"{weights_checksum(model.params):08x}",
         "dtype": model.dtype,
-        "prompts": _digest(prompts),
+        "prompts": hashlib.sha256(prompts).hexdigest(),
         "cache": str(cache_config),
-        "calibration": _digest(model.calibration) if cache_config.method.needs(model.config) else None,
+        "calibration": hashlib.sha256(model.calibration.read_bytes()).hexdigest() if calibrated else None,
         "max_new_tokens": max_new_tokens,
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
@@ -212,10 +216,6 @@ def settings_of(
         "stop_ids": list(model.stop_ids if stop_ids is None else stop_ids),
         "prefill_chunk": prefill_chunk,
     }
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def weights_checksum(params: Any) -> int:
