@@ -25,6 +25,7 @@ COPIED_FILES = (
     *("config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "calibration.safetensors",  # names its model by its weights, which stay the same
 )
 _ITEM_BYTES = 64 << 10  # what Orbax adds to a tree: a dozen files and directories, mostly of one 4 KB block
 

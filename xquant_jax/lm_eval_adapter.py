@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval import utils  # pyright: ignore[reportMissingImports]
-from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 
 from xquant_jax.errors import ConfigError
 from xquant_jax.generation import generate
@@ -36,6 +36,7 @@ class XQuantLM(TemplateLM):
     batch_size: sequences at once
     max_length: tokens of context and continuation; longer ones lose their start. By default what config.json allows
     max_gen_toks: new tokens where a task does not say
+    calibration: file of xquant calibrate, by default the model's own
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class XQuantLM(TemplateLM):
         max_gen_toks: int = 256,
         max_batch_size: int | None = None,
         device: str | None = None,
+        calibration: str | None = None,
     ) -> None:
         super().__init__()
         if device is not None:
             raise ConfigError(f"device={device}: JAX chooses the device; set JAX_PLATFORMS instead")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size} is not supported; choose a whole number from 1")
-        self.model = load(model, dtype=dtype)
+        self.model = load(model, dtype=dtype, calibration=calibration)
         if self.model.tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer.json, and tasks are texts")
         self.cache = CacheConfig.parse(cache)

@@ -39,6 +39,19 @@ def fake_quantize(group: np.ndarray, bits: int) -> np.ndarray:
     return (codes * scale + zero).astype(np.float32)
 
 
+def fake_quantize_levels(group: np.ndarray, levels: np.ndarray, outliers: int) -> np.ndarray:
+    """One group at the nearest of `levels` between its least and largest value, all but its outliers, which stay."""
+    group = group.astype(np.float32)
+    far = np.argsort(-np.abs(group - np.median(group)), kind="stable")[:outliers]
+    inliers = np.delete(group, far)
+    zero = directed(inliers.min(), up=False)
+    scale = max(directed(np.float32(inliers.max() - zero), up=True), np.float32(2.0**-126))
+    unit = (group - zero) / scale
+    read = (levels[np.abs(unit[:, None] - levels).argmin(axis=1)] * scale + zero).astype(np.float32)
+    read[far] = group[far].astype(bf16).astype(np.float32)
+    return read
+
+
 def fake_quantize_block(block: np.ndarray, bits: int, axis: str, group: int) -> np.ndarray:
     """A block of 128 token vectors, in groups along the channel or along the token."""
     out = np.empty_like(block, dtype=np.float32)
@@ -52,7 +65,9 @@ def fake_quantize_block(block: np.ndarray, bits: int, axis: str, group: int) -> 
     return out
 
 
-def read_block(history: Any, layer: int, row: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+def read_block(
+    history: Any, layer: int, row: int, number: int, levels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """One packed block as float32 [128, C], token by token, and the size of a code's step at every value."""
     scale = np.asarray(history.scale[layer, row, number]).astype(np.float32)
     scale = np.repeat(np.repeat(scale, 128 // len(scale), axis=0), history.spec.width // scale.shape[1], axis=1)
@@ -68,7 +83,14 @@ def read_block(history: Any, layer: int, row: int, number: int) -> tuple[np.ndar
         low += p
     zero = np.asarray(history.zero[layer, row, number]).astype(np.float32)
     zero = np.repeat(np.repeat(zero, 128 // len(zero), axis=0), history.spec.width // zero.shape[1], axis=1)
-    return (codes * scale + zero).astype(np.float32), scale
+    if levels is None:
+        return (codes * scale + zero).astype(np.float32), scale
+    read = (levels[codes] * scale + zero).astype(np.float32)
+    places, outliers = (np.asarray(a[layer, row, number]) for a in (history.places, history.outliers))
+    for at, value in np.ndenumerate(outliers):
+        place = (at[0], places[at]) if history.spec.axis == "token" else (places[at], at[1])
+        read[place] = value
+    return read, scale * np.diff(levels).max()
 
 
 def assert_neighbours(
@@ -156,6 +178,10 @@ class Reference:
                     axis = "channel" if name == "key" else "token"
                     blocks.append(fake_quantize_block(part, self.bits, axis, group))
 
+    def levels(self, i: int, name: str) -> np.ndarray | None:
+        """Those of a stream that has a codebook."""
+        return None
+
     def adopt(self, segment: Any, row: int, start: int = 0) -> None:
         """Checks the library's stored streams of one sequence against these, then takes them over; the segment's
         layers are those from `start`."""
@@ -163,7 +189,10 @@ class Reference:
             for name, history in segment.history.items():
                 blocks, vectors = self.whole[i][name], self.stored[i][name]
                 for n, block in enumerate(blocks):
-                    theirs, step = read_block(history, i - start, row, n)
+                    theirs, step = read_block(history, i - start, row, n, self.levels(i, name))
+                    if n == 0 and segment.sink:
+                        kept = np.asarray(segment.sink[name][i - start, row]).astype(np.float32)
+                        theirs[: len(kept)] = kept
                     assert_neighbours(theirs, block, step)
                     blocks[n] = theirs
                 first = 128 * len(blocks)

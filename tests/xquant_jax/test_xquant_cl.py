@@ -38,7 +38,22 @@ class ClosedLoop(Reference):
         def pick(tree: Any) -> Any:
             return {k: pick(v) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in tree.items()}
 
-        return pick(self.params["layers"]), pick(self.factors[self.segment_of[i]])
+        factors = dict(self.factors[self.segment_of[i]])
+        matrices = factors.pop("predict", ())
+        picked = pick(factors)
+        if len(matrices) == 2:
+            picked |= {"down": np.asarray(matrices[0][i], np.float64), "up": np.asarray(matrices[1][i], np.float64)}
+        elif len(matrices) == 1 and i > 0:
+            below, own = (np.asarray(factors["basis"][n], np.float64) for n in (i - 1, i))
+            weakest = 0.1 if self.method.basis == "per_head" else 1e-9
+            picked["predict"] = np.linalg.pinv(below, weakest) @ own
+        return pick(self.params["layers"]), picked
+
+    def read(self, i: int) -> dict[str, np.ndarray]:
+        read = super().read(i)
+        if i > 0 and self.method.basis == "per_head":
+            return dict(zip(("key", "value"), np.split(read["x"], 2, axis=1), strict=True))
+        return read
 
     def keys_values(self, w: Any, f: Any, i: int) -> tuple[np.ndarray, np.ndarray]:
         if i == 0 or self.method.input != "residual":
@@ -61,6 +76,12 @@ class ClosedLoop(Reference):
             x = h
         self.stored[i].setdefault("x", []).append(x @ f["basis"] if self.method.predict == "latent" else x)
 
+    def predicted(self, f: Any, total: np.ndarray) -> np.ndarray:
+        """M of the definition, computed here: A_below^+ A, on the directions that calibration found."""
+        if self.method.predict != "latent":
+            return total
+        return total @ f["down"] @ f["up"] if self.method.rank else total @ f["predict"]
+
     def quantize_whole_blocks(self) -> None:
         first = {"bits": self.segments[0][0].bits}
         for name, vectors in self.stored[0].items():
@@ -78,7 +99,7 @@ class ClosedLoop(Reference):
         """Quantizes block n of layer i (or takes `theirs` as what was read back) and returns x^ with it."""
         _, f = self.layer(i)
         basis = f.get("basis") if self.method.predict != "latent" else None
-        below = total @ f["predict"] if total is not None and self.method.predict == "latent" else total
+        below = None if total is None else self.predicted(f, total)
         if theirs is None:
             part = np.stack(self.stored[i]["x"][128 * n : 128 * (n + 1)]).astype(bf16).astype(np.float64)
             part = part if below is None else part - below
@@ -129,12 +150,14 @@ class ClosedLoop(Reference):
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [
-        ("K=H", "xquant-cl:2"),
-        ("K=H", "xquant-cl:3,input=unit_norm,accumulator=int8"),
+        ("K=H", "xquant-cl:2,input=post_norm,accumulator=bf16"),
+        ("K=H", "xquant-cl:3"),
         ("K=H", "xquant-cl:4,input=residual,delta=channel"),
-        ("K<H", "xquant-cl:2"),
-        ("K<H", "xquant-cl:4,input=unit_norm,delta=channel"),
-        ("K<H", "xquant-cl:3,predict=latent,accumulator=int8"),
+        ("K<H", "xquant-cl:2,input=post_norm,accumulator=bf16"),
+        ("K<H", "xquant-cl:4,delta=channel"),
+        ("K<H", "xquant-cl:3,predict=latent,input=post_norm"),
+        ("K<H", "xquant-cl:2,predict=latent,basis=per_head,accumulator=bf16"),
+        ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,delta=channel,input=post_norm"),
     ],
 )
 def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
@@ -171,7 +194,7 @@ def test_the_running_sum_is_counted_as_scratch() -> None:
     config = MODELS["K=H"]
     sizes = {
         spec: cache_bytes(jax.eval_shape(lambda s=spec: allocate(CacheConfig.parse(s), config, batch=2, tokens=1024)))
-        for spec in ("xquant:2,first=3@4", "xquant-cl:2", "xquant-cl:2,accumulator=int8")
+        for spec in ("xquant:2,first=3@4", "xquant-cl:2,accumulator=bf16", "xquant-cl:2")
     }
     plain, wide, narrow = sizes.values()
     assert wide.codes + wide.scales == plain.codes + plain.scales
@@ -187,6 +210,10 @@ def test_the_running_sum_is_counted_as_scratch() -> None:
         ("K=H", "xquant-cl:2,first=4@4", "first=4@4: the model has 4 layers"),
         ("K=H", "xquant-cl:2,input=pre_norm", "input=pre_norm is not supported; choose post_norm or unit_norm or"),
         ("K=H", "xquant-cl:5", "bits=5 is not supported"),
+        ("K<H", "xquant-cl:2,rank=8", "rank=8 applies to predict=latent; leave it out or add predict=latent"),
+        ("K<H", "xquant-cl:2,predict=paper,basis=per_head", "basis=per_head applies to predict=latent"),
+        ("K<H", "xquant-cl:2,predict=latent,rank=33", "rank=33: the latent has 32 directions"),
+        ("K<H", "xquant-cl:2,predict=latent,rank=-1", "rank=-1 is not possible"),
     ],
 )
 def test_what_does_not_apply_is_an_error(kind: str, spec: str, message: str) -> None:

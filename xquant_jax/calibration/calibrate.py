@@ -4,7 +4,7 @@ The text goes through the model without a cache, window by window. Of keys and v
 the squared gradient of the loss (KVQuant, arXiv 2401.18079, section 3.3, equation 2), of latents the second moments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,33 +37,30 @@ def needs_of(caches: Sequence[str | CacheConfig], source: FactorSource) -> tuple
 
 
 def calibrate(
-    model: Any,
-    windows: Int[np.ndarray, "W N"],
-    needs: Sequence[Need],
-    *,
-    report: Callable[[int], None] = lambda done: None,
+    model: Any, windows: Iterable[Int[np.ndarray, " N"]], needs: Sequence[Need]
 ) -> list[dict[str, np.ndarray]]:
-    """What each need gets, from windows of tokens; `report` is called with the number of windows done.
+    """What each need gets, from windows of tokens of one length.
 
     model: a `Model`, or whatever else has a transformer, params and the factors' sources
 
     Raises `ConfigError` for windows of less than 128 tokens, or losses that are not finite.
     """
-    if windows.shape[1] < BLOCK:
-        raise ConfigError(f"windows of {windows.shape[1]} tokens are shorter than a block; choose {BLOCK} or more")
-    bases = {
-        need: latent_basis(model, need.basis, folded=need.folded) for need in needs if isinstance(need, Directions)
-    }
+    bases = [latent_basis(model, need.basis, folded=need.folded) for need in needs if isinstance(need, Directions)]
     program: Any = jax.jit(partial(_statistics, model.transformer, tuple(needs)))
     totals: list[Any] = []
-    for done, window in enumerate(windows):
-        loss, found = program(model.params, tuple(bases.values()), window[None])
+    for window in windows:
+        if len(window) < BLOCK:
+            raise ConfigError(f"windows of {len(window)} tokens are shorter than a block; choose {BLOCK} or more")
+        loss, found = program(model.params, tuple(bases), window[None])
         if not np.isfinite(loss):
-            raise ConfigError(f"the loss of window {done} is {loss}: the model cannot be calibrated on this text")
+            raise ConfigError(f"the loss of a window is {loss}: the model cannot be calibrated on this text")
         found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
         totals = jax.tree.map(np.add, totals, found) if totals else found
-        report(done + 1)
-    return [_finish(need, total, bases.get(need)) for need, total in zip(needs, totals, strict=True)]
+    remaining = iter(bases)
+    return [
+        _codebooks(need, total) if isinstance(need, Codebooks) else _directions(need, total, next(remaining))
+        for need, total in zip(needs, totals, strict=True)
+    ]
 
 
 def _statistics(
@@ -110,12 +107,11 @@ def _histogram(
     return jnp.zeros(BINS).at[bins.reshape(-1)].add(weight.reshape(-1))
 
 
-def _finish(need: Need, total: Any, basis: Array | None) -> dict[str, np.ndarray]:
-    if isinstance(need, Codebooks):
-        return {
-            side: np.stack([levels(layer, 2**need.bits) for layer in histograms]) for side, histograms in total.items()
-        }
-    assert basis is not None
+def _codebooks(need: Codebooks, histograms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {side: np.stack([levels(layer, 2**need.bits) for layer in h]) for side, h in histograms.items()}
+
+
+def _directions(need: Directions, total: np.ndarray, basis: Array) -> dict[str, np.ndarray]:
     directions = np.linalg.eigh(total)[1][:, :, ::-1][:, :, : need.rank]  # rising eigenvalues: the strongest last
     down = np.concatenate([np.zeros_like(directions[:1]), directions[:-1]])
     return {"down": down, "up": np.swapaxes(down, 1, 2) @ prediction(basis, need.basis == "joint")}

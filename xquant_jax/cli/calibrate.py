@@ -49,14 +49,13 @@ def run(arguments: argparse.Namespace) -> None:
     check_folder("--out", arguments.out)
     text = "\n".join(map(evaluate.read_text, arguments.text))
     model = load(arguments.model, dtype=arguments.dtype)
-    needs = needs_of(arguments.cache or default_caches(model.config), model)
     path = arguments.out or model.calibration
     before = Calibration.read(path, model.fingerprint) if path.exists() else Calibration(model.fingerprint, {}, {})
+    needs = needs_of(arguments.cache or default_caches(model.config), model)
     windows = spread(evaluate.cut(model, text, arguments.seq_len).tokens, arguments.limit_windows)
     console = Console(stderr=True)
-    steps = iter(track(range(len(windows)), "calibrating", console=console, disable=not console.is_terminal))
-    found = calibrate(model, windows, needs, report=lambda done: next(steps, None))
-    next(steps, None)
+    shown = track(windows, "calibrating", console=console, disable=not console.is_terminal)
+    found = calibrate(model, shown, needs)
     names = ", ".join(file.name for file in arguments.text)
     for need, arrays in zip(needs, found, strict=True):
         before = before.add(need, arrays, f"{windows.size} tokens of {names}")
@@ -69,8 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
 def default_caches(config: ModelConfig) -> list[str]:
     """Every cache that needs calibration, with the options' defaults."""
     caches = [f"kvquant:{bits}" for bits in (2, 3, 4)]
-    if not config.is_multi_head:
-        caches.append(f"xquant-cl,predict=latent,rank={config.kv_width // 2}")
+    if not config.is_multi_head and config.num_layers > 3:
+        caches.append(f"xquant-cl,predict=latent,basis=per_head,rank={config.kv_width // 2}")
     return caches
 
 

@@ -30,14 +30,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at once")
     parser.add_argument("--max-length", type=int, help="tokens of context and answer (default: what the model allows)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of xquant calibrate (default: the model's)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, as they come")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("lm-eval needs lm-evaluation-harness; install: pip install 'xquant-jax[lm-eval]'") from None
     from xquant_jax.lm_eval_adapter import XQuantLM
@@ -51,15 +52,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"there is no task {', '.join(unknown)}; name tasks of the harness or use --include-path")
     rows: list[dict[str, Any]] = []
     for spec in arguments.cache:
-        model = XQuantLM(
+        make: Any = XQuantLM  # the harness' decorator hides its signature
+        model = make(
             arguments.model,
             spec,
             arguments.protocol,
             arguments.dtype,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length,
+            calibration=str(arguments.calibration) if arguments.calibration else None,
         )
-        outcome = simple_evaluate(
+        outcome: Any = simple_evaluate(
             model=model,
             tasks=arguments.tasks,
             num_fewshot=arguments.num_fewshot,

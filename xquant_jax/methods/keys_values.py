@@ -25,7 +25,7 @@ class KeysValues(Method):
     def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
         return split(vectors["key"], config), split(vectors["value"], config)
 
-    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
+    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed | None:
         return Absorbed("key", KeyRebuild(), "value", config.num_kv_heads)
 
 
