@@ -21,6 +21,7 @@ from converters.families import model_config
 from converters.shards import read_json
 from converters.svd import factor_shapes
 from xquant_jax.cache import CacheBytes, allocate, cache_bytes, flush
+from xquant_jax.calibration.needs import Codebooks, Directions, Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.counting import Operations, count
 from xquant_jax.devices import Device
@@ -54,7 +55,9 @@ def read_config(model: str | Path) -> ModelConfig:
 
 def default_specs(config: ModelConfig) -> list[str]:
     """Every method at every bit width that it has, and the other forms of XQuant for grouped queries."""
-    forms = {} if config.is_multi_head else {"xquant": ("", ",basis=joint"), "xquant-cl": ("", ",predict=latent")}
+    latent = ",predict=latent"
+    low_rank = f"{latent},basis=per_head,rank={config.kv_width // 4}"
+    forms = {} if config.is_multi_head else {"xquant": ("", ",basis=joint"), "xquant-cl": ("", latent, low_rank)}
     specs = []
     for name, method in METHODS.items():
         if "bits" not in {field.name for field in dataclasses.fields(method)}:  # pyright: ignore[reportArgumentType]
@@ -343,13 +346,15 @@ class _OneLayer:
             self._svd[kind, folded] = tree
         return self._svd[kind, folded]
 
-    def calibrated(self, need: Any) -> dict[str, Any]:
-        """What a method asks calibration for: directions have a rank, codebooks have levels."""
-        if hasattr(need, "rank"):
-            width = min(self.config.width, 2 * self.config.kv_width)
-            shapes = {"down": (1, width, need.rank), "up": (1, need.rank, width)}
-        else:
-            shapes = dict.fromkeys(("key", "value"), (1, 2**need.bits))
+    def calibrated(self, need: Need) -> dict[str, Any]:
+        c = self.config
+        match need:
+            case Directions(basis=basis, rank=rank):
+                heads = 2 * c.num_kv_heads * min(c.width, c.head_dim)
+                width = heads if basis == "per_head" else min(c.width, 2 * c.kv_width)
+                shapes = {"down": (1, width, rank), "up": (1, rank, width)}
+            case Codebooks(bits=bits):
+                shapes = dict.fromkeys(("key", "value"), (1, 2**bits))
         return {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
 

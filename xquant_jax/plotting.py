@@ -6,8 +6,11 @@ from typing import Any
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluate import Evaluation
 
-# Okabe and Ito's palette, and a dark red: told apart by colour-blind readers too
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#882255")
+# Okabe and Ito's palette, and two of Paul Tol's: told apart by colour-blind readers too
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"),
+    *("#882255", "#999933"),
+)
 TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 """Sizes in percent that a logarithmic axis may name."""
 

@@ -20,7 +20,7 @@ from xquant_jax.cache import Cache, allocate, flush_when_due
 from xquant_jax.decoding import feed, token_keys
 from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer, forward
-from xquant_jax.quantization import Blocks, Leaf
+from xquant_jax.quantization import Leaf
 from xquant_jax.sampling import Sampling, sample
 
 
@@ -160,30 +160,16 @@ def _copy_own_rows(cache: Cache, own: Cache, targets: Array) -> Cache:
     targets = targets - size * sharding.shard_index(batch)
     targets = jnp.where((targets >= 0) & (targets < size), targets, size)
 
-    def put_blocks(whole: Blocks, part: Blocks) -> Blocks:
-        def one(w: Array, p: Array) -> Array:
-            return w.at[:, targets, : p.shape[2]].set(sharding.gather(p, batch, axis=1), mode="drop")
-
-        return jax.tree.map(one, whole, part)
-
     def put(whole: Array, part: Array) -> Array:
-        return whole.at[:, targets].set(sharding.gather(part, batch, axis=1), mode="drop")
+        """[L, B, N, ...] and [L, R, n, ...]: blocks, or places of a window."""
+        return whole.at[:, targets, : part.shape[2]].set(sharding.gather(part, batch, axis=1), mode="drop")
 
     def put_number(whole: Array, part: Array) -> Array:
         return whole.at[targets].set(sharding.gather(part, batch, axis=0), mode="drop")
 
-    segments = tuple(
-        dataclasses.replace(
-            segment,
-            history={name: put_blocks(blocks, rows.history[name]) for name, blocks in segment.history.items()},
-            window={name: put(window, rows.window[name]) for name, window in segment.window.items()},
-            sink={name: put(sink, rows.sink[name]) for name, sink in segment.sink.items()},
-        )
-        for segment, rows in zip(cache.segments, own.segments, strict=True)
-    )
     return dataclasses.replace(
         cache,
         lengths=put_number(cache.lengths, own.lengths),
         flushed=put_number(cache.flushed, own.flushed),
-        segments=segments,
+        segments=jax.tree.map(put, cache.segments, own.segments),
     )

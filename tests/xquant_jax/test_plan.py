@@ -94,7 +94,9 @@ def test_loops_of_known_length_count_and_others_are_kept_apart() -> None:
     assert count(jaxpr) == Operations(once=(3 + 1) * 128, per_round=2 * 128)
 
 
-@pytest.mark.parametrize("spec", ["bf16", "kivi:3", "xquant:4", "xquant:2,basis=joint", "xquant-cl:2,predict=latent"])
+@pytest.mark.parametrize(
+    "spec", ["bf16", "kivi:3", "kvquant:4", "xquant:2,basis=joint", "xquant-cl:2,predict=latent,rank=16"]
+)
 def test_bytes_are_those_that_a_compiled_step_is_given(spec: str) -> None:
     """Weights, factors and cache against the compiler's account of a decode step's arguments."""
     sizes = {"width": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "num_layers": 5}
@@ -106,7 +108,8 @@ def test_bytes_are_those_that_a_compiled_step_is_given(spec: str) -> None:
         """As a loaded model has them: each kind once, in the model's type."""
         return jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.svd(kind, folded=folded))
 
-    source = SimpleNamespace(config=config, layer_params=model.layer_params, svd=svd)
+    found = {"layer_params": model.layer_params, "svd": svd, "calibrated": model.calibrated}
+    source = SimpleNamespace(config=config, **found)
     factors = cache_config.factors(source)
     stored = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=1000))
     step = jax.jit(partial(forward, model.transformer), keep_unused=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from xquant_jax.cli import batch, calibrate, convert, evaluate, generate, lm_eval, plan
 from xquant_jax.errors import XQuantError
 
-COMMANDS = (convert, generate, batch, evaluate, calibrate, lm_eval, plan)
+COMMANDS = (convert, generate, batch, evaluate, plan, calibrate, lm_eval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,6 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop-id", action="append", type=int, help="a token id that does, instead of the model's own")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="of xquant calibrate (default: the model's own)"
+    )
 
 
 def options_of(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     options, size = options_of(arguments)
     prompts = arguments.prompts.read_bytes()
     lines = parse_prompts(prompts)
-    model = load(arguments.model, dtype=arguments.dtype)
+    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
     prepared = batch.prepare(model, **options, **size)
     with Results.open(arguments.results, settings_of(model, prompts, **options)) as results:
         pending = [line for line in lines if line.number not in results.done]

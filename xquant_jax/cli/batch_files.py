@@ -201,11 +201,14 @@ def settings_of(
 
     prompts: the content of the file
     """
+    cache_config = CacheConfig.parse(cache)
+    calibrated = any(method.needs(model.config) for method, _ in cache_config.segments(model.config))
     return {
         "weights": f"{weights_checksum(model.params):08x}",
         "dtype": model.dtype,
         "prompts": hashlib.sha256(prompts).hexdigest(),
-        "cache": str(CacheConfig.parse(cache)),
+        "cache": str(cache_config),
+        "calibration": hashlib.sha256(model.calibration.read_bytes()).hexdigest() if calibrated else None,
         "max_new_tokens": max_new_tokens,
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,

@@ -14,8 +14,8 @@ from xquant_jax.cli.json_file import check_folder, write_json
 from xquant_jax.devices import find_device, read_devices
 from xquant_jax.plan import CHUNK, PAPER_RIDGE, RESERVE, Plan, Row, gib, plan, read_config, without_bits
 
-COLUMNS = 116
-"""Width of the table; narrower terminals wrap it."""
+WIDEST = 1000
+"""Columns of a terminal that any table fits into; a narrower one than the table wraps its lines."""
 
 PLOTTED = (2, 4)
 """Bit widths that a plot shows where no caches are named: more lines cannot be told apart."""
@@ -69,8 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         drawn = planned if arguments.cache else dataclasses.replace(planned, rows=[*filter(_plotted, planned.rows)])
         plan_plot.draw(drawn, config, arguments.plot)
-    console = Console()
-    show(console if console.width >= COLUMNS else Console(width=COLUMNS), planned)
+    show(Console(), planned)
 
 
 def _plotted(row: Row) -> bool:
@@ -106,7 +105,8 @@ def show(console: Console, planned: Plan) -> None:
             "-" if row.best is None else f"{row.best:,.0f}",
             style=None if row.fits else "dim",
         )
-    console.print(table)
+    needed = console.measure(table, options=console.options.update(width=WIDEST)).maximum
+    Console(file=console.file, width=max(needed, console.width)).print(table)
     console.print(
         f"{planned.parameters / 1e9:.2f} G parameters, {gib(weights)} in bf16; {device.flops / 1e12:g} TFLOP/s, "
         f"{device.bandwidth / 1e9:g} GB/s, ridge {device.ridge:.0f} FLOP/byte; {gib(planned.usable)} of "
