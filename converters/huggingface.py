@@ -95,7 +95,7 @@ class HuggingFaceCheckpoint:
         """Straight to devices; a process reads the parts that its own devices hold, each once."""
         tensor, parts = self._tensors[parameter.path, layer], {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             key = str(index)
             if key not in parts:
                 stored = index[::-1] if parameter.is_kernel else index

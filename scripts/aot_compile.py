@@ -55,8 +55,17 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16":
 def factor_shapes(config: ModelConfig, cache: CacheConfig) -> tuple[Any, Any]:
     """Shapes of what the cache method multiplies with, and which of them are parameters."""
     factors, parameters = factors_of_one_layer(config, cache)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.num_layers, *a.shape[1:]), a.dtype), factors)
-    return shapes, jax.tree.map(lambda a: id(a) in parameters, factors)
+    shared = jax.tree.map(lambda a: id(a) in parameters, factors)
+    shapes, end = [], 0
+    for (_, layers), tree in zip(cache.segments(config), factors, strict=True):
+        end += layers
+
+        def shape(a: Any, end: int = end) -> jax.ShapeDtypeStruct:
+            number = config.num_layers if id(a) in parameters else end
+            return jax.ShapeDtypeStruct((number, *a.shape[1:]), a.dtype)
+
+        shapes.append(jax.tree.map(shape, tree))
+    return tuple(shapes), shared
 
 
 def lie(tree: Any, specs: Any, mesh: Mesh) -> Any:
@@ -125,7 +134,7 @@ def compile_for(
                 problems.append((name, str(error)))
                 continue
             memory[name] = compiled.memory_analysis()
-            results += [{"program": name, **c} for c in collectives(compiled.as_text())]
+            results += [{"program": name, **c} for c in collectives(compiled.as_text() or "")]
     if mesh.shape["tensor"] == 1:  # where they lie as the parameters do they are the same arrays
         factors = [
             a for a, is_parameter in zip(*map(jax.tree.leaves, (factors, shared)), strict=True) if not is_parameter

@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     raw = on_process_0(read).encode("latin-1")
     lines = parse_prompts(raw)
-    model = load(arguments.model, dtype=arguments.dtype, mesh=mesh)
+    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration, mesh=mesh)
     prepared = batch.prepare(model, **options, **size)
     settings = settings_of(model, raw, **options)
     with contextlib.ExitStack() as stack:

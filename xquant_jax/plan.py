@@ -337,7 +337,7 @@ class _OneLayer:
     def layer_params(self) -> dict[str, Any]:
         return self.params
 
-    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
         if (kind, folded) not in self._svd:
             tree: dict[str, Any] = {}
             for path, shape in factor_shapes(kind, self.config).items():  # pyright: ignore[reportArgumentType]
