@@ -5,10 +5,11 @@ from converters.conversion import convert
 from converters.converted import ConvertedCheckpoint
 from converters.families import model_config
 from converters.huggingface import HuggingFaceCheckpoint
-from converters.svd import FACTOR_KINDS, FactorKind, layer_factors
+from converters.svd import FACTOR_KINDS, FOLDED, FactorKind, layer_factors
 
 __all__ = [
     "FACTOR_KINDS",
+    "FOLDED",
     "Checkpoint",
     "ConvertedCheckpoint",
     "FactorKind",

@@ -22,6 +22,7 @@ from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_FACTORIZED = ("attention_norm.scale", "key.kernel", "value.kernel")
 _HARMLESS = (".rotary_emb.inv_freq",)  # a constant that old versions of transformers stored
 
 
@@ -75,7 +76,7 @@ class HuggingFaceCheckpoint:
 
     def factors(self, kind: FactorKind, index: int) -> Tree:
         """The SVD factors of one layer, float32, computed now. Seconds for a layer of an 8B model."""
-        parameters = [p for p in layer_parameters(self.model_config) if p.path in ("key.kernel", "value.kernel")]
+        parameters = [p for p in layer_parameters(self.model_config) if p.path in _FACTORIZED]
         layer = build_tree((parameter.path, self._read(parameter, index)) for parameter in parameters)
         return layer_factors([kind], layer, self.model_config)[kind]
 
@@ -94,7 +95,7 @@ class HuggingFaceCheckpoint:
         """Straight to devices; a process reads the parts that its own devices hold, each once."""
         tensor, parts = self._tensors[parameter.path, layer], {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             key = str(index)
             if key not in parts:
                 stored = index[::-1] if parameter.is_kernel else index

@@ -23,6 +23,9 @@ from xquant_jax.errors import ConfigError
 FactorKind = Literal["joint", "per_head", "kv"]
 FACTOR_KINDS: tuple[FactorKind, ...] = get_args(FactorKind)
 
+FOLDED: dict[FactorKind, bool] = {"joint": False, "per_head": False, "kv": True}
+"""Whether the methods' defaults take a kind of the weights with the scale of the attention norm multiplied in."""
+
 
 def joint_factors(weight: Float[np.ndarray, "D R"]) -> dict[str, Float[np.ndarray, "..."]]:
     """One SVD of the whole projection: `down` = U [D, r], `up` = Σ Bᵀ [r, R]; down @ up = weight."""
@@ -44,14 +47,18 @@ def kv_basis(key: Float[np.ndarray, "D R"], value: Float[np.ndarray, "D R"]) -> 
     return {"basis": _float32(basis)}
 
 
-def layer_factors(kinds: Iterable[FactorKind], layer: Tree, config: ModelConfig) -> dict[FactorKind, Tree]:
+def layer_factors(
+    kinds: Iterable[FactorKind], layer: Tree, config: ModelConfig, *, folded: bool | None = None
+) -> dict[FactorKind, Tree]:
     """The factors of one layer, of several kinds at once, from its parameter tree.
 
     All kinds take 8 s of one core for a layer of Llama-3.1-8B; they run side by side.
 
     Args:
         kinds: some of `joint`, `per_head` and `kv`.
-        layer: holds `key.kernel` and `value.kernel`, [D, R].
+        layer: holds `key.kernel` and `value.kernel`, [D, R], and `attention_norm.scale`, [D].
+        folded: whether the norm's scale is multiplied into the weights first; None: as is most used, and converted
+            checkpoints have it, which is `FOLDED`.
 
     Raises:
         ConfigError: an unknown kind, or a model with K = H, which needs none.
@@ -59,10 +66,13 @@ def layer_factors(kinds: Iterable[FactorKind], layer: Tree, config: ModelConfig)
     kinds = tuple(kinds)
     for kind in kinds:
         require_kind(kind, config)
-    key, value = layer["key"]["kernel"], layer["value"]["kernel"]
     heads = config.num_kv_heads
 
     def compute(kind: FactorKind) -> Tree:
+        key, value = layer["key"]["kernel"], layer["value"]["kernel"]
+        if FOLDED[kind] if folded is None else folded:
+            norm = np.asarray(layer["attention_norm"]["scale"], np.float64)[:, None]
+            key, value = norm * key.astype(np.float64), norm * value.astype(np.float64)
         match kind:
             case "kv":
                 return kv_basis(key, value)

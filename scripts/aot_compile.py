@@ -33,16 +33,14 @@ from rich.console import Console
 from rich.table import Table
 
 from converters.families import model_config
-from converters.parameters import build_tree, layer_parameters, outer_parameters
 from converters.shards import read_json
-from converters.svd import factor_shapes
 from xquant_jax import sharding
 from xquant_jax.cache import Cache, allocate, cache_bytes, flush, flush_when_due
-from xquant_jax.calibration.needs import Codebooks, Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError, XQuantError
 from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer, forward
+from xquant_jax.plan import factors_of_one_layer, parameter_shapes
 from xquant_jax.sharding import P
 from xquant_jax.weights import parameter_specs
 
@@ -54,45 +52,20 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Where `CacheConfig.factors` finds arrays to take shapes from: zeros, of two layers only."""
+def factor_shapes(config: ModelConfig, cache: CacheConfig) -> tuple[Any, Any]:
+    """Shapes of what the cache method multiplies with, and which of them are parameters."""
+    factors, parameters = factors_of_one_layer(config, cache)
+    shared = jax.tree.map(lambda a: id(a) in parameters, factors)
+    shapes, end = [], 0
+    for (_, layers), tree in zip(cache.segments(config), factors, strict=True):
+        end += layers
 
-    config: ModelConfig
-    params: Any
+        def shape(a: Any, end: int = end) -> jax.ShapeDtypeStruct:
+            number = config.num_layers if id(a) in parameters else end
+            return jax.ShapeDtypeStruct((number, *a.shape[1:]), a.dtype)
 
-    def layer_params(self) -> dict[str, Any]:
-        return self.params["layers"]
-
-    def svd(self, kind: Any, *, folded: bool = False) -> dict[str, Any]:
-        return build_tree((path, self._zeros(*shape)) for path, shape in factor_shapes(kind, self.config).items())
-
-    def calibrated(self, need: Need) -> dict[str, Any]:
-        if isinstance(need, Codebooks):
-            return {name: self._zeros(2**need.bits) for name in ("key", "value")}
-        width = min(self.config.width, 2 * self.config.kv_width)
-        return {"down": self._zeros(width, need.rank), "up": self._zeros(need.rank, width)}
-
-    def _zeros(self, *shape: int) -> jax.Array:
-        return jnp.zeros((2, *shape), self.config.dtype)
-
-
-def abstract_parameters(config: ModelConfig, layers: int) -> Any:
-    """Shapes of the model's parameters."""
-
-    def tree(parameters: Any, *leading: int) -> Any:
-        return build_tree((p.path, jax.ShapeDtypeStruct((*leading, *p.shape), config.dtype)) for p in parameters)
-
-    return {**tree(outer_parameters(config)), "layers": tree(layer_parameters(config), layers)}
-
-
-def abstract_factors(config: ModelConfig, cache: CacheConfig) -> Any:
-    """Shapes of what the cache method multiplies with."""
-    layers = abstract_parameters(config, 2)["layers"]
-    used = {name: layers[name] for name in ("key", "value", "attention_norm", "key_norm") if name in layers}
-    two_layers = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), used)
-    factors = cache.factors(Shapes(config, {"layers": two_layers}))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.num_layers, *a.shape[1:]), a.dtype), factors)
+        shapes.append(jax.tree.map(shape, tree))
+    return tuple(shapes), shared
 
 
 def lie(tree: Any, specs: Any, mesh: Mesh) -> Any:
@@ -140,10 +113,10 @@ def compile_for(
     sharding.check_batch(batch, mesh)
     if context < 1 or not 1 <= prefill_chunk <= context:
         raise ConfigError(f"prefill_chunk={prefill_chunk} and context={context}: choose 1 <= prefill_chunk <= context")
-    factors = abstract_factors(config, cache_config)
+    factors, shared = factor_shapes(config, cache_config)
+    params = parameter_shapes(config)
+    params = lie(params, parameter_specs(params), mesh)
     with jax.set_mesh(mesh):
-        params = abstract_parameters(config, config.num_layers)
-        params = lie(params, parameter_specs(params), mesh)
         cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=batch, tokens=context))
         parts = {part: _bytes_of(cache, part, mesh) for part in ("codes", "scales", "window", "scratch")}
         cache = lie(cache, sharding.cache_specs(cache), mesh)
@@ -161,16 +134,16 @@ def compile_for(
                 problems.append((name, str(error)))
                 continue
             memory[name] = compiled.memory_analysis()
-            if os.environ.get("DUMP"):
-                Path(f"/tmp/hlo_{name}.txt").write_text(compiled.as_text())
-            results += [{"program": name, **c} for c in collectives(compiled.as_text())]
+            results += [{"program": name, **c} for c in collectives(compiled.as_text() or "")]
+    if mesh.shape["tensor"] == 1:  # where they lie as the parameters do they are the same arrays
+        factors = [
+            a for a, is_parameter in zip(*map(jax.tree.leaves, (factors, shared)), strict=True) if not is_parameter
+        ]
     weights, held = per_device(params) + per_device(factors), per_device(cache)
     temporaries = max((m.temp_size_in_bytes for m in memory.values()), default=0)
-    needed = [_needed(message) for _, message in problems]
-    total = max([weights + held + temporaries, *needed])
+    temporaries = max([temporaries, *(_needed(message) for _, message in problems)])
+    total = weights + held + temporaries
     capacity = int(CAPACITY[devices[0].device_kind] * 2**30)
-    if problems:
-        temporaries = total - weights - held
     return {
         "fits": not problems and total <= capacity,
         "per_device": {
@@ -193,8 +166,8 @@ def _bytes_of(cache: Cache, part: str, mesh: Mesh) -> int:
 
 
 def _needed(message: str) -> int:
-    """Bytes that the compiler says a program takes that does not fit."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    """Bytes of temporaries that the compiler says a program takes that does not fit."""
+    found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", message)
     if found is None:
         raise RuntimeError(message)
     return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)))

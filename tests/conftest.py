@@ -63,15 +63,11 @@ class RandomModel:
         text = random_tokens(self.config, 4, 256, seed=7)
         return jax.tree.map(jnp.asarray, calibrate(self, text, [need])[0])
 
-    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
         layers = [
             jax.tree.map(lambda a, i=i: np.asarray(a[i]), self.layer_params()) for i in range(self.config.num_layers)
         ]
-        if folded:
-            for layer in layers:
-                for side in ("key", "value"):
-                    layer[side] = {"kernel": layer["attention_norm"]["scale"][:, None] * layer[side]["kernel"]}
-        factors = [layer_factors([kind], layer, self.config)[kind] for layer in layers]
+        factors = [layer_factors([kind], layer, self.config, folded=folded)[kind] for layer in layers[:number]]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *factors)
 
 

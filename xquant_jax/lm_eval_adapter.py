@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval import utils  # pyright: ignore[reportMissingImports]
-from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 
 from xquant_jax.errors import ConfigError
 from xquant_jax.generation import generate

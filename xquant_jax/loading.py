@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from converters import layer_factors, open_checkpoint
+from converters import FOLDED, layer_factors, open_checkpoint
 from converters.converted import ConvertedCheckpoint
 from converters.parameters import build_tree
 from converters.shards import read_json
@@ -46,7 +45,7 @@ class Model:
     checkpoint: Any
     calibration: Path  # file of what `xquant calibrate` found; need not exist
     mesh: Mesh | None = None  # devices that the parameters are spread over
-    _factors: dict[tuple[str, bool], Any] = dataclasses.field(default_factory=dict, repr=False)
+    _factors: dict[tuple[str, bool, int], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> ModelConfig:
@@ -80,31 +79,30 @@ class Model:
     def layer_params(self) -> dict[str, Any]:
         return self.params["layers"]
 
-    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
-        """SVD factors of all layers, leading axis L: read from a converted checkpoint, computed otherwise.
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
+        """SVD factors of the first `number` layers (None: all) on a leading axis: read from a converted checkpoint
+        where it has them (`converters.FOLDED`), computed otherwise.
 
-        `folded`: of the weights with the attention norm's scale multiplied into them; these are always computed.
+        `folded`: of the weights with the attention norm's scale multiplied into them.
         """
 
-        def folded_factors(i: int) -> Any:
-            layer = self.checkpoint.layer(i)
-            norm = np.asarray(layer["attention_norm"]["scale"], np.float32)[:, None]
-            folded = {side: {"kernel": norm * layer[side]["kernel"].astype(np.float32)} for side in ("key", "value")}
+        def compute(i: int) -> Any:
             kinds: Any = [kind]
-            return next(iter(layer_factors(kinds, folded, self.config).values()))
+            return next(iter(layer_factors(kinds, self.checkpoint.layer(i), self.config, folded=folded).values()))
 
-        if (kind, folded) not in self._factors:
-            read = folded_factors if folded else partial(self.checkpoint.factors, kind)
+        key = (kind, folded, number or self.config.num_layers)
+        if key not in self._factors:
+            stored = FOLDED.get(kind) == folded  # pyright: ignore[reportCallIssue, reportArgumentType]
+            read = partial(self.checkpoint.factors, kind) if stored else compute
             if self.mesh is not None:
                 shapes = build_tree(factor_shapes(kind, self.config).items())  # pyright: ignore[reportArgumentType]
-                axes = sharding.PER_HEAD_FACTORS if kind == "per_head" else {}
-                specs = sharding.named_specs(shapes, axes)
-                if folded or not isinstance(self.checkpoint, ConvertedCheckpoint):
-                    read = computed_once(read, shapes, specs, self.mesh)
-                else:
+                specs = sharding.named_specs(shapes, sharding.PER_HEAD_FACTORS if kind == "per_head" else {})
+                if stored and isinstance(self.checkpoint, ConvertedCheckpoint):
                     read = partial(read, sharding=sharding.named(specs, self.mesh))
-            self._factors[kind, folded] = stack_layers(self.config.num_layers, read, self.dtype)
-        return self._factors[kind, folded]
+                else:
+                    read = computed_once(read, shapes, specs, self.mesh)
+            self._factors[key] = stack_layers(key[2], read, self.dtype)
+        return self._factors[key]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -186,8 +184,8 @@ class _WholeWeights:
         params = {name: tree for name, tree in self.model.layer_params().items() if name in names}
         return sharding.place(params, sharding.P(), self.model.mesh)
 
-    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
-        return sharding.place(self.model.svd(kind, folded=folded), sharding.P(), self.model.mesh)
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
+        return sharding.place(self.model.svd(kind, folded=folded, number=number), sharding.P(), self.model.mesh)
 
     def calibrated(self, need: Need) -> dict[str, Array]:
         return self.model.calibrated(need)

@@ -337,7 +337,7 @@ class _OneLayer:
     def layer_params(self) -> dict[str, Any]:
         return self.params
 
-    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
         if (kind, folded) not in self._svd:
             tree: dict[str, Any] = {}
             for path, shape in factor_shapes(kind, self.config).items():  # pyright: ignore[reportArgumentType]
@@ -359,7 +359,7 @@ class _OneLayer:
 
 
 @lru_cache(maxsize=256)
-def _factors_of_one_layer(config: ModelConfig, cache_config: CacheConfig) -> tuple[tuple[Any, ...], set[int]]:
+def factors_of_one_layer(config: ModelConfig, cache_config: CacheConfig) -> tuple[tuple[Any, ...], set[int]]:
     """A segment's factors each, and the ids of those leaves that are parameters."""
     layers = parameter_shapes(config)["layers"]
     needed = {name: layers[name] for name in ("attention_norm", "key", "value", "key_norm") if name in layers}
@@ -370,7 +370,7 @@ def _factors_of_one_layer(config: ModelConfig, cache_config: CacheConfig) -> tup
 
 def _factor_bytes(config: ModelConfig, cache_config: CacheConfig) -> tuple[int, int]:
     """Bytes of all factors, and of those that a step reads; what is a parameter too is not counted."""
-    factors, known = _factors_of_one_layer(config, cache_config)
+    factors, known = factors_of_one_layer(config, cache_config)
     new = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(factors) if id(leaf) not in known}
     read = 0
     for (_, layers), tree in zip(cache_config.segments(config), factors, strict=True):
@@ -382,7 +382,7 @@ def _factor_bytes(config: ModelConfig, cache_config: CacheConfig) -> tuple[int, 
 def _operations(config: ModelConfig, cache_config: CacheConfig, tokens: int) -> tuple[Operations, Operations]:
     """Of a step of one sequence with so many new tokens, a round being a block of history; and of its flush."""
     model, params = Transformer(config, "xla"), parameter_shapes(config)
-    one_layer, _ = _factors_of_one_layer(config, cache_config)
+    one_layer, _ = factors_of_one_layer(config, cache_config)
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     factors = jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.num_layers, *a.shape[1:]), a.dtype), one_layer)
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=1, tokens=BLOCK))

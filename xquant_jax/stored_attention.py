@@ -66,7 +66,7 @@ def attend_stored(
     batch = RULES.spec("batch")
     of_queries = P(RULES.batch, None, lies.channels)
     tokens = sharding.tokens_axis(q.shape[1])
-    of_result = RULES.spec("batch", tokens, "heads")
+    of_result: Any = RULES.spec("batch", tokens, "heads")
     split = {1: RULES.tokens} if tokens else {}
     if not lies.channels:
         split[2] = RULES.heads

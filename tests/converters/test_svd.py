@@ -110,7 +110,12 @@ def grouped(tiny_config):
 
 def random_layer(config):
     shape = (config.width, config.kv_width)
-    return {"key": {"kernel": weight(shape, 3)}, "value": {"kernel": weight(shape, 4)}}
+    scale = np.linspace(0.5, 2, config.width, dtype=np.float32)
+    return {
+        "key": {"kernel": weight(shape, 3)},
+        "value": {"kernel": weight(shape, 4)},
+        "attention_norm": {"scale": scale},
+    }
 
 
 def test_factors_of_a_layer(grouped):
@@ -123,7 +128,18 @@ def test_factors_of_a_layer(grouped):
     key, value = layer["key"]["kernel"], layer["value"]["kernel"]
     assert np.array_equal(factors["joint"]["value"]["up"], joint_factors(value)["up"])
     assert np.array_equal(factors["per_head"]["key"]["down"], per_head_factors(key, 2)["down"])
-    assert np.array_equal(factors["kv"]["basis"], kv_basis(key, value)["basis"])
+    scale = layer["attention_norm"]["scale"][:, None]
+    folded = [scale.astype(np.float64) * w.astype(np.float64) for w in (key, value)]
+    assert np.array_equal(factors["kv"]["basis"], kv_basis(*folded)["basis"])
+
+
+def test_the_norm_is_folded_in_where_asked(grouped):
+    layer = random_layer(grouped)
+    folded = layer_factors(["joint"], layer, grouped, folded=True)["joint"]["key"]
+    expected = layer["attention_norm"]["scale"][:, None] * layer["key"]["kernel"]
+    assert relative_error(folded["down"] @ folded["up"], expected) < 1e-6
+    plain = layer_factors(["kv"], layer, grouped, folded=False)["kv"]
+    assert np.array_equal(plain["basis"], kv_basis(layer["key"]["kernel"], layer["value"]["kernel"])["basis"])
 
 
 def test_multi_head_models_have_no_factors(grouped):

@@ -37,8 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("lm-eval needs lm-evaluation-harness; install: pip install 'xquant-jax[lm-eval]'") from None
     from xquant_jax.lm_eval_adapter import XQuantLM
@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"there is no task {', '.join(unknown)}; name tasks of the harness or use --include-path")
     rows: list[dict[str, Any]] = []
     for spec in arguments.cache:
-        model = XQuantLM(
+        make: Any = XQuantLM  # the harness' decorator hides its signature
+        model = make(
             arguments.model,
             spec,
             arguments.protocol,
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
             max_length=arguments.max_length,
             calibration=str(arguments.calibration) if arguments.calibration else None,
         )
-        outcome = simple_evaluate(
+        outcome: Any = simple_evaluate(
             model=model,
             tasks=arguments.tasks,
             num_fewshot=arguments.num_fewshot,

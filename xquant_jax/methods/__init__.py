@@ -140,8 +140,10 @@ class CacheConfig:
         return segments
 
     def factors(self, source: FactorSource) -> tuple[Any, ...]:
-        """One pytree per segment; its leaves have the leading axis L of the whole model."""
-        return tuple(method.factors(source) for method, _ in self.segments(source.config))
+        """One pytree per segment; its leaves have a leading axis from layer 0 to the segment's last, at least."""
+        segments = self.segments(source.config)
+        ends = itertools.accumulate(layers for _, layers in segments)
+        return tuple(method.factors(source, end) for (method, _), end in zip(segments, ends, strict=True))
 
 
 def _options(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:

@@ -29,7 +29,8 @@ ABSORB_UP_TO = 16
 
 @runtime_checkable
 class FactorSource(Protocol):
-    """Where a method finds the matrices it needs; every leaf has the leading axis L."""
+    """Where a method finds the matrices it needs; every leaf has the leading axis L, unless fewer layers are asked
+    for."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -38,8 +39,8 @@ class FactorSource(Protocol):
         """The transformer's own parameters."""
         ...
 
-    def svd(self, kind: str, *, folded: bool = False) -> dict[str, Any]:
-        """SVD factors of the key and value weights: `joint`, `per_head` or `kv`.
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
+        """SVD factors of the key and value weights: `joint`, `per_head` or `kv`, of the first `number` layers.
 
         `folded`: of the weights with the attention norm's scale multiplied into them.
         """
@@ -160,8 +161,9 @@ class Method(abc.ABC):
         """What the factors take from calibration."""
         return ()
 
-    def factors(self, source: FactorSource) -> Any:
-        """What the other functions multiply with; every leaf has the leading axis L."""
+    def factors(self, source: FactorSource, number: int) -> Any:
+        """What the other functions multiply with; every leaf has a leading axis of at least the first `number` layers
+        (of more where nothing needs to be copied)."""
         return {}
 
     def codebooks(self, factors: Any) -> dict[str, Float[Array, " levels"]]:

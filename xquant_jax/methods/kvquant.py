@@ -61,7 +61,7 @@ class KVQuant(KeysValues):
         streams = self.streams(config)
         return (Codebooks(self.bits, self.outliers, self.sink, streams["key"], streams["value"]),)
 
-    def factors(self, source: FactorSource) -> Any:
+    def factors(self, source: FactorSource, number: int) -> Any:
         (need,) = self.needs(source.config)
         return source.calibrated(need)
 

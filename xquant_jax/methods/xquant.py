@@ -61,13 +61,13 @@ class XQuant(Method):
     def by_head(self, config: ModelConfig) -> bool:
         return not config.is_multi_head and self._bases() == ("per_head", "per_head")
 
-    def factors(self, source: FactorSource) -> Any:
+    def factors(self, source: FactorSource, number: int) -> Any:
         params = source.layer_params()
         folded = self.input == "unit_norm"
         if source.config.is_multi_head:
-            factors = {side: {"up": weight} for side, weight in projections(params, folded).items()}
+            factors = {side: {"up": weight} for side, weight in projections(params, folded, number).items()}
         else:
-            key, value = (source.svd(basis, folded=folded) for basis in self._bases())
+            key, value = (source.svd(basis, folded=folded, number=number) for basis in self._bases())
             factors = {"key": dict(key["key"]), "value": dict(value["value"])}
         for side in ("key", "value"):
             if source.config.qkv_bias:
@@ -124,13 +124,14 @@ def unit_norm(h: Array, eps: float) -> Array:
     return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(h.dtype)
 
 
-def projections(params: dict[str, Any], folded: bool) -> dict[str, Array]:
-    """Key and value weights [L, D, R]; `folded`: with the scale of the attention norm multiplied into them."""
+def projections(params: dict[str, Any], folded: bool, number: int) -> dict[str, Array]:
+    """Key and value weights [L, D, R]; `folded`: of `number` layers, with the scale of the attention norm multiplied
+    into them."""
     weights = {side: params[side]["kernel"] for side in ("key", "value")}
     if not folded:
         return weights
-    scale = params["attention_norm"]["scale"][..., None]
-    return {side: (scale * weight).astype(weight.dtype) for side, weight in weights.items()}
+    scale = params["attention_norm"]["scale"][:number, :, None]
+    return {side: (scale * weight[:number]).astype(weight.dtype) for side, weight in weights.items()}
 
 
 def _latent_width(config: ModelConfig, basis: str) -> int:

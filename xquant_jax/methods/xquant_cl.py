@@ -37,6 +37,11 @@ CHOICES = {
 }
 
 
+WEAKEST = 0.1
+"""Singular values of per-head bases, relative to the largest, below which their pseudoinverse leaves them out: they
+would amplify what quantization added (measured: docs/accuracy.md)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class XQuantCL(Method):
     """Differences of X between layers at `bits` bits. `first=N@b` (3@4): the first layers, the last of them the base.
@@ -52,12 +57,12 @@ class XQuantCL(Method):
     name: ClassVar[str] = "xquant-cl"
     accumulates: ClassVar[bool] = True
     bits: int = 2
-    input: str = "post_norm"
+    input: str = "unit_norm"
     delta: str = "token"
     predict: str | None = None  # None: paper where K < H
     basis: str | None = None  # None: joint
     rank: int = 0
-    accumulator: str = "bf16"
+    accumulator: str = "int8"
 
     def __post_init__(self) -> None:
         for option, choices in CHOICES.items():
@@ -100,12 +105,12 @@ class XQuantCL(Method):
             return ()
         return (Directions(self.basis or "joint", self.input == "unit_norm", self.rank),)
 
-    def factors(self, source: FactorSource) -> Any:
+    def factors(self, source: FactorSource, number: int) -> Any:
         params, config = source.layer_params(), source.config
         folded = self.input != "post_norm"
-        weights = projections(params, folded)
+        weights = projections(params, folded, number)
         if self.predict == "latent":
-            basis = latent_basis(source, self.basis or "joint", folded=folded)
+            basis = latent_basis(source, self.basis or "joint", folded=folded, number=number)
             factors: dict[str, Any] = {"basis": basis} | self._rebuilding(source, weights, basis)
             if self.rank:
                 (need,) = self.needs(config)
@@ -117,7 +122,7 @@ class XQuantCL(Method):
         else:
             factors = {side: {"up": weight} for side, weight in weights.items()}
             if not config.is_multi_head:
-                factors["basis"] = source.svd("kv", folded=folded)["basis"]
+                factors["basis"] = source.svd("kv", folded=folded, number=number)["basis"]
         if config.qkv_bias:
             for side in ("key", "value"):
                 factors[side]["bias"] = params[side]["bias"]
@@ -128,10 +133,13 @@ class XQuantCL(Method):
     def _rebuilding(self, source: FactorSource, weights: dict[str, Array], basis: Array) -> dict[str, Any]:
         """From latents to keys and values: A^T W of all directions, or Sigma_h B_h^T of the head's own."""
         if self.basis == "per_head":
-            factors = source.svd("per_head", folded=self.input != "post_norm")
+            factors = source.svd("per_head", folded=self.input != "post_norm", number=len(basis))
             return {side: {"up": factors[side]["up"]} for side in ("key", "value")}
         back = np.swapaxes(np.asarray(basis, np.float32), 1, 2)
-        return {side: {"up": jnp.asarray(back @ np.asarray(w, np.float32), w.dtype)} for side, w in weights.items()}
+        return {
+            side: {"up": jnp.asarray(back @ np.asarray(w[: len(back)], np.float32), w.dtype)}
+            for side, w in weights.items()
+        }
 
     def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
         match self.input:
@@ -227,11 +235,11 @@ class Base(XQuantCL):
         return {"x": self._lift(factors, stored["base"])}
 
 
-def latent_basis(source: FactorSource, basis: str, *, folded: bool) -> Float[Array, "L D C"]:
+def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int | None = None) -> Float[Array, "L D C"]:
     """A of every layer: U_kv (`joint`), or the key heads' and then the value heads' own directions (`per_head`)."""
     if basis == "joint":
-        return source.svd("kv", folded=folded)["basis"]
-    factors = source.svd("per_head", folded=folded)
+        return source.svd("kv", folded=folded, number=number)["basis"]
+    factors = source.svd("per_head", folded=folded, number=number)
     sides = [factors[side]["down"] for side in ("key", "value")]  # [L, D, K, e]
     return jnp.concatenate([side.reshape(*side.shape[:2], -1) for side in sides], axis=-1)
 
@@ -243,7 +251,7 @@ def prediction(basis: Float[Array, "L D C"], orthonormal: bool) -> Float64[np.nd
     if orthonormal:
         return np.swapaxes(below, 1, 2) @ wide
     with threadpool_limits(1, user_api="blas"):  # BLAS threads spin while they wait
-        return np.stack([np.linalg.lstsq(b, a)[0] for b, a in zip(below, wide, strict=True)])
+        return np.stack([np.linalg.lstsq(b, a, WEAKEST)[0] for b, a in zip(below, wide, strict=True)])
 
 
 def _times(x: Array, matrix: Array) -> Array:
