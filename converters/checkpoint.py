@@ -18,7 +18,8 @@ class Checkpoint(Protocol):
     """A model on disk, read one layer at a time as nested dicts of numpy arrays.
 
     `layer` and `outer` hold the parameters in the type of the checkpoint (`model_config.dtype`; vectors may
-    be float32), `factors` the SVD factors in float32.
+    be float32), `factors` the SVD factors in float32. With `sharding`, a tree like theirs, `layer` and `outer` read
+    straight to devices, each process its own shards.
     """
 
     path: Path
@@ -30,11 +31,11 @@ class Checkpoint(Protocol):
         """The kinds that `factors` accepts: none where every query head has keys of its own (K = H)."""
         ...
 
-    def layer(self, index: int) -> Tree:
+    def layer(self, index: int, sharding: Any = None) -> Tree:
         """The parameters of one layer."""
         ...
 
-    def outer(self, parts: Iterable[str] = ...) -> Tree:
+    def outer(self, parts: Iterable[str] = ..., sharding: Any = None) -> Tree:
         """The parameters outside the layers, of these parts: `embed`, `final_norm`, `head` unless tied."""
         ...
 

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from converters.families import family_of, model_config
 from converters.finite import all_finite
-from converters.parameters import Parameter, Tree, build_tree, layer_parameters, outer_parameters
+from converters.parameters import Parameter, Tree, build_tree, layer_parameters, leaves_of, outer_parameters
 from converters.shards import Tensor, read_headers, read_json
 from converters.svd import FactorKind, factor_kinds, layer_factors
 from xquant_jax.config import ModelConfig
@@ -28,7 +29,8 @@ _HARMLESS = (".rotary_emb.inv_freq",)  # a constant that old versions of transfo
 class HuggingFaceCheckpoint:
     """The weights of a Hugging Face directory in our parameter tree, as numpy arrays.
 
-    Kernels are views of [in, out]; nothing stays in memory between two calls.
+    Kernels are views of [in, out]; nothing stays in memory between two calls. `layer` and `outer` take `sharding`, a
+    tree like theirs, to read straight to devices instead.
 
     Raises on construction:
         CheckpointError: config.json or a shard is missing or unreadable; a tensor is missing, unexpected, of
@@ -59,18 +61,18 @@ class HuggingFaceCheckpoint:
         """The tensors that make up the model, by their name in the files."""
         return {tensor.name: tensor for tensor in self._tensors.values()}
 
-    def layer(self, index: int) -> Tree:
+    def layer(self, index: int, sharding: Any = None) -> Tree:
         """The parameters of one layer. CheckpointError if a value is not finite."""
-        parameters = layer_parameters(self.model_config)
-        return build_tree((parameter.path, self._read(parameter, index)) for parameter in parameters)
+        return self._tree(layer_parameters(self.model_config), index, sharding)
 
-    def outer(self, parts: Iterable[str] = ("embed", "final_norm", "head")) -> Tree:
+    def outer(self, parts: Iterable[str] = ("embed", "final_norm", "head"), sharding: Any = None) -> Tree:
         """The parameters outside the layers, of these parts. CheckpointError if a value is not finite."""
         wanted = set(parts)
         if self._tied_head is not None and "embed" in wanted:
             self._require_tied(self._tied_head)
-        parameters = [p for p in outer_parameters(self.model_config) if p.path.split(".")[0] in wanted]
-        return build_tree((parameter.path, self._read(parameter, None)) for parameter in parameters)
+        return self._tree(
+            [p for p in outer_parameters(self.model_config) if p.path.split(".")[0] in wanted], None, sharding
+        )
 
     def factors(self, kind: FactorKind, index: int) -> Tree:
         """The SVD factors of one layer, float32, computed now. Seconds for a layer of an 8B model."""
@@ -78,12 +80,30 @@ class HuggingFaceCheckpoint:
         layer = build_tree((parameter.path, self._read(parameter, index)) for parameter in parameters)
         return layer_factors([kind], layer, self.model_config)[kind]
 
+    def _tree(self, parameters: Iterable[Parameter], layer: int | None, sharding: Any) -> Tree:
+        if sharding is None:
+            return build_tree((parameter.path, self._read(parameter, layer)) for parameter in parameters)
+        to = leaves_of(sharding)
+        return build_tree((p.path, self._read_shards(p, layer, to[p.path])) for p in parameters)
+
     def _read(self, parameter: Parameter, layer: int | None) -> np.ndarray:
         tensor = self._tensors[parameter.path, layer]
-        values = tensor.read()
-        if not all_finite(values):
-            raise CheckpointError(f"{tensor} has values that are not finite; the checkpoint is damaged")
+        values = _finite(tensor.read(), tensor)
         return values.T if parameter.is_kernel else values
+
+    def _read_shards(self, parameter: Parameter, layer: int | None, sharding: jax.sharding.Sharding) -> jax.Array:
+        """Straight to devices; a process reads the parts that its own devices hold, each once."""
+        tensor, parts = self._tensors[parameter.path, layer], {}
+
+        def part(index: Any) -> np.ndarray:
+            key = str(index)
+            if key not in parts:
+                stored = index[::-1] if parameter.is_kernel else index
+                values = _finite(tensor.read_part(stored), tensor)
+                parts[key] = values.T if parameter.is_kernel else values
+            return parts[key]
+
+        return jax.make_array_from_callback(parameter.shape, sharding, part)
 
     def _matched(
         self, config: ModelConfig, tensors: dict[str, Tensor]
@@ -153,6 +173,12 @@ def _all_parameters(config: ModelConfig) -> Iterator[tuple[Parameter, int | None
     yield from ((parameter, None) for parameter in outer_parameters(config))
     for layer in range(config.num_layers):
         yield from ((parameter, layer) for parameter in layer_parameters(config))
+
+
+def _finite(values: np.ndarray, tensor: Tensor) -> np.ndarray:
+    if not all_finite(values):
+        raise CheckpointError(f"{tensor} has values that are not finite; the checkpoint is damaged")
+    return values
 
 
 def _check(tensor: Tensor, parameter: Parameter) -> None:

@@ -37,6 +37,13 @@ class Tensor:
         with _opened(self.file) as shard:
             return shard.get_tensor(self.name)
 
+    def read_part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The values that a slice of each axis selects."""
+        with _opened(self.file) as shard:
+            return shard.get_slice(self.name)[
+                tuple(slice(*s.indices(n)) for s, n in zip(index, self.shape, strict=True))
+            ]
+
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the values."""
         with _opened(self.file) as shard:

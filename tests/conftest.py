@@ -1,6 +1,9 @@
 """What the tests share: small random models and the trained ones beside the project."""
 
 import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import monitoring
 
 from converters.svd import layer_factors
 from xquant_jax.calibration.calibrate import calibrate
@@ -15,6 +19,9 @@ from xquant_jax.calibration.needs import Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.model import Transformer
 from xquant_jax.rope import Rope
+
+# eight CPU devices for the tests of sharding; everything else runs on the first
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -87,6 +94,22 @@ def random_model(config: ModelConfig, seed: int = 0) -> RandomModel:
 
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Collects an entry for every program that XLA compiles inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xquant_jax.methods import CacheConfig
     from xquant_jax.model import Transformer, forward
     from xquant_jax.sampling import Sampling
+    from xquant_jax.sharding import make_mesh
 
 _MODULES = {
     "cache": (
@@ -45,6 +46,7 @@ _MODULES = {
     "methods": ("CacheConfig",),
     "model": ("Transformer", "forward"),
     "sampling": ("Sampling",),
+    "sharding": ("make_mesh",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -85,5 +87,6 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "make_mesh",
     "stream",
 ]

@@ -2,6 +2,7 @@
 
 Every stream keeps its whole blocks of 128 tokens packed (history) and the newest tokens as they are (window).
 `append` writes into the window; `flush` moves whole blocks into the history. Each sequence has its own length.
+On a mesh every device holds some of the blocks and some of the window's places, see `xquant_jax.sharding`.
 """
 
 import dataclasses
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
+from xquant_jax import sharding
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CacheFullError
 from xquant_jax.packing import BLOCK
 from xquant_jax.quantization import Blocks, Leaf, allocate_blocks
+from xquant_jax.sharding import Axes, Layout, P
 
 if TYPE_CHECKING:
     from xquant_jax.methods import CacheConfig, Method
@@ -51,6 +54,7 @@ class Cache:
     flushed: Leaf  # int32 [B]
     segments: tuple[Segment, ...]
     running: Blocks | None
+    layout: Layout = struct.field(pytree_node=False)  # on a mesh
     capacity: int = struct.field(pytree_node=False)  # tokens per sequence
     max_step: int = struct.field(pytree_node=False)  # tokens that fit into the window behind a partial block
 
@@ -78,30 +82,46 @@ class CacheBytes:
 def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, tokens: int, max_step: int = 1) -> Cache:
     """An empty cache for `batch` sequences of at least `tokens` tokens each, fed up to `max_step` at a time.
 
-    Longer inputs may be appended too; `max_step` only bounds what the window holds between `append` and `flush`.
+    Longer inputs may be appended too; `max_step` only bounds what the window holds between `append` and `flush`. On a
+    mesh blocks and window are rounded up to what divides, and every device allocates its own share only.
     """
-    blocks = max(1, tokens // BLOCK)
-    segments, running = [], None
-    for method, layers in cache_config.segments(config):
-        history = {
-            name: allocate_blocks(spec, (layers, batch, blocks)) for name, spec in method.streams(config).items()
-        }
-        window = {
-            name: jnp.zeros((layers, batch, BLOCK - 1 + max_step, width), dtype)
-            for name, (width, dtype) in method.window(config).items()
-        }
-        sink = {name: w[:, :, : method.sink_tokens] for name, w in window.items() if method.sink_tokens}
-        segments.append(Segment(history, window, sink, method, layers))
-        if (spec := method.running(config)) is not None:
-            running = allocate_blocks(spec, (batch, blocks))
-    return Cache(
-        lengths=jnp.zeros(batch, jnp.int32),
-        flushed=jnp.zeros(batch, jnp.int32),
-        segments=tuple(segments),
-        running=running,
-        capacity=blocks * BLOCK + BLOCK - 1,
-        max_step=max_step,
-    )
+    segments = cache_config.segments(config)
+    lies = sharding.layout(cache_config, config)
+    blocks = sharding.round_up(max(1, tokens // BLOCK), sharding.devices_along(lies.blocks))
+    room = _window_room(max_step, lies)
+
+    def empty() -> Cache:
+        filled, running = [], None
+        for method, layers in segments:
+            history = {
+                name: allocate_blocks(spec, (layers, batch, blocks)) for name, spec in method.streams(config).items()
+            }
+            window = {
+                name: jnp.zeros((layers, batch, room, width), dtype)
+                for name, (width, dtype) in method.window(config).items()
+            }
+            sink = {name: w[:, :, : method.sink_tokens] for name, w in window.items() if method.sink_tokens}
+            filled.append(Segment(history, window, sink, method, layers))
+            if (spec := method.running(config)) is not None:
+                running = allocate_blocks(spec, (batch, blocks))
+        return Cache(
+            lengths=jnp.zeros(batch, jnp.int32),
+            flushed=jnp.zeros(batch, jnp.int32),
+            segments=tuple(filled),
+            running=running,
+            layout=lies,
+            capacity=blocks * BLOCK + BLOCK - 1,
+            max_step=max_step,
+        )
+
+    if not sharding.active():
+        return empty()
+    return jax.jit(lambda: sharding.constrain_cache(empty()))()
+
+
+def _window_room(step: int, lies: Layout) -> int:
+    """Places behind a partial block for `step` tokens more, on a mesh a multiple of its parts."""
+    return sharding.round_up(BLOCK - 1 + step, sharding.devices_along(lies.blocks))
 
 
 def check_room(capacity: int, tokens: int) -> None:
@@ -120,31 +140,78 @@ def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], 
     these T (it grows where they do not fit, and `flush` gives the room back). Outside of compiled code a cache that is
     full, or was not flushed, raises `CacheFullError`; inside the caller makes sure (`check_room`).
     """
-    batch, length = jax.tree.leaves(new)[0].shape[1:3]
+    length = jax.tree.leaves(new)[0].shape[2]
     _check_append(cache, counts, length)
-    rows = jnp.arange(batch)[:, None]
-    slots = cache.in_window[:, None] + jnp.arange(length)
-
-    def write(window: Array, vectors: Array) -> Array:
-        missing = BLOCK - 1 + length - window.shape[2]
-        window = jnp.pad(window, ((0, 0), (0, 0), (0, max(missing, 0)), (0, 0)))
-        kept = jnp.where(jnp.arange(length) < counts[:, None], slots, window.shape[2])
-        return window.at[:, rows, kept].set(vectors.astype(window.dtype), mode="drop")
-
     segments = tuple(
         dataclasses.replace(
-            segment, window={name: write(window, vectors[name]) for name, window in segment.window.items()}
+            segment,
+            window={
+                name: _extend(window, vectors[name], cache.in_window, counts, cache.layout)
+                for name, window in segment.window.items()
+            },
         )
         for segment, vectors in zip(cache.segments, new, strict=True)
     )
     return dataclasses.replace(cache, lengths=cache.lengths + counts, segments=segments)
 
 
+def new_vectors_spec(lies: Layout, length: int) -> P:
+    """The partition of a layer's new vectors [B, T, C]."""
+    return P(sharding.RULES.batch, _new_tokens_axes(lies, length), lies.channels)
+
+
+def _new_tokens_axes(lies: Layout, length: int) -> Axes:
+    """Each device keeps some of the new tokens where they divide, else all."""
+    return () if length % sharding.devices_along(lies.blocks) else lies.blocks
+
+
+def _extend(
+    window: Float[Array, "L B W C"],
+    vectors: Float[Array, "L B T C"],
+    in_window: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    lies: Layout,
+) -> Float[Array, "L B _wide C"]:
+    """The window with `counts` of the vectors behind its `in_window`, made wider where they do not fit."""
+    length, room = vectors.shape[2], _window_room(vectors.shape[2], lies)
+    split = _new_tokens_axes(lies, length)
+
+    def write(window: Array, vectors: Array, in_window: Array, counts: Array) -> Array:
+        """Into the places that exist: a few at once, for all layers."""
+        width = window.shape[2]
+        rows, number = jnp.arange(window.shape[1])[:, None], jnp.arange(length)
+        places = in_window[:, None] + number - width * sharding.shard_index(lies.blocks)
+        exists = (number < counts[:, None]) & (places >= 0) & (places < width)
+        vectors = sharding.gather(vectors, split, axis=2)
+        return window.at[:, rows, jnp.where(exists, places, width)].set(vectors.astype(window.dtype), mode="drop")
+
+    def rebuild(window: Array, vectors: Array, in_window: Array, counts: Array) -> Array:
+        """Into a wider window, layer by layer; places behind the new vectors keep whatever was there."""
+        own = room // sharding.devices_along(lies.blocks)
+        places = own * sharding.shard_index(lies.blocks) + jnp.arange(own)
+        start, end = in_window[:, None], (in_window + counts)[:, None]
+
+        def layer(old_and_new: tuple[Array, Array]) -> Array:
+            old = sharding.gather(old_and_new[0], lies.blocks, axis=1)
+            new = sharding.gather(old_and_new[1], split, axis=1).astype(old.dtype)
+            width = old.shape[1]
+            kept = jnp.minimum(places, width - 1)
+            source = jnp.where((places >= start) & (places < end), width + places - start, kept)
+            return jnp.take_along_axis(jnp.concatenate([old, new], axis=1), source[..., None], axis=1)
+
+        return lax.map(layer, (window, vectors))
+
+    batch = sharding.RULES.spec("batch")
+    extend = write if window.shape[2] >= room else rebuild
+    shares = (lies.window, P(None, *new_vectors_spec(lies, length)), batch, batch)
+    return sharding.on_shards(extend, shares, lies.window)(window, vectors, in_window, counts)
+
+
 def _check_append(cache: Cache, counts: Array, length: int) -> None:
     if any(isinstance(a, Tracer) for a in (cache.lengths, cache.flushed, counts)):
         return
     check_room(cache.capacity, int((cache.lengths + counts).max()))
-    width = max(next(iter(cache.segments[0].window.values())).shape[2], BLOCK - 1 + length)
+    width = max(next(iter(cache.segments[0].window.values())).shape[2], _window_room(length, cache.layout))
     if int((cache.in_window + counts).max()) > width:
         raise CacheFullError(f"the window holds {width} tokens and whole blocks were not flushed; call flush first")
 
@@ -171,54 +238,76 @@ def flush_when_due(cache: Cache, factors: tuple[Any, ...]) -> Cache:
 
 
 def _quantize_whole_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[str, Blocks], ...]:
-    """The histories with every whole block of the windows in them."""
-    whole = cache.in_window // BLOCK
+    """The histories with every whole block of the windows in them.
+
+    On a mesh every device gathers the windows, layer after layer, and keeps the blocks that are its own.
+    """
+    specs = sharding.cache_specs(cache)
+    histories = tuple(segment.history for segment in specs.segments)
+    of_factors = cache.layout.stacked_factors(factors)
+    return sharding.on_shards(_quantize_own_blocks, (specs, of_factors), histories)(cache, factors)
+
+
+def _quantize_own_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[str, Blocks], ...]:
+    lies, whole = cache.layout, cache.in_window // BLOCK
     batch = whole.shape[0]
     rows = jnp.arange(batch)[:, None]
-    candidates = next(iter(cache.segments[0].window.values())).shape[2] // BLOCK
+    places = next(iter(cache.segments[0].window.values())).shape[2] * sharding.devices_along(lies.blocks)
+    candidates = jnp.arange(places // BLOCK)
     capacity = next(iter(cache.segments[0].history.values())).words[0].shape[2]
-    number = jnp.arange(candidates)
-    targets = jnp.where(number < whole[:, None], cache.flushed[:, None] + number, capacity)  # capacity: dropped
+    targets = cache.flushed[:, None] + candidates - capacity * sharding.shard_index(lies.blocks)
+    kept = (candidates < whole[:, None]) & (targets >= 0) & (targets < capacity)
+    targets = jnp.where(kept, targets, capacity)  # capacity: dropped
 
     histories, start = [], 0
-    running = None if cache.running is None else allocate_blocks(cache.running.spec, (batch, candidates))
+    running = None if cache.running is None else allocate_blocks(cache.running.spec, (batch, candidates.size))
     for segment, segment_factors in zip(cache.segments, factors, strict=True):
+        share = lies.share(segment.history)
+        specs = {name: h.spec for name, h in share.items()}
 
         def layer(
-            i: Array, carry: Any, segment: Any = segment, start: int = start, factors: Any = segment_factors
+            i: Array,
+            carry: Any,
+            segment: Any = segment,
+            start: int = start,
+            factors: Any = segment_factors,
+            specs=specs,
         ) -> Any:
             history, running = carry
             own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, start + i, keepdims=False), factors)
+            window = {name: lax.dynamic_index_in_dim(w, i, keepdims=False) for name, w in segment.window.items()}
             window = {
-                name: lax.dynamic_index_in_dim(w, i, keepdims=False)[:, : candidates * BLOCK]
-                for name, w in segment.window.items()
+                name: sharding.gather(w, lies.blocks, axis=1)[:, : candidates.size * BLOCK]
+                for name, w in window.items()
             }
             window = segment.method.without_sink(window, cache.flushed == 0)
-            specs = {name: h.spec for name, h in history.items()}
             blocks, _, running = segment.method.store_and_read(own, window, running, specs)
             return {
-                name: jax.tree.map(lambda h, b: h.at[i, rows, targets].set(b, mode="drop"), history[name], stored)
-                for name, stored in blocks.items()
+                name: jax.tree.map(lambda old, new: old.at[i, rows, targets].set(new, mode="drop"), history[name], b)
+                for name, b in blocks.items()
             }, running
 
         # a loop over layers, so that float32 temporaries stay small
-        history, running = lax.fori_loop(0, segment.num_layers, layer, (segment.history, running))
-        histories.append(history)
+        history, running = lax.fori_loop(0, segment.num_layers, layer, (share, running))
+        histories.append({name: dataclasses.replace(h, spec=segment.history[name].spec) for name, h in history.items()})
         start += segment.num_layers
     return tuple(histories)
 
 
 def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
     """Takes the histories over and forgets what was moved into them from the windows."""
-    whole, room = cache.in_window // BLOCK, BLOCK - 1 + cache.max_step
-    begins = ((cache.flushed == 0) & (whole > 0))[:, None, None]
+    whole = cache.in_window // BLOCK
+    begins = (cache.flushed == 0) & (whole > 0)
     segments = tuple(
         dataclasses.replace(
             segment,
             history=history,
-            window={name: _shift(window, whole, room) for name, window in segment.window.items()},
+            window={
+                name: _shift(window, whole, _window_room(cache.max_step, cache.layout), cache.layout)
+                for name, window in segment.window.items()
+            },
             sink={
-                name: jnp.where(begins, segment.window[name][:, :, : sink.shape[2]], sink)
+                name: _keep_first(segment.window[name], sink, begins, cache.layout)
                 for name, sink in segment.sink.items()
             },
         )
@@ -227,12 +316,40 @@ def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
     return dataclasses.replace(cache, flushed=cache.flushed + whole, segments=segments)
 
 
-def _shift(window: Float[Array, "L B W C"], whole: Int32[Array, " B"], room: int) -> Float[Array, "L B room C"]:
+def _shift(
+    window: Float[Array, "L B W C"], whole: Int32[Array, " B"], room: int, lies: Layout
+) -> Float[Array, "L B room C"]:
     """Drops what was flushed from the front and whatever exceeds `room` at the end."""
     if window.shape[2] == room == BLOCK:
         return window  # a whole block was all of it
-    slots = jnp.minimum(whole[:, None] * BLOCK + jnp.arange(room), window.shape[2] - 1)
-    return jnp.take_along_axis(window, slots[None, :, :, None], axis=2)
+
+    def shift(window: Array, whole: Array) -> Array:
+        own = room // sharding.devices_along(lies.blocks)
+        places = own * sharding.shard_index(lies.blocks) + jnp.arange(own)
+
+        def layer(window: Array) -> Array:
+            window = sharding.gather(window, lies.blocks, axis=1)
+            source = jnp.minimum(whole[:, None] * BLOCK + places, window.shape[1] - 1)
+            return jnp.take_along_axis(window, source[..., None], axis=1)
+
+        return lax.map(layer, window)
+
+    batch = sharding.RULES.spec("batch")
+    return sharding.on_shards(shift, (lies.window, batch), lies.window)(window, whole)
+
+
+def _keep_first(
+    window: Float[Array, "L B W C"], sink: Float[Array, "L B n C"], begins: Bool[Array, " B"], lies: Layout
+) -> Float[Array, "L B n C"]:
+    """The window's first vectors where a sequence's first block leaves it."""
+    n = sink.shape[2]
+
+    def keep(window: Array, sink: Array, begins: Array) -> Array:
+        first = sharding.gather(window[:, :, :n], lies.blocks, axis=2)[:, :, :n]  # those of the first device come first
+        return jnp.where(begins[:, None, None], first, sink)
+
+    batch = sharding.RULES.spec("batch")
+    return sharding.on_shards(keep, (lies.window, lies.sink, batch), lies.sink)(window, sink, begins)
 
 
 def cache_bytes(cache: Cache) -> CacheBytes:

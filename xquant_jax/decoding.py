@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from xquant_jax import sharding
 from xquant_jax.cache import Cache, flush, flush_when_due
 from xquant_jax.model import Transformer, forward
 from xquant_jax.quantization import Leaf
@@ -64,16 +65,8 @@ def advance(
     """
     rows = jnp.arange(state.prompts.shape[0])
 
-    def feed_chunk(carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
-        fed, cache, last = carry
-        tokens = lax.dynamic_slice_in_dim(state.prompts, fed, chunk, axis=1)
-        counts = jnp.clip(state.prompt_lengths - fed, 0, chunk)
-        logits, cache = forward(model, params, tokens, cache, factors, counts)
-        ends_here = (counts > 0) & (fed + counts == state.prompt_lengths)
-        return fed + chunk, flush(cache, factors), jnp.where(ends_here[:, None], logits, last)
-
     def choose(s: Decoding, logits: Array) -> Decoding:
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), s.step))(s.seeds)
+        keys = token_keys(s.seeds, jnp.full_like(s.seeds, s.step))
         tokens, logprobs = sample(logits, sampling, keys, s.seen)
         live = ~s.done
         return dataclasses.replace(
@@ -90,11 +83,49 @@ def advance(
         s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
         logits, cache = forward(model, params, token, cache, factors, (~s.done).astype(jnp.int32))
-        return choose(s, logits), flush_when_due(cache, factors)
+        return choose(s, logits), sharding.constrain_cache(flush_when_due(cache, factors))
 
-    longest = state.prompt_lengths.max()
-    logits = jnp.zeros((rows.size, model.config.vocab_size), jnp.float32)
-    fed, cache, logits = lax.while_loop(lambda carry: carry[0] < longest, feed_chunk, (state.fed, cache, logits))
+    prompts = (state.prompts, state.prompt_lengths, state.fed)
+    logits, cache, fed = feed(model, params, factors, *prompts, cache, chunk=chunk)
     state = dataclasses.replace(state, fed=fed)
     state = lax.cond(state.step == 0, choose, lambda s, _: s, state, logits)
-    return lax.while_loop(lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache))
+    state, cache = lax.while_loop(
+        lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache)
+    )
+    state = sharding.constrain_as(state, sharding.P())  # small, and every host reads it
+    return state, sharding.constrain_cache(cache)
+
+
+def feed(
+    model: Transformer,
+    params: Any,
+    factors: tuple[Any, ...],
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    fed: Int[Array, ""],
+    cache: Cache,
+    *,
+    chunk: int,
+) -> tuple[Float[Array, "B V"], Cache, Int[Array, ""]]:
+    """Feeds the prompts from token `fed` on, `chunk` tokens at a time, up to the longest.
+
+    Returns the logits of the last token of every prompt that ends here (zeros for others), and how much is fed now.
+    """
+
+    def feed_chunk(carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
+        fed, cache, last = carry
+        tokens = lax.dynamic_slice_in_dim(prompts, fed, chunk, axis=1)
+        counts = jnp.clip(lengths - fed, 0, chunk)
+        logits, cache = forward(model, params, tokens, cache, factors, counts)
+        ends_here = (counts > 0) & (fed + counts == lengths)
+        cache = sharding.constrain_cache(flush(cache, factors))
+        return fed + chunk, cache, jnp.where(ends_here[:, None], logits, last)
+
+    nothing = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)
+    fed, cache, logits = lax.while_loop(lambda carry: carry[0] < lengths.max(), feed_chunk, (fed, cache, nothing))
+    return logits, cache, fed
+
+
+def token_keys(seeds: Int[Array, " B"], numbers: Int[Array, " B"]) -> Any:
+    """The random key that token `numbers` of each answer is drawn with: it depends on seed and number only."""
+    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)

@@ -8,7 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
 
+from xquant_jax import sharding
 from xquant_jax.cache import Cache, CacheBytes, allocate, cache_bytes, check_room
 from xquant_jax.decoding import Decoding, advance
 from xquant_jax.errors import ConfigError, PromptError
@@ -76,6 +79,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int | None = 512,
     cache_tokens: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Continues every prompt (a text, or token ids taken as they are).
 
@@ -87,6 +91,8 @@ def generate(
         through the cache, as the new tokens will; None takes the whole prompt at once and exactly
     cache_tokens: tokens per sequence that the cache holds, by default as many as the longest prompt and answer of
         the bucket can need: calls that share a program share its size
+    mesh: devices to spread cache and work over (`make_mesh`), by default those that the model was loaded on; in a job
+        of several processes each of them makes the same call and gets all results
 
     Raises `PromptError` for an empty prompt or a token id out of range, `CacheFullError` if `cache_tokens` is too
     small, `ConfigError` for an option that cannot be honoured.
@@ -102,6 +108,7 @@ def generate(
         stop_ids=stop_ids,
         prefill_chunk=prefill_chunk,
         cache_tokens=cache_tokens,
+        mesh=mesh,
     )
     compile_s = batch.compile()
     start = time.perf_counter()
@@ -127,6 +134,7 @@ def stream(
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int | None = 512,
     cache_tokens: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[StreamedToken]:
     """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program."""
     batch = _Batch.prepare(
@@ -140,6 +148,7 @@ def stream(
         stop_ids=stop_ids,
         prefill_chunk=prefill_chunk,
         cache_tokens=cache_tokens,
+        mesh=mesh,
     )
     return batch.events()
 
@@ -168,22 +177,21 @@ class _Batch:
         stop_ids: Sequence[int] | None,
         prefill_chunk: int | None,
         cache_tokens: int | None,
+        mesh: Mesh | None,
     ) -> "_Batch":
         cache_config, sampling = CacheConfig.parse(cache), sampling.checked()
         asked, tokens = _tokenize(model, prompts)
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={max_new_tokens} is not possible; choose 1 or more")
-        if isinstance(stop, str) or not all(stop):
-            raise ConfigError("stop must be a list of strings that are not empty")
-        if stop and model.tokenizer is None:
-            raise ConfigError("stop strings need a tokenizer, and this model has none; use stop_ids")
-        ends = model.stop_ids if stop_ids is None else tuple(_token_ids(model, "stop_ids", stop_ids))
+        check_max_new_tokens(max_new_tokens)
+        ends = checked_stops(model, stop, stop_ids)
         longest = max(map(len, tokens))
         bucket, chunk = bucket_length(longest, prefill_chunk)
         if cache_tokens is not None:
             check_room(cache_tokens, longest + max_new_tokens - 1)
 
         size = len(tokens)
+        model = model.on(mesh)
+        if model.mesh is not None:
+            sharding.check_batch(size, model.mesh)
         padded = np.zeros((size, bucket), np.int32)
         for row, ids in zip(padded, tokens, strict=True):
             row[: len(ids)] = ids
@@ -192,10 +200,9 @@ class _Batch:
             seen = np.zeros((size, model.config.vocab_size), bool)
             for row, ids in zip(seen, tokens, strict=True):
                 row[ids] = True
-        kv = allocate(
-            cache_config, model.config, batch=size, tokens=cache_tokens or bucket + answer_room(max_new_tokens)
-        )
         room = answer_room(max_new_tokens)
+        with sharding.using(model.mesh):
+            kv = allocate(cache_config, model.config, batch=size, tokens=cache_tokens or bucket + room)
         state = Decoding(
             prompts=padded,
             prompt_lengths=np.asarray([len(ids) for ids in tokens], np.int32),
@@ -205,17 +212,17 @@ class _Batch:
             logprobs=np.zeros((size, room), np.float32),
             counts=np.zeros(size, np.int32),
             done=np.zeros(size, bool),
-            seeds=np.asarray(_seeds(seed, size), np.int32),
+            seeds=np.asarray(checked_seeds(seed, size), np.int32),
             seen=seen,
         )
-        factors = cache_config.factors(model)
+        factors = model.factors(cache_config)
         arrays = jax.tree.map(np.float32, sampling)
-        ends_array = np.full(-(-max(len(ends), 1) // 8) * 8, -1, np.int32)  # padded: their number compiles nothing
-        ends_array[: len(ends)] = ends
+        ends_array = padded_stop_ids(ends)
 
         def program(state: Decoding, cache: Cache, limit: int) -> tuple[Decoding, Cache]:
-            options = (arrays, ends_array, np.int32(limit))
-            return advance(model.transformer, model.params, factors, state, cache, *options, chunk=chunk)
+            state, options = sharding.place((state, (arrays, ends_array, np.int32(limit))), sharding.P(), model.mesh)
+            with sharding.using(model.mesh):
+                return advance(model.transformer, model.params, factors, state, cache, *options, chunk=chunk)
 
         transcripts = [Transcript(model.tokenizer, ids, frozenset(ends), stop, max_new_tokens) for ids in tokens]
         return cls(asked, transcripts, state, kv, program)
@@ -309,24 +316,29 @@ def _tokenize(model: Model, prompts: Prompt | Sequence[Prompt]) -> tuple[list[st
         raise PromptError("there is no prompt; give at least one")
     asked, tokens = [], []
     for i, prompt in enumerate(prompts):
-        text = isinstance(prompt, str)
-        ids = _encode(model, i, prompt) if text else _token_ids(model, f"prompt {i}", prompt)  # pyright: ignore[reportArgumentType]
-        if not ids:
-            raise PromptError(f"prompt {i} is empty; give at least one token")
-        asked.append(prompt if text else ids)
+        ids = prompt_tokens(model, f"prompt {i}", prompt)  # pyright: ignore[reportArgumentType]
+        asked.append(prompt if isinstance(prompt, str) else ids)
         tokens.append(ids)
     return asked, tokens
 
 
-def _encode(model: Model, i: int, prompt: str) -> list[int]:
+def prompt_tokens(model: Model, name: str, prompt: Prompt) -> list[int]:
+    """A prompt as token ids. Raises `PromptError`, which calls it by its name, if that cannot be."""
+    ids = _encode(model, name, prompt) if isinstance(prompt, str) else _token_ids(model, name, prompt)
+    if not ids:
+        raise PromptError(f"{name} is empty; give at least one token")
+    return ids
+
+
+def _encode(model: Model, name: str, prompt: str) -> list[int]:
     if model.tokenizer is None:
         raise PromptError("this model has no tokenizer.json; give prompts as token ids")
     if not prompt:
-        raise PromptError(f"prompt {i} is empty; give at least one character")
+        raise PromptError(f"{name} is empty; give at least one character")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"prompt {i} is not valid Unicode: {error.reason}") from error
+        raise PromptError(f"{name} is not valid Unicode: {error.reason}") from error
     return model.tokenizer.encode(prompt)
 
 
@@ -342,7 +354,30 @@ def _token_ids(model: Model, what: str, ids: Sequence[int] | np.ndarray) -> list
     return plain
 
 
-def _seeds(seed: Seed, size: int) -> list[int]:
+def check_max_new_tokens(max_new_tokens: int) -> None:
+    """Raises `ConfigError` unless at least one token is asked for."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is not possible; choose 1 or more")
+
+
+def checked_stops(model: Model, stop: Sequence[str], stop_ids: Sequence[int] | None) -> tuple[int, ...]:
+    """The token ids that end an answer, the model's own for None. Raises for stops that cannot be honoured."""
+    if isinstance(stop, str) or not all(stop):
+        raise ConfigError("stop must be a list of strings that are not empty")
+    if stop and model.tokenizer is None:
+        raise ConfigError("stop strings need a tokenizer, and this model has none; use stop_ids")
+    return model.stop_ids if stop_ids is None else tuple(_token_ids(model, "stop_ids", stop_ids))
+
+
+def padded_stop_ids(ids: Sequence[int]) -> Int[np.ndarray, " stops"]:
+    """As an array, padded with -1, so that another number of them compiles nothing."""
+    padded = np.full(-(-max(len(ids), 1) // 8) * 8, -1, np.int32)
+    padded[: len(ids)] = ids
+    return padded
+
+
+def checked_seeds(seed: Seed, size: int) -> list[int]:
+    """One seed for each of `size` prompts. Raises `ConfigError` for another number of them, or one out of range."""
     seeds = [int(seed)] * size if isinstance(seed, numbers.Integral) else [int(s) for s in seed]  # pyright: ignore[reportGeneralTypeIssues]
     if len(seeds) != size:
         raise ConfigError(f"{len(seeds)} seeds given for {size} prompts; give one for all or one for each")

@@ -54,7 +54,7 @@ def attend_history(
     running: Blocks | None = None,
     *,
     codebooks: Mapping[str, Float[Array, " levels"]] = MappingProxyType({}),
-    skip: int = 0,
+    skip: Int[Array, ""] | int = 0,
 ) -> tuple[Part, Blocks | None]:
     """Attends to the first `flushed` blocks of each sequence, but for their first `skip` tokens.
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from xquant_jax.config import ModelConfig
+from xquant_jax.sharding import constrain, tokens_axis
 
 Attend = Callable[..., tuple[Array, Any]]
 """(h [B, T, D], x [B, T, D], q [B, T, H, d], k [B, T, K, d], v [B, T, K, d]) -> attention output [B, T, H, d] and what
@@ -49,14 +50,16 @@ class Block(nn.Module):
 
     def __call__(self, h: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
         x = self.attention_norm(h)
-        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        tokens = tokens_axis(h.shape[1])
+        q, k, v = (self._heads(project(x), tokens) for project in (self.query, self.key, self.value))
+        k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))  # all new queries meet all new keys
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         attended, emitted = attend(h, x, q, k, v)
-        h = h + self.output(attended.astype(h.dtype).reshape(*h.shape[:2], -1))
+        h = constrain(h + self.output(attended.astype(h.dtype).reshape(*h.shape[:2], -1)), "batch", tokens, None)
         y = self.mlp_norm(h)
-        h = h + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
-        return h, emitted
+        inner = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", tokens, "mlp")
+        return constrain(h + self.down(inner), "batch", tokens, None), emitted
 
-    def _heads(self, a: Float[Array, "B T N"]) -> Float[Array, "B T heads d"]:
-        return a.reshape(*a.shape[:2], -1, self.config.head_dim)
+    def _heads(self, a: Float[Array, "B T N"], tokens: str | None) -> Float[Array, "B T heads d"]:
+        return constrain(a.reshape(*a.shape[:2], -1, self.config.head_dim), "batch", tokens, "heads", None)

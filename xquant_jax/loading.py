@@ -1,7 +1,6 @@
 """From a checkpoint on disk to a model in memory."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
@@ -9,21 +8,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from converters import FOLDED, layer_factors, open_checkpoint
-from converters.finite import all_finite
+from converters.converted import ConvertedCheckpoint
+from converters.parameters import build_tree
 from converters.shards import read_json
+from converters.svd import factor_shapes
 from pallas_kernels.api import backend
+from xquant_jax import sharding
 from xquant_jax.calibration.needs import Need
 from xquant_jax.calibration.store import FILE, Calibration, fingerprint
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError, ConfigError
+from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer
 from xquant_jax.tokenizer import Tokenizer
+from xquant_jax.weights import computed_once, parameter_specs, read_parameters, stack_layers
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+DEMO = Path(str(files("xquant_jax") / "demo"))
+"""The model that ships with the package."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,11 +44,37 @@ class Model:
     dtype: str
     checkpoint: Any
     calibration: Path  # file of what `xquant calibrate` found; need not exist
+    mesh: Mesh | None = None  # devices that the parameters are spread over
     _factors: dict[tuple[str, bool, int], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> ModelConfig:
         return self.transformer.config
+
+    def on(self, mesh: Mesh | None) -> "Model":
+        """The model spread over a mesh; itself if it is, or if `mesh` is None. `load(..., mesh=...)` spares the copy.
+
+        Raises `ConfigError` if it lies on another mesh or its weights do not divide.
+        """
+        if mesh is None:
+            return self
+        mesh = sharding.checked(mesh)
+        if self.mesh is None:
+            sharding.check_model(self.config, mesh)
+            params = sharding.place(self.params, parameter_specs(self.params), mesh)
+            return dataclasses.replace(self, params=params, mesh=mesh, _factors={})
+        if mesh != self.mesh:
+            raise ConfigError(f"the model lies on {self.mesh}, not on {mesh}; load it with mesh=... of the one to use")
+        return self
+
+    def factors(self, cache_config: CacheConfig) -> tuple[Any, ...]:
+        """`CacheConfig.factors`, on a mesh where the cache needs them."""
+        if self.mesh is None:
+            return cache_config.factors(self)
+        with sharding.using(self.mesh):
+            lies = sharding.layout(cache_config, self.config)
+        factors = cache_config.factors(self if lies.channels else _WholeWeights(self))
+        return sharding.place(factors, lies.stacked_factors(factors), self.mesh)
 
     def layer_params(self) -> dict[str, Any]:
         return self.params["layers"]
@@ -61,7 +94,14 @@ class Model:
         if key not in self._factors:
             stored = FOLDED.get(kind) == folded  # pyright: ignore[reportCallIssue, reportArgumentType]
             read = partial(self.checkpoint.factors, kind) if stored else compute
-            self._factors[key] = _stack_layers(key[2], read, self.dtype)
+            if self.mesh is not None:
+                shapes = build_tree(factor_shapes(kind, self.config).items())  # pyright: ignore[reportArgumentType]
+                specs = sharding.named_specs(shapes, sharding.PER_HEAD_FACTORS if kind == "per_head" else {})
+                if stored and isinstance(self.checkpoint, ConvertedCheckpoint):
+                    read = partial(read, sharding=sharding.named(specs, self.mesh))
+                else:
+                    read = computed_once(read, shapes, specs, self.mesh)
+            self._factors[key] = stack_layers(key[2], read, self.dtype)
         return self._factors[key]
 
     @cached_property
@@ -91,6 +131,7 @@ def load(
     dtype: str | None = None,
     implementation: str | None = None,
     calibration: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a converted directory, a Hugging Face directory, or `"demo"`, the model that ships with the package.
 
@@ -98,6 +139,7 @@ def load(
         are emulated and several times slower
     implementation: of the kernels, by default the best for the device
     calibration: file that `xquant calibrate` wrote, by default `calibration.safetensors` in the directory
+    mesh: devices to spread the weights over (`make_mesh`); every process reads its own devices' shards only
 
     Raises `CheckpointError` for files that are missing or inconsistent, `ConfigError` for a model that is not
     supported.
@@ -107,56 +149,46 @@ def load(
     if calibration is not None and not Path(calibration).exists():
         raise ConfigError(f"calibration={calibration} does not exist; xquant calibrate writes one")
     backend(implementation)  # raises here, not at the first step that would use it
-    directory = Path(str(files("xquant_jax") / "demo")) if str(path) == "demo" else Path(path)
+    directory = DEMO if str(path) == "demo" else Path(path)
     checkpoint = open_checkpoint(directory)
     config = checkpoint.model_config
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
-    outer = jax.tree.map(jnp.asarray, _cast(checkpoint.outer(), dtype))
-    layers = _stack_layers(config.num_layers, checkpoint.layer, dtype)
+    if mesh is not None:
+        mesh = sharding.checked(mesh)
+        sharding.check_model(config, mesh)
     tokenizer = directory / "tokenizer.json"
     return Model(
         transformer=Transformer(config, implementation),
-        params={**outer, "layers": layers},
+        params=read_parameters(checkpoint, dtype, mesh),
         tokenizer=Tokenizer.from_file(tokenizer) if tokenizer.exists() else None,
         stop_ids=_stop_ids(directory, checkpoint.config),
         dtype=dtype,
         checkpoint=checkpoint,
         calibration=Path(calibration) if calibration is not None else directory / FILE,
+        mesh=mesh,
     )
 
 
-def _stack_layers(num_layers: int, read: Callable[[int], Any], dtype: str) -> Any:
-    """Reads layer after layer into stacked device arrays; the host holds one layer at a time."""
+@dataclasses.dataclass(frozen=True)
+class _WholeWeights:
+    """A model on a mesh as a source of factors that every device has whole."""
 
-    stack = None
-    for i in range(num_layers):
-        layer = _cast(read(i), dtype)
-        if stack is None:
-            stack = jax.tree.map(lambda a: jnp.zeros((num_layers, *a.shape), dtype), layer)
-        stack = _place(stack, layer, i)
-    return stack
+    model: Model
 
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
 
-@partial(jax.jit, donate_argnames="stack")
-def _place(stack: Any, layer: Any, i: Any) -> Any:
-    return jax.tree.map(lambda s, a: s.at[i].set(a), stack, layer)
+    def layer_params(self) -> dict[str, Any]:
+        names = ("key", "value", "key_norm", "attention_norm")
+        params = {name: tree for name, tree in self.model.layer_params().items() if name in names}
+        return sharding.place(params, sharding.P(), self.model.mesh)
 
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
+        return sharding.place(self.model.svd(kind, folded=folded, number=number), sharding.P(), self.model.mesh)
 
-def _cast(tree: Any, dtype: str) -> Any:
-    """Numpy arrays in another type; CheckpointError if a number is too large for it."""
-
-    def cast(path: tuple, a: np.ndarray) -> np.ndarray:
-        if a.dtype == dtype:
-            return a
-        with np.errstate(over="ignore"):
-            narrow = a.astype(jnp.dtype(dtype))
-        if not all_finite(narrow):
-            raise CheckpointError(
-                f"{jax.tree_util.keystr(path)} has values too large for {dtype}; choose another dtype"
-            )
-        return narrow
-
-    return jax.tree_util.tree_map_with_path(cast, tree)
+    def calibrated(self, need: Need) -> dict[str, Array]:
+        return self.model.calibrated(need)
 
 
 def _stop_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:

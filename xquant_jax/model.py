@@ -15,15 +15,17 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from xquant_jax import attention, rope
+from xquant_jax import attention, rope, sharding
 from xquant_jax.attention import Geometry
-from xquant_jax.cache import Cache, append
+from xquant_jax.cache import Cache, append, new_vectors_spec
 from xquant_jax.config import ModelConfig
 from xquant_jax.layers import Block
 from xquant_jax.methods import CacheConfig
 from xquant_jax.methods.base import NewTokens, Stored
 from xquant_jax.packing import BLOCK
 from xquant_jax.quantization import allocate_blocks
+from xquant_jax.sharding import Layout
+from xquant_jax.stored_attention import attend_stored
 
 UNLIMITED = 2**30
 """A sliding window that no sequence reaches."""
@@ -86,7 +88,7 @@ class Transformer(nn.Module):
 
     def _extend(self, tokens: Array, cache: Cache, factors: tuple[Any, ...], counts: Array) -> tuple[Array, Cache]:
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        h = self.embed(tokens)
+        h = sharding.constrain(self.embed(tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
         start, emitted, running = 0, [], cache.running
         for segment, segment_factors in zip(cache.segments, factors, strict=True):
 
@@ -95,7 +97,7 @@ class Transformer(nn.Module):
                 pick = partial(lax.dynamic_index_in_dim, index=start + number, keepdims=False)
                 stored = Stored(segment, number, cache.flushed, cache.in_window, running)
                 h, (new, running) = self._cached_layer(
-                    h, pick, jax.tree.map(pick, factors), stored, cache.lengths, positions
+                    h, pick, jax.tree.map(pick, factors), stored, cache.lengths, positions, cache.layout
                 )
                 return (h, running), new
 
@@ -105,15 +107,16 @@ class Transformer(nn.Module):
         return h, append(dataclasses.replace(cache, running=running), tuple(emitted), counts)
 
     def _cached_layer(
-        self, h: Array, pick: Any, factors: Any, stored: Stored, lengths: Array, positions: Array
+        self, h: Array, pick: Any, factors: Any, stored: Stored, lengths: Array, positions: Array, lies: Layout
     ) -> tuple[Array, tuple[dict[str, Array], Any]]:
         c, method = self.config, stored.segment.method
         geometry = self._geometry(positions, pick(self._sliding_windows()))
 
         def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             own = attention.attend(q, k, v, geometry, origin=lengths, count=q.shape[1])
-            old, running = method.attend(factors, q, stored, geometry, c, self.implementation)
+            old, running = attend_stored(factors, q, stored, geometry, c, lies, self.implementation)
             new = method.encode(factors, NewTokens(h, x, k, v, geometry, c.norm_eps))
+            new = sharding.constrain_as(new, new_vectors_spec(lies, q.shape[1]))
             return attention.merge(own, old).out, (new, running)
 
         return self._block(jax.tree.map(pick, self.layers), h, attend)
@@ -218,8 +221,12 @@ class Transformer(nn.Module):
     def _logits(self, h: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
         h = self.final_norm(h)
         if not self.config.tied_embeddings:
-            return self.head(h)
-        return jnp.einsum("...d,vd->...v", h, self.embed.embedding, preferred_element_type=jnp.float32)
+            logits = self.head(h)
+        else:
+            logits = jnp.einsum("...d,vd->...v", h, self.embed.embedding, preferred_element_type=jnp.float32)
+        between = (None,) * (h.ndim - 2)
+        logits = sharding.constrain(logits, "batch", *between, "vocabulary")  # else the weight would travel
+        return sharding.constrain(logits, "batch", *between, None)
 
 
 def forward(

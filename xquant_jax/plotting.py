@@ -6,8 +6,11 @@ from typing import Any
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluate import Evaluation
 
-# Okabe and Ito's palette: told apart by colour-blind readers too
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+# Okabe and Ito's palette, and two of Paul Tol's: told apart by colour-blind readers too
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"),
+    *("#882255", "#999933"),
+)
 TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 """Sizes in percent that a logarithmic axis may name."""
 
@@ -15,14 +18,14 @@ TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 def check(path: Path) -> None:
     """Raises `ConfigError` if no plot could be written to this file."""
     suffix = path.suffix.removeprefix(".")
-    known = _figure().canvas.get_supported_filetypes()
+    known = new_figure().canvas.get_supported_filetypes()
     if suffix not in known:
         raise ConfigError(f"--plot {path}: .{suffix} is not a picture; choose one of {', '.join(sorted(known))}")
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """One line and colour per method, a dot per bit width, with the standard error of its difference to 16 bit."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     rows = [row for row in map(evaluation.row, evaluation.measurements) if row["perplexity"] is not None]
     common = set.intersection(*(set(_options(row["cache"])) for row in rows)) if rows else set()
@@ -76,12 +79,13 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure() -> Any:
+def new_figure(width: float = 8.0, height: float = 5.5) -> Any:
+    """An empty figure, sizes in inches. Raises `ConfigError` if matplotlib is not there."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("a plot needs matplotlib; install it with: pip install 'xquant-jax[plot]'") from None
-    return Figure(figsize=(8, 5.5), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _head(spec: str) -> tuple[str, str]:

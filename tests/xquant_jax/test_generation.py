@@ -1,17 +1,15 @@
 """`generate` and `stream` on a trained model: what users rely on whatever the batch, the chunks and the buckets."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import monitoring
 
 import xquant_jax as xq
+from tests.conftest import counted_compilations
 from xquant_jax.generation import bucket_length
 
 STORIES = ["Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big"]
@@ -21,22 +19,6 @@ EXACT = "bf16,dtype=float32"
 @pytest.fixture(scope="module")
 def model(shared: Path) -> xq.Model:
     return xq.load(shared / "models" / "stories260K")
-
-
-@contextmanager
-def counted_compilations() -> Iterator[list[str]]:
-    """Collects an entry for every program that XLA compiles inside the block."""
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_batch_of_unequal_prompts_equals_each_alone(model: xq.Model) -> None:

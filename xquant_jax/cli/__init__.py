@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
-from xquant_jax.cli import calibrate, convert, evaluate, generate, lm_eval
+from xquant_jax.cli import batch, calibrate, convert, evaluate, generate, lm_eval, plan
 from xquant_jax.errors import XQuantError
 
-COMMANDS = (convert, generate, evaluate, calibrate, lm_eval)
+COMMANDS = (convert, generate, batch, evaluate, plan, calibrate, lm_eval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,13 +66,19 @@ class NewTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One layer's view of a segment: its unsliced arrays, the index of the layer within them, and the running sum."""
+    """One layer's view of a segment: its unsliced arrays, the index of the layer within them, and the running sum.
+
+    On a mesh a device has some of a sequence's blocks and of its window's places: those from `first_block` and from
+    `first_place` on. `flushed` and `in_window` count the whole sequence's.
+    """
 
     segment: Segment
     layer: Int[Array, ""]
     flushed: Int[Array, " B"]
     in_window: Int[Array, " B"]
     running: Blocks | None
+    first_block: Int[Array, ""] | int = 0
+    first_place: Int[Array, ""] | int = 0
 
     def window(self) -> dict[str, Array]:
         """The newest vectors of this layer, [B, W, C] by name."""
@@ -131,6 +137,13 @@ class Method(abc.ABC):
             )
         early: Any = dataclasses.replace(self, bits=bits)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return [(early, layers), (self, config.num_layers - layers)]
+
+    def by_head(self, config: ModelConfig) -> bool:
+        """Whether all streams are the kv heads' own parts side by side, so that a device can hold some heads alone.
+
+        Factors that each head has its own of are then named as in `xquant_jax.sharding.PER_HEAD_FACTORS`.
+        """
+        return False
 
     @abc.abstractmethod
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
@@ -227,7 +240,7 @@ class Method(abc.ABC):
         implementation: str | None = None,
     ) -> tuple[Part, Blocks | None]:
         """Attention to everything stored, and the running sum. The absorbed form equals the definition but for
-        rounding."""
+        rounding. On a mesh: to what this device has of it, `config` telling the heads it has."""
         if self.keys_rotated:
             q = rope.rotate_heads(q, geometry.positions, geometry.frequencies)
             geometry = dataclasses.replace(geometry, rotated=True)
@@ -247,25 +260,32 @@ class Method(abc.ABC):
 
         window = {name: vectors.astype(q.dtype) for name, vectors in stored.window().items()}
         recent = attention.attend(
-            q, *keys_values(window), geometry, origin=BLOCK * stored.flushed, count=stored.in_window
+            q,
+            *keys_values(window),
+            geometry,
+            origin=BLOCK * stored.flushed + stored.first_place,
+            count=stored.in_window - stored.first_place,
         )
         if self.sink_tokens:
             sink = {name: vectors.astype(q.dtype) for name, vectors in stored.sink().items()}
-            count = jnp.where(stored.flushed > 0, self.sink_tokens, 0)
+            count = jnp.where((stored.flushed > 0) & (stored.first_block == 0), self.sink_tokens, 0)
             first = attention.attend(q, *keys_values(sink), geometry, origin=jnp.zeros_like(count), count=count)
             recent = attention.merge(recent, first)
         history, running = stored.segment.history, stored.running
+        blocks = next(iter(history.values())).words[0].shape[2]
+        flushed = jnp.clip(stored.flushed - stored.first_block, 0, blocks)
+        geometry = dataclasses.replace(geometry, positions=geometry.positions - BLOCK * stored.first_block)
         if self.accumulates or absorbed is None:
             old, summed = attend_history(
                 q,
                 history,
                 stored.layer,
-                stored.flushed,
+                flushed,
                 read,
                 geometry,
                 running if self.accumulates else None,
                 codebooks=self.codebooks(factors),
-                skip=self.sink_tokens,
+                skip=self.sink_tokens - BLOCK * stored.first_block,
             )
             running = summed if self.accumulates else running
         else:
@@ -274,7 +294,7 @@ class Method(abc.ABC):
                 history[absorbed.key],
                 absorbed.key_rebuild,
                 history[absorbed.value],
-                stored.flushed,
+                flushed,
                 geometry,
                 layer=stored.layer,
                 num_kv_heads=config.num_kv_heads,

@@ -13,6 +13,9 @@ from xquant_jax.rope import rotate_heads
 class KeysValues(Method):
     """Streams `key` (before RoPE, unless `keys_rotated`) and `value`, R wide each, head after head."""
 
+    def by_head(self, config: ModelConfig) -> bool:
+        return True
+
     def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
         k = new.k
         if self.keys_rotated:

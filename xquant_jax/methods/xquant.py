@@ -58,6 +58,9 @@ class XQuant(Method):
             "value": StreamSpec(value, self.bits, "token", self.group),
         }
 
+    def by_head(self, config: ModelConfig) -> bool:
+        return not config.is_multi_head and self._bases() == ("per_head", "per_head")
+
     def factors(self, source: FactorSource, number: int) -> Any:
         params = source.layer_params()
         folded = self.input == "unit_norm"

@@ -1,0 +1,148 @@
+"""`scripts/pod_generate.py` as several real processes on this machine, which talk over loopback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import write_checkpoint
+from tests.conftest import random_tokens, tiny_config
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 300  # until a test gives up on its processes; they take a few, on a busy machine a minute
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), layers=2)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Nine prompts, two lines that are none, and a blank one."""
+    lines = [json.dumps({"tokens": random_tokens(tiny_config(), 3 + 7 * i, seed=i).tolist()}) for i in range(9)]
+    lines[3:3] = ["{not JSON", "", '{"tokens": []}']
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def start(count: int, model: Path, prompts: Path, results: Path, *options: str) -> list[subprocess.Popen[str]]:
+    """The processes of one job, two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "scripts/pod_generate.py", *map(str, (model, prompts, results)), *options]
+    command += ["--coordinator", f"localhost:{port}", "--processes", str(count), "--heartbeat-timeout", "10"]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*command, "--process", str(i)], cwd=ROOT, env=environment, **pipes) for i in range(count)]
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What they wrote to stderr, once all have ended."""
+    try:
+        return [process.communicate(timeout=SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def records(results: Path) -> dict[int, dict[str, Any]]:
+    """By line of the prompts; every line once. What a kill cut short is left out."""
+    found = [json.loads(line) for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    by_line = {record["line"]: record for record in found}
+    assert len(by_line) == len(found)
+    return by_line
+
+
+def check(results: Path, new: int) -> None:
+    found = records(results)
+    assert sorted(found) == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
+    assert {line for line, record in found.items() if "error" in record} == {4, 6}
+    assert all(len(record["tokens"]) == new for record in found.values() if "tokens" in record)
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_answer_alike(model: Path, prompts: Path, tmp_path: Path) -> None:
+    alone, two, four = (tmp_path / f"{name}.jsonl" for name in ("alone", "two", "four"))
+    options = ("--cache", "bf16,dtype=float32", "--max-new-tokens", "9", "--slots", "4")
+    jobs = {
+        alone: start(1, model, prompts, alone, *options, "--mesh", "tensor=2"),
+        two: start(2, model, prompts, two, *options, "--mesh", "data=2,sequence=2"),
+        four: start(4, model, prompts, four, *options, "--mesh", "data=2,sequence=2,tensor=2"),
+    }
+    for results, processes in jobs.items():
+        errors = ends(processes)
+        assert [process.returncode for process in processes] == [0] * len(processes), errors
+        assert "line 4: not JSON" in errors[0]
+        check(results, 9)
+    tokens = [{line: r.get("tokens") for line, r in records(results).items()} for results in jobs]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "victim", "mesh"), [(2, 1, "data=2,tensor=2"), (4, 0, "sequence=4,tensor=2")])
+def test_a_killed_job_goes_on_where_it_stopped(
+    model: Path, prompts: Path, tmp_path: Path, count: int, victim: int, mesh: str
+) -> None:
+    results = tmp_path / "results.jsonl"
+    options = ("--mesh", mesh, "--max-new-tokens", "400", "--slots", "2")
+    processes = start(count, model, prompts, results, *options)
+    deadline = time.monotonic() + SECONDS
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 4):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.05)
+    processes[victim].kill()
+    ends(processes)
+    assert all(process.returncode != 0 for process in processes)
+    before = records(results)
+    assert 4 <= len(before) < 11
+
+    processes = start(count, model, prompts, results, *options)
+    errors = ends(processes)
+    assert [process.returncode for process in processes] == [0] * count, errors
+    check(results, 400)
+    after = records(results)
+    assert all(after[line] == record for line, record in before.items())
+
+
+def test_a_host_that_never_joins_is_an_error(model: Path, prompts: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    lonely, *others = start(2, model, prompts, results, "--join-timeout", "5")
+    for other in others:
+        other.kill()
+    (error,) = ends([lonely])
+    ends(others)
+    assert lonely.returncode == 2
+    assert "error: not all processes joined within --join-timeout 5 s" in error
+    assert not results.exists()
+
+
+@pytest.mark.slow
+def test_results_of_another_run_are_refused_by_all(model: Path, prompts: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"line": 1, "tokens": [1]}\n')
+    (tmp_path / "results.jsonl.run").write_text('{"weights": "of another model"}')
+    processes = start(2, model, prompts, results, "--max-new-tokens", "2")
+    errors = ends(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("is from another run: weights was 'of another model'" in error for error in errors)
+
+
+def test_a_mesh_of_other_devices_is_an_error(model: Path, prompts: Path, tmp_path: Path) -> None:
+    processes = start(1, model, prompts, tmp_path / "results.jsonl", "--mesh", "tensor=3")
+    (error,) = ends(processes)
+    assert processes[0].returncode == 2
+    assert "takes 3 devices, and there are 2" in error

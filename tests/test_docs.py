@@ -1,0 +1,42 @@
+"""What docs/plan.md and docs/batch.md show is what the commands print."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from xquant_jax.cli import main
+
+ROOT = Path(__file__).parents[1]
+PLAN, BATCH = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("plan.md", "batch.md"))
+
+
+SHOWN = re.findall(r"```sh\nxquant (plan [^`]*)\n```\n\n```\n([^`]*)```", PLAN)
+
+
+@pytest.mark.parametrize(("command", "shown"), SHOWN, ids=["grouped", "multi-head"])
+def test_plans_are_those_that_the_command_prints(command: str, shown: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command.replace("\\\n", ""))) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "\n".join(printed).strip("\n") == shown.strip("\n")
+
+
+def test_the_example_of_a_batch_runs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (prompts,) = re.findall(r"```json\n(.*?)```", BATCH, re.S)
+    (command,) = re.findall(r"```sh\nxquant (batch .*)\n", BATCH)
+    Path("prompts.jsonl").write_text(prompts, encoding="utf-8")
+    assert main(shlex.split(command)) == 0
+    results = {r["line"]: r for r in map(json.loads, Path("results.jsonl").read_text("utf-8").splitlines())}
+    assert [results[n].get("id") for n in (1, 2, 3)] == ["a", None, None]
+    assert len(results[2]["tokens"]) == 24
+    assert not any("error" in record for record in results.values())
+
+
+def test_the_python_of_a_batch_runs(capsys) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", BATCH, re.S)
+    exec(compile(code, "batch.md", "exec"), {})
+    assert capsys.readouterr().out.count("\n") >= 3

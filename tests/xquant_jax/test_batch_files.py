@@ -1,0 +1,252 @@
+"""`xquant batch`: what its files hold, and that a restart neither loses nor doubles a result."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import xquant_jax as xq
+from xquant_jax.cli import main
+from xquant_jax.cli.batch import parse_bytes
+from xquant_jax.cli.batch_files import Results, parse_prompts, weights_checksum
+
+SETTINGS = {"cache": "xquant:4", "seed": 0}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def stories(shared: Path) -> str:
+    return str(shared / "models" / "stories260K")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    starts = ("Once upon a time", "The big dog", "Tom", "One day Lily", "A girl")
+    lines = [{"id": f"p{i}", "prompt": starts[i % 5], "max_new_tokens": 5 + 9 * i} for i in range(12)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_every_prompt_gets_the_answer_of_generate(stories: str, tmp_path: Path, capsys) -> None:
+    asked, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    asked.write_text(
+        '{"prompt": "Once upon a time", "id": 7}\n\n{"tokens": [1, 403, 407], "max_new_tokens": 3}\n'
+        '{"prompt": "Tom", "seed": 5}',
+        encoding="utf-8",
+    )
+    options = ["--cache", "bf16", "--slots", "2", "--max-new-tokens", "6", "--seed", "3", "--stop-id", "2"]
+    options += ["--temperature", "0.8", "--top-k", "40"]
+    assert main(["batch", stories, str(asked), str(results), *options]) == 0
+    written = {record["line"]: record for record in read(results)}
+    model, sampling = xq.load(stories), xq.Sampling(temperature=0.8, top_k=40)
+    prompts: list[Any] = ["Once upon a time", [1, 403, 407], "Tom"]
+    expected = xq.generate(
+        model, prompts, cache="bf16", max_new_tokens=6, sampling=sampling, seed=[3, 3, 5], stop_ids=[2]
+    ).results
+    assert written.keys() == {1, 3, 4}
+    assert written[1]["id"] == 7
+    assert set(written[3]) == {"line", "text", "tokens", "logprobs", "finish_reason"}
+    assert [written[n]["tokens"] for n in (1, 3, 4)] == [
+        expected[0].tokens,
+        expected[1].tokens[:3],
+        expected[2].tokens,
+    ]
+    assert written[1]["text"] == expected[0].text
+    assert "3 answers, 15 tokens" in capsys.readouterr().err
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_stopped(stories: str, prompts: Path, tmp_path: Path, capsys) -> None:
+    """Killed as soon as there are results, then started again; the results equal those of a run that was let be."""
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    command = ["batch", stories, str(prompts), "RESULTS", "--cache", "bf16", "--slots", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xquant_jax", *(str(killed) if word == "RESULTS" else word for word in command)],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (killed.exists() and killed.read_bytes().count(b"\n") >= 2) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = killed.read_bytes()
+    finished = before.count(b"\n")
+    assert 2 <= finished < 12
+    for path in (killed, whole):
+        assert main([str(path) if word == "RESULTS" else word for word in command]) == 0
+    assert killed.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert f"{finished} of 12 lines have their results already" in capsys.readouterr().err
+    by_line = [{r["line"]: (r["id"], r["tokens"], r["text"]) for r in read(path)} for path in (killed, whole)]
+    assert by_line[0] == by_line[1]
+    assert len(read(killed)) == len(by_line[0]) == 12
+    unchanged = killed.read_bytes()
+    assert main([str(killed) if word == "RESULTS" else word for word in command]) == 0
+    assert killed.read_bytes() == unchanged
+
+
+def test_malformed_lines_are_reported_with_their_number_and_the_rest_is_done(
+    stories: str, tmp_path: Path, capsys
+) -> None:
+    asked, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    errors = {
+        1: (b'{"prompt": "cut of', "not JSON"),
+        2: (b'["a list"]', "must be an object"),
+        4: (b'{"id": "a"}', "either prompt or tokens"),
+        5: (b'{"prompt": "x", "tokens": [1]}', "either prompt or tokens"),
+        6: (b'{"prompt": 5}', "it must be a string"),
+        7: (b'{"tokens": [1, "2"]}', "list of whole numbers"),
+        8: (b'{"prompt": "x", "max_tokens": 5}', "'max_tokens' is not known; known: id, prompt"),
+        9: (b'{"prompt": "x", "seed": true}', "seed=True is not a whole number"),
+        10: (b'{"prompt": "\xff"}', "not UTF-8 text"),
+        11: (b'{"prompt": "x", "id": "good"}', "id 'good' is that of line 3 too"),
+        12: (b'{"prompt": ""}', "the prompt is empty"),
+        13: (b'{"tokens": [600]}', "token id 600"),
+        14: (b'{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens=0"),
+        15: (b"[" * 100_000, "not JSON"),
+        16: (b'{"prompt": "a \\ud800 b"}', "not valid Unicode"),
+    }
+    good = b'{"prompt": "Tom", "id": "good", "max_new_tokens": 3}'
+    asked.write_bytes(b"\n".join(errors[n][0] if n in errors else good for n in range(1, 17)))
+    for _ in range(2):  # the second run finds nothing to do and says the same
+        assert main(["batch", stories, str(asked), str(results), "--cache", "bf16"]) == 0
+        reported = capsys.readouterr().err
+        written = {record["line"]: record for record in read(results)}
+        assert written.keys() == set(range(1, 17))
+        assert len(read(results)) == 16
+        assert len(written[3]["tokens"]) == 3
+        for number, (_, message) in errors.items():
+            assert message in written[number]["error"]
+        assert "line 1: not JSON" in reported
+        assert "15 of 16 lines could not be answered" in reported
+
+
+@pytest.fixture
+def cut_results(tmp_path: Path) -> tuple[Path, bytes]:
+    path = tmp_path / "results.jsonl"
+    with Results.open(path, SETTINGS) as results:
+        results.write({"line": 2, "text": "one"})
+        results.write({"line": 1, "text": "zwölf\r\n"})
+    return path, path.read_bytes()
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_wherever_it_is_cut(cut_results: tuple[Path, bytes]) -> None:
+    path, whole = cut_results
+    first = whole.index(b"\n") + 1
+    for end in range(1, len(whole) + 1):
+        path.write_bytes(whole[:end])
+        with Results.open(path, SETTINGS) as results:
+            expected = {2, 1} if end == len(whole) else {2} if end >= first else set()
+            assert results.done.keys() == expected
+            for line in {1, 2} - expected:
+                results.write({"line": line, "text": "again"})
+        assert sorted(record["line"] for record in read(path)) == [1, 2]
+
+
+@pytest.mark.parametrize("settings", [{"cache": "kivi:4", "seed": 0}, {"cache": "xquant:4"}, SETTINGS | {"more": 1}])
+def test_results_of_another_run_are_refused_and_left_alone(cut_results: tuple[Path, bytes], settings) -> None:
+    path, whole = cut_results
+    with pytest.raises(xq.ConfigError, match=r"is from another run: \w+ was .* and is .* now; name another file"):
+        Results.open(path, settings)
+    assert path.read_bytes() == whole
+
+
+def test_results_without_settings_and_lines_of_others_are_refused(cut_results: tuple[Path, bytes]) -> None:
+    path, whole = cut_results
+    path.write_bytes(b'{"text": "no line number"}\n' + whole)
+    with pytest.raises(xq.ConfigError, match="line 1 was not written by a batch"):
+        Results.open(path, SETTINGS)
+    path.with_name("results.jsonl.run").unlink()
+    with pytest.raises(xq.ConfigError, match=r"there is no results.jsonl.run that says what it holds"):
+        Results.open(path, SETTINGS)
+
+
+def test_two_processes_cannot_write_the_same_results(cut_results: tuple[Path, bytes]) -> None:
+    path, _ = cut_results
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(xq.ConfigError, match="another process writes"):
+            Results.open(path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (["--cache", "int8"], "cache"),
+        (["--temperature", "0.5"], "sampling"),
+        (["--max-new-tokens", "5"], "max_new_tokens"),
+        (["--dtype", "bfloat16"], "weights"),
+    ],
+)
+def test_a_restart_with_other_options_is_an_error(
+    stories: str, prompts: Path, tmp_path: Path, capsys, change: list[str], name: str
+) -> None:
+    prompts.write_text('{"prompt": "Tom", "max_new_tokens": 2}\n')
+    command = ["batch", stories, str(prompts), str(tmp_path / "results.jsonl")]
+    assert main([*command, "--cache", "bf16"]) == 0
+    assert main([*command, "--cache", "bf16", *change]) == 2
+    assert f"is from another run: {name} was" in capsys.readouterr().err
+
+
+def test_a_restart_with_other_prompts_is_an_error(stories: str, prompts: Path, tmp_path: Path, capsys) -> None:
+    prompts.write_text('{"prompt": "Tom", "max_new_tokens": 2}\n')
+    command = ["batch", stories, str(prompts), str(tmp_path / "results.jsonl"), "--cache", "bf16"]
+    assert main(command) == 0
+    prompts.write_text('{"prompt": "Tim", "max_new_tokens": 2}\n')
+    assert main(command) == 2
+    assert "is from another run: prompts was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("batch demo nowhere.jsonl results.jsonl", "nowhere.jsonl"),
+        ("batch demo prompts.jsonl nowhere/results.jsonl", "there is no directory nowhere"),
+        ("batch nowhere prompts.jsonl results.jsonl", "nowhere"),
+        ("batch demo prompts.jsonl results.jsonl --slots 0", "slots=0"),
+        ("batch demo prompts.jsonl results.jsonl --slots 2 --memory 1GB", "both given"),
+        ("batch demo prompts.jsonl results.jsonl --memory lots", "--memory lots is not a number of bytes"),
+        ("batch demo prompts.jsonl results.jsonl --cache xquant:5", "bits=5"),
+        ("batch demo prompts.jsonl results.jsonl --temperature -1", "temperature=-1"),
+    ],
+)
+def test_errors_come_before_anything_is_written(command: str, message: str, prompts: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(prompts.parent)
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in prompts.parent.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize(("text", "size"), [("1500", 1500), ("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("8kib", 8192)])
+def test_bytes_as_people_write_them(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_the_checksum_of_weights_sees_one_bit_and_two_numbers_in_the_wrong_order() -> None:
+    params = {"a": jnp.arange(12, dtype=jnp.bfloat16).reshape(3, 4), "b": jnp.zeros(5), "c": jnp.ones(5)}
+    others = [
+        {**params, "b": params["b"].at[2].set(1e-45)},
+        {**params, "a": params["a"][:, ::-1]},
+        {**params, "a": params["a"][::-1]},
+        {**params, "b": params["c"], "c": params["b"]},
+    ]
+    assert len({weights_checksum(tree) for tree in [params, *others]}) == 5
+    assert weights_checksum(params) == weights_checksum(dict(params))
+
+
+def test_blank_lines_count_but_ask_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\r\n{"prompt": "a"}\r\n\n  \n{"prompt": "b"}\n')
+    assert [line.number for line in parse_prompts(path.read_bytes())] == [2, 5]

@@ -1,0 +1,269 @@
+"""A model and its cache on a mesh of eight (simulated) devices: the same answers, an eighth of the bytes each."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xquant_jax as xq
+from converters import convert
+from converters.shards import Tensor
+from tests.checkpoints import write_checkpoint
+from tests.conftest import counted_compilations, random_tokens
+from xquant_jax import batch, sharding
+from xquant_jax.cache import Cache, allocate, append, cache_bytes, flush, flush_when_due
+from xquant_jax.loading import Model
+from xquant_jax.methods import CacheConfig
+from xquant_jax.model import forward
+
+SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+BY_HEAD = ["bf16", "int8,group=8", "fp8", "kivi:2,group=8,rope=post", "xquant:4,group=8"]
+WHOLE = ["kivi:4", "fp8,scale=token", "xquant:4,basis=joint", "xquant:8,value_basis=joint", "kvquant:3"]
+ACROSS_LAYERS = ["xquant-cl:2,first=1@4", "xquant-cl:4,first=2@4,predict=latent,accumulator=int8"]
+MULTI_HEAD = ["xquant:4", "xquant-cl:4,first=1@4,input=residual"]
+EVERY = [(spec, False) for spec in BY_HEAD + WHOLE + ACROSS_LAYERS] + [(spec, True) for spec in MULTI_HEAD]
+LENGTHS = (300, 5, 131, 127, 128, 250, 17, 60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eight_devices() -> None:
+    if jax.device_count() < 8:
+        pytest.skip(f"{jax.device_count()} {jax.default_backend()} devices; these tests simulate eight on CPU")
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """By whether every query head has a key/value head of its own."""
+    names = {False: "grouped", True: "multi_head"}
+    return {
+        multi_head: write_checkpoint(tmp_path_factory.mktemp(name), multi_head=multi_head)
+        for multi_head, name in names.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def models(directories: dict[bool, Path]) -> dict[bool, xq.Model]:
+    return {multi_head: xq.load(directory) for multi_head, directory in directories.items()}
+
+
+@pytest.fixture(autouse=True)
+def levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for `xquant calibrate`: levels that are not evenly spaced."""
+
+    def calibrated(self: Model, need: Any) -> dict[str, jax.Array]:
+        rising = jnp.linspace(0, 1, 2**need.bits) ** 1.2
+        return {name: jnp.tile(rising, (self.config.num_layers, 1)) for name in ("key", "value")}
+
+    monkeypatch.setattr(Model, "calibrated", calibrated)
+
+
+def prompts_of(model: xq.Model) -> list[list[int]]:
+    return [random_tokens(model.config, length, seed=length).tolist() for length in LENGTHS]
+
+
+def answers(model: xq.Model, spec: str, mesh: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens and log-probabilities [8, 140] of ragged prompts; 140 tokens cross a flush in every row."""
+    options: dict[str, Any] = {"stop_ids": [], "prefill_chunk": 64, "cache_tokens": 1024, "max_new_tokens": 140}
+    results = xq.generate(model, prompts_of(model), cache=spec, mesh=mesh, **options).results
+    return np.asarray([r.tokens for r in results]), np.asarray([r.logprobs for r in results])
+
+
+def check_same_answers(model: xq.Model, spec: str, shapes: list[tuple[int, int, int]]) -> None:
+    tokens, logprobs = answers(model, spec)
+    logits: Any = model.transformer.apply({"params": model.params}, jnp.asarray(tokens), method="score")
+    extent = float(np.ptp(jax.nn.log_softmax(logits)))
+    for shape in shapes:
+        on_mesh, their_logprobs = answers(model, spec, xq.make_mesh(*shape))
+        np.testing.assert_array_equal(tokens, on_mesh, err_msg=f"{spec} on {shape}")
+        np.testing.assert_allclose(their_logprobs, logprobs, rtol=0, atol=1e-5 * extent, err_msg=f"{spec} on {shape}")
+
+
+@pytest.mark.parametrize("spec", ["bf16,dtype=float32", "xquant:4,group=8", "xquant-cl:2,first=1@4"])
+def test_same_answers_on_all_three_axes(models: dict[bool, xq.Model], spec: str) -> None:
+    check_same_answers(models[False], spec, [(2, 2, 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "multi_head"), EVERY)
+def test_same_answers_on_every_mesh(models: dict[bool, xq.Model], spec: str, multi_head: bool) -> None:
+    check_same_answers(models[multi_head], spec, SHAPES)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spec", ["int8,group=8", "kivi:4", "kvquant:3", "xquant-cl:2,first=1@4"])
+def test_flushes_write_the_same_bits(models: dict[bool, xq.Model], spec: str, shape: tuple[int, int, int]) -> None:
+    """The same vectors, a chunk of 300 and then one at a time, rows advancing apart: windows and histories agree."""
+    model, cache_config = models[False], CacheConfig.parse(spec)
+    rng = np.random.default_rng(0)
+    chunks = [(300, LENGTHS), *((1, rng.integers(0, 2, 8)) for _ in range(4)), (140, (140, 9, 1, 128, 0, 6, 140, 139))]
+
+    def fed(model: xq.Model) -> Cache:
+        random = np.random.default_rng(1)
+        factors = model.factors(cache_config)
+        cache = allocate(cache_config, model.config, batch=8, tokens=1024)
+        for length, counts in chunks:
+            new = tuple(
+                {name: random.normal(size=(*w.shape[:2], length, w.shape[3])) for name, w in segment.window.items()}
+                for segment in cache.segments
+            )
+            cache = append(cache, jax.tree.map(jnp.float32, new), jnp.asarray(counts))
+            cache = flush(cache, factors) if length > 1 else flush_when_due(cache, factors)
+        return cache
+
+    expected = fed(model)
+    mesh = xq.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        found = fed(model.on(mesh))
+    np.testing.assert_array_equal(found.flushed, expected.flushed)
+    for mine, theirs in zip(found.segments, expected.segments, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, (mine.history, mine.sink), (theirs.history, theirs.sink))
+        for name, window in mine.window.items():
+            for row, count in enumerate(expected.in_window):
+                np.testing.assert_array_equal(window[:, row, :count], theirs.window[name][:, row, :count])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("spec", "multi_head"), EVERY)
+def test_every_device_holds_its_share(
+    models: dict[bool, xq.Model], spec: str, multi_head: bool, shape: tuple[int, int, int]
+) -> None:
+    config = models[multi_head].config
+    sizes: dict[str, Any] = {"batch": 8, "tokens": 1024}
+    whole = cache_bytes(allocate(CacheConfig.parse(spec), config, **sizes))
+    mesh = xq.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        cache = allocate(CacheConfig.parse(spec), config, **sizes)
+    held = dict.fromkeys(mesh.devices.flat, 0)
+    for array in jax.tree.leaves(cache):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    first_tokens = sum(a.nbytes for segment in cache.segments for a in segment.sink.values())  # of kvquant: not split
+    assert cache_bytes(cache) == whole
+    assert len(set(held.values())) == 1
+    assert held[mesh.devices.flat[0]] <= whole.total / 8 + first_tokens + 64  # 64: two numbers for every sequence
+
+
+@pytest.mark.parametrize("spec", ["xquant:4,group=8", "xquant:4,basis=joint", "kvquant:3"])
+def test_history_never_travels(models: dict[bool, xq.Model], spec: str) -> None:
+    """The compiled step copies nothing that is as large as a layer's history, and exchanges nothing of the kind."""
+    mesh, cache_config = xq.make_mesh(2, 2, 2), CacheConfig.parse(spec)
+    model = models[False].on(mesh)
+    with jax.set_mesh(mesh):
+        factors = model.factors(cache_config)
+        cache = jax.eval_shape(lambda: allocate(cache_config, model.config, batch=8, tokens=65_536))
+        shardings = sharding.named(sharding.cache_specs(cache), mesh)
+        cache = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), cache, shardings)
+
+        def step(params: Any, factors: Any, tokens: Any, cache: Cache) -> Any:
+            logits, cache = forward(model.transformer, params, tokens, cache, factors, jnp.ones(8, jnp.int32))
+            return logits, sharding.constrain_cache(flush_when_due(cache, factors))
+
+        tokens = jax.ShapeDtypeStruct((8, 1), jnp.int32)
+        compiled = jax.jit(step, donate_argnames="cache").lower(model.params, factors, tokens, cache).compile()
+    memory, own = compiled.memory_analysis(), cache_bytes(cache).total / 8
+    assert memory.alias_size_in_bytes >= own
+    assert memory.temp_size_in_bytes < 0.1 * own
+    results = re.findall(
+        r" = \(?(\w+)\[([\d,]+)\].* (?:all-gather|all-to-all|collective-permute)\(", compiled.as_text()
+    )
+    assert results
+    blocks_of_a_layer = 65_536 // 128 * 8 // 8
+    assert all(np.prod([int(n) for n in dims.split(",")]) < 128 * 64 * blocks_of_a_layer / 8 for _, dims in results)
+
+
+def test_weights_are_read_shard_by_shard(
+    directories: dict[bool, Path], models: dict[bool, xq.Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From both kinds of directories; of a Hugging Face directory no process reads more than its devices hold."""
+    mesh = xq.make_mesh(2, 2, 2)
+    converted = convert(directories[False], tmp_path / "converted", progress=False)
+    expected = models[False].on(mesh)
+    read = []
+    read_part = Tensor.read_part
+
+    def counted(self: Tensor, index: Any) -> np.ndarray:
+        read.append(read_part(self, index))
+        return read[-1]
+
+    def refused(self: Tensor) -> np.ndarray:
+        raise AssertionError(f"{self} was read whole")
+
+    monkeypatch.setattr(Tensor, "read_part", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "read", refused)
+        from_source = xq.load(directories[False], mesh=mesh)
+    assert max(part.size for part in read) == 64 * 128 // 2  # half of a query matrix: tensor=2
+    assert sum(part.nbytes for part in read) == sum(a.nbytes for a in jax.tree.leaves(expected.params))
+
+    for model in (from_source, xq.load(converted, mesh=mesh)):
+        for mine, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(expected.params), strict=True):
+            assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
+            np.testing.assert_array_equal(mine, theirs)
+        for spec in ("xquant:4,group=8", "xquant-cl:2,first=1@4"):
+            factors = model.factors(CacheConfig.parse(spec))
+            alone = models[False].factors(CacheConfig.parse(spec))
+            jax.tree.map(np.testing.assert_array_equal, factors, alone)
+
+
+def test_a_second_call_on_a_mesh_compiles_nothing(directories: dict[bool, Path]) -> None:
+    model = xq.load(directories[False], mesh=xq.make_mesh(2, 2, 2))
+    options: dict[str, Any] = {"max_new_tokens": 4, "stop_ids": []}
+    xq.generate(model, [[1, 2, 3], [4]], **options)
+    with counted_compilations() as compiled:
+        xq.generate(model, [[3, 2], [1, 5, 6]], **options)
+        list(xq.stream(model, [[7], [1, 5, 6]], **options))
+    assert compiled == []
+
+
+def test_a_batch_of_slots_on_a_mesh(directories: dict[bool, Path], models: dict[bool, xq.Model]) -> None:
+    requests = [batch.Request(prompt, max_new_tokens=5 + i) for i, prompt in enumerate(prompts_of(models[False]))]
+    options: dict[str, Any] = {"cache": "bf16,dtype=float32", "stop_ids": [], "prefill_chunk": 64}
+    alone = {a.index: a for a in batch.prepare(models[False], slots=8, **options).answers(requests)}
+    mesh = xq.make_mesh(2, 2, 2)
+    model = xq.load(directories[False], mesh=mesh)
+    found = {a.index: a for a in batch.prepare(model, slots=4, **options).answers(requests)}
+    for index, answer in alone.items():
+        assert found[index].completion.tokens == answer.completion.tokens
+
+
+@pytest.mark.parametrize(
+    ("shape", "prompts", "message"),
+    [
+        ((1, 1, 3), 8, "takes 3 devices, and there are 8"),
+        (
+            (8, 1, 1),
+            3,
+            "3 prompts cannot be split over data=8; give a multiple of 8 prompts, or a mesh with data=1 or 3",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_an_error(
+    models: dict[bool, xq.Model], shape: tuple[int, int, int], prompts: int, message: str
+) -> None:
+    with pytest.raises(xq.ConfigError, match=message):
+        xq.generate(models[False], [[1, 2]] * prompts, mesh=xq.make_mesh(*shape))
+
+
+def test_weights_that_do_not_divide_are_an_error(shared: Path) -> None:
+    message = "num_key_value_heads=4 cannot be split over tensor=8; for this model tensor can be 1, 2 or 4"
+    with pytest.raises(xq.ConfigError, match=message):
+        xq.load(shared / "models" / "stories260K", mesh=xq.make_mesh(tensor=8))
+
+
+def test_meshes_are_named_in_words() -> None:
+    assert sharding.parse_mesh("data=2,tensor=4") == {"data": 2, "tensor": 4}
+    for wrong in ("data", "model=2", "data=0", "data=2,data=2", "data=x", ""):
+        with pytest.raises(xq.ConfigError, match="mesh"):
+            sharding.parse_mesh(wrong)
+    with pytest.raises(xq.ConfigError, match="make_mesh"):
+        sharding.checked(jax.make_mesh((8,), ("model",)))
+
+
+def test_a_model_on_one_mesh_is_not_moved_to_another(directories: dict[bool, Path]) -> None:
+    model = xq.load(directories[False], mesh=xq.make_mesh(2, 2, 2))
+    with pytest.raises(xq.ConfigError, match="load it with mesh"):
+        xq.generate(model, [[1, 2]] * 8, mesh=xq.make_mesh(8))

@@ -1,0 +1,158 @@
+"""`xquant plan MODEL --device H200`: what fits on a device and how fast it can be, for every cache method."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from xquant_jax.cli.json_file import check_folder, write_json
+from xquant_jax.devices import find_device, read_devices
+from xquant_jax.plan import CHUNK, PAPER_RIDGE, RESERVE, Plan, Row, gib, plan, read_config, without_bits
+
+WIDEST = 1000
+"""Columns of a terminal that any table fits into; a narrower one than the table wraps its lines."""
+
+PLOTTED = (2, 4)
+"""Bit widths that a plot shows where no caches are named: more lines cannot be told apart."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="what fits on a device and how fast it can be",
+        description="For every cache method and bit width: memory, the largest context and batch, and a roofline of "
+        "prefill and decoding. Nothing is loaded or run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    known = ", ".join(device.name for device in read_devices())
+    parser.add_argument("model", metavar="MODEL|CONFIG", help='model directory, config.json alone, or "demo"')
+    parser.add_argument("--device", required=True, help=f"one of {known}, or of --devices")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of every sequence")
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument("--cache", nargs="+", metavar="SPEC", help="only these caches (default: all there are)")
+    parser.add_argument("--devices", type=Path, metavar="FILE", help="JSON with other devices, see docs/plan.md")
+    parser.add_argument("--reserve", type=float, default=RESERVE, help="share of memory left to temporaries")
+    parser.add_argument("--prefill-chunk", type=int, default=CHUNK, help="prompt tokens at once")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw speed and memory against context")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        check_folder(option, path)
+    if arguments.plot:
+        from xquant_jax import plotting
+
+        plotting.check(arguments.plot)
+    device = find_device(arguments.device, arguments.devices)
+    config = read_config(arguments.model)
+    planned = plan(
+        config,
+        device,
+        context=arguments.context,
+        batch=arguments.batch,
+        specs=arguments.cache,
+        model=Path(arguments.model).name.removesuffix(".json"),
+        chunk=arguments.prefill_chunk,
+        reserve=arguments.reserve,
+    )
+    if arguments.json:
+        write_json(arguments.json, planned.to_json())
+    if arguments.plot:
+        from xquant_jax import plan_plot
+
+        drawn = planned if arguments.cache else dataclasses.replace(planned, rows=[*filter(_plotted, planned.rows)])
+        plan_plot.draw(drawn, config, arguments.plot)
+    show(Console(), planned)
+
+
+def _plotted(row: Row) -> bool:
+    bits = without_bits(row.cache)[1]
+    return bits is None or bits in PLOTTED
+
+
+def show(console: Console, planned: Plan) -> None:
+    """The table, and what it says about speed in words."""
+    device, weights = planned.device, planned.baseline.memory["weights"]
+    table = Table(
+        title=f"{planned.model} on {device.name}: {planned.batch} x {planned.context:,} tokens",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        collapse_padding=True,
+    )
+    table.add_column("cache", no_wrap=True)
+    headings = ("KiB /\ntoken", "GiB\nin all", "largest\ncontext", "largest\nbatch", "FLOP /\nbyte")
+    for heading in (*headings, "prefill\ns", "step\nms", "tokens\n/ s", "speed\n/ bf16", "at largest\nbatch"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in planned.rows:
+        table.add_row(
+            row.cache,
+            f"{row.bytes_per_token / 1024:.1f}",
+            f"{row.memory['total'] / 2**30:.1f}{'' if row.fits else ' !'}",
+            f"{row.largest_context:,}",
+            f"{row.largest_batch:,}",
+            f"{row.decode.intensity:.0f}",
+            f"{row.prefill_s:.2f}",
+            f"{row.decode.seconds * 1e3:.2f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{planned.speed(row):.2f}",
+            "-" if row.best is None else f"{row.best:,.0f}",
+            style=None if row.fits else "dim",
+        )
+    needed = console.measure(table, options=console.options.update(width=WIDEST)).maximum
+    Console(file=console.file, width=max(needed, console.width)).print(table)
+    console.print(
+        f"{planned.parameters / 1e9:.2f} G parameters, {gib(weights)} in bf16; {device.flops / 1e12:g} TFLOP/s, "
+        f"{device.bandwidth / 1e9:g} GB/s, ridge {device.ridge:.0f} FLOP/byte; {gib(planned.usable)} of "
+        f"{gib(device.memory)} usable",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for line in remarks(planned):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def remarks(planned: Plan) -> list[str]:
+    """What the table says, in words."""
+    lines = []
+    if any(not row.fits for row in planned.rows):
+        lines.append(f"! does not fit into {gib(planned.usable)}; its times are what they would be if it did.")
+    slower: dict[tuple[str, str], list[Row]] = {}
+    for row in planned.rows:
+        if planned.speed(row) < 1:
+            slower.setdefault((without_bits(row.cache)[0], row.decode.bound), []).append(row)
+    if slower:
+        lines.append("Slower than bf16 at this context and batch:")
+        for (form, bound), rows in slower.items():
+            bits = ", ".join(str(bits) for row in rows if (bits := without_bits(row.cache)[1]))
+            speeds = sorted({f"{planned.speed(row):.2f}" for row in rows})
+            intensities = sorted({round(row.decode.intensity) for row in rows})
+            why = (
+                f"rebuilding takes longer than reading ({_range(intensities)} FLOP/byte)"
+                if bound == "compute"
+                else "it moves more bytes (a running sum is read and written by every layer)"
+            )
+            lines.append(f"  {form}{f' at {bits} bits' if bits else ''}: {_range(speeds)} of its speed; {why}")
+    else:
+        lines.append("No cache is slower than bf16 at this context and batch.")
+    limits = ", ".join(f"{_tokens(limit)} at {name}" for name, limit in planned.hidden_below.items())
+    lines.append(
+        "Rebuilding all keys and values of one sequence hides behind loading a layer's weights up to "
+        f"{limits} (the XQuant paper's section 3.4; on its own device, {PAPER_RIDGE:.0f} FLOP/byte and 2 bits, "
+        f"{_tokens(planned.hidden_below_in_paper)})."
+    )
+    return lines
+
+
+def _range(values: Sequence[Any]) -> str:
+    return f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _tokens(limit: float | None) -> str:
+    return "any number of tokens" if limit is None else f"{limit:,.0f} tokens"
