@@ -1,8 +1,12 @@
 """What the tests share: small random models and the trained ones beside the project."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is there to compile with; no test runs on another device
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it asks a cloud's metadata server otherwise
 
 import jax
 import jax.numpy as jnp

@@ -14,7 +14,7 @@ import numpy as np
 from converters import layer_factors, open_checkpoint
 from converters.finite import all_finite
 from converters.shards import read_json
-from pallas_kernels.api import backend
+from pallas_kernels import api
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError, ConfigError
 from xquant_jax.model import Transformer
@@ -73,7 +73,7 @@ def load(path: str | Path, *, dtype: str | None = None, implementation: str | No
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} is not supported; choose {', '.join(DTYPES)}")
-    backend(implementation)  # raises here, not at the first step that would use it
+    api.check(implementation)  # raises here, not at the first step that would use it
     directory = Path(str(files("xquant_jax") / "demo")) if str(path) == "demo" else Path(path)
     checkpoint = open_checkpoint(directory)
     config = checkpoint.model_config

@@ -8,7 +8,6 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import KeyRebuild
-from pallas_kernels.api import BACKENDS
 from xquant_jax.attention import Geometry
 from xquant_jax.errors import ConfigError
 from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
@@ -20,7 +19,7 @@ FREQUENCIES = Rope().frequencies(DIM)
 NO_WINDOW = 2**30
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=["xla"])
 def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -115,12 +114,6 @@ def test_remat_project(implementation: str, bits: int, axis: str) -> None:
     got = pallas_kernels.remat_project(blocks, jnp.asarray(weight), implementation=implementation)
     expected = np.asarray(dequantize(blocks)).reshape(BATCH, 3 * 128, WIDTH).astype(np.float64) @ weight
     np.testing.assert_allclose(got, expected, atol=1e-4)
-
-
-def test_an_implementation_that_does_not_exist_is_an_error() -> None:
-    blocks = quantize(jnp.zeros((1, 1, 128, WIDTH)), StreamSpec(WIDTH, 4))
-    with pytest.raises(ConfigError, match="implementation='cuda' is not available; choose None or"):
-        pallas_kernels.remat_project(blocks, jnp.zeros((WIDTH, 8)), implementation="cuda")
 
 
 def test_widths_that_do_not_fit_are_an_error() -> None:
