@@ -8,7 +8,8 @@ product with the values' codes.
   Its columns are ordered so that the first halves of all its heads come first: then RoPE is one roll by half the width.
 - Rows are tokens in the order of `unpack.interleaved`.
 - Keys are rotated by their place in the chunk, with constant tables; queries by the distance to the chunk, which is
-  turned on from chunk to chunk and from tile to tile.
+  turned on from chunk to chunk and from tile to tile. Where the vector unit is the narrower one (`Plan.sines_apart`),
+  keys times cosine and keys times sine meet the queries and the queries' rolled halves apart: no key is rolled.
 - Values are never scaled: their scale goes onto the probabilities, and what zero and `unpack.offset` add is the same
   for all channels of a group: one number per query.
 """
@@ -92,7 +93,10 @@ def _attend(
         table = jnp.bfloat16 if plan.chip.bf16_alu else jnp.float32
         wide = _columns(plan, jnp.tile(weights, plan.kv_heads)[None])[0]
         cos, sin = _tables(plan, jnp.asarray(place), frequencies)
-        inputs["cos"], inputs["sin"] = (cos * wide).astype(table), (sin * jnp.roll(wide, plan.width // 2)).astype(table)
+        sin = sin * jnp.roll(wide, plan.width // 2)
+        if plan.sines_apart:
+            sin = jnp.roll(sin, plan.width // 2, axis=1)
+        inputs["cos"], inputs["sin"] = (cos * wide).astype(table), sin.astype(table)
     if not plan.rotated:
         turns = -plan.turn * BLOCK * jnp.arange(plan.tile // plan.turn + 1)  # of a query; the last, to the next tile
         inputs["turn_cos"], inputs["turn_sin"] = (x[:, None] for x in _tables(plan, turns, frequencies))
@@ -214,6 +218,8 @@ def _call(
         scratch[what] = pltpu.VMEM((plan.tile, *by_row), jnp.float32)
     if plan.looped:
         scratch["x"] = pltpu.VMEM((tokens // 2, plan.key.width), jnp.uint32)  # likewise
+    if plan.sines_apart and "cos" in inputs:
+        scratch["sines"] = scratch["keys"]
     if plan.norm_eps is not None:
         scratch["squares"] = scratch["keys"]
     outputs = [
@@ -402,7 +408,12 @@ def _rebuild(plan: Plan, n: Array | int, blocks: list[Array], refs: dict[str, An
         if "cos" in refs:
             if plan.chip.bf16_alu:
                 k = k.astype(jnp.bfloat16)
-            k = k * refs["cos"][...] + pltpu.roll(k, plan.width // 2, 1) * refs["sin"][...]
+            sine = (k if plan.sines_apart else pltpu.roll(k, plan.width // 2, 1)) * refs["sin"][...]
+            k = k * refs["cos"][...]
+            if plan.sines_apart:
+                _to_scratch(plan, refs["sines"], n, first, sine.astype(jnp.bfloat16))
+            else:
+                k = k + sine
         _to_scratch(plan, refs["keys"], n, first, k.astype(jnp.bfloat16))
 
 
@@ -434,6 +445,9 @@ def _score(plan: Plan, size: int, block: Array, n: int, refs: dict[str, Any]) ->
             q = _turn(plan, q, lax.div(block, jnp.int32(plan.turn)) + first // plan.turn, refs)
         tokens = slice(first * BLOCK, (first + plan.turn) * BLOCK)
         scores = _dot_transposed(q.astype(jnp.bfloat16), _from_scratch(plan, refs["keys"], n, first))
+        if "sines" in refs:
+            q = pltpu.roll(q, plan.width // 2, 1)
+            scores += _dot_transposed(q.astype(jnp.bfloat16), _from_scratch(plan, refs["sines"], n, first))
         if plan.norm_eps is not None:  # a key's norm is one number: it divides the scores
             squares = _dot_transposed(refs["members"][...], _from_scratch(plan, refs["squares"], n, first))
             scores = scores * lax.rsqrt(squares / plan.dim + plan.norm_eps)

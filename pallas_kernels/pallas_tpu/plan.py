@@ -12,7 +12,7 @@ from pallas_kernels.xla import KeyRebuild
 from xquant_jax.attention import Geometry
 from xquant_jax.quantization import Blocks, StreamSpec
 
-TILE, CHUNK, SMALL_CHUNK = 16, 4, 2  # blocks
+TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
 UNROLL_UP_TO = 2**20
 """Multiplications per token that are unrolled; what is more is a loop over groups."""
 MOST_NEW = 16
@@ -55,6 +55,12 @@ class Plan:
     def turn(self) -> int:
         """Blocks that share the constant tables of RoPE."""
         return self.chunks[1]
+
+    @property
+    def sines_apart(self) -> bool:
+        """Whether keys times cosine and keys times sine are two left operands of the scores. Rolling and adding them
+        takes float32 registers for as long as a roll takes, and there are too few."""
+        return not self.chip.bf16_alu
 
     @property
     def looped(self) -> bool:
