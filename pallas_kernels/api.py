@@ -3,26 +3,83 @@
 `implementation=None` takes the best that the device supports and always works; a name takes that backend or raises.
 """
 
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import xla
+from pallas_kernels import target, xla
 from pallas_kernels.xla import KeyRebuild
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.errors import ConfigError
 from xquant_jax.quantization import Blocks
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla}
+BACKENDS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu", "triton": "gpu", "xla": None}
+"""The platform that each runs on; None: all. Each is a module of this package, imported when it is first chosen.
+
+A module has the operations, with the signatures of `pallas_kernels.xla`, and for each of them a function
+`refuse_<operation>` of the same arguments: why it cannot take them, or None. It looks at shapes and static fields only.
+"""
+
+CHOSEN = {"gpu": ("triton",), "tpu": ("pallas_tpu",)}
+"""What `implementation=None` tries, in this order, before the reference: kernels that were seen to be right."""
+
+_recorded: list[set[str]] = []
 
 
-def backend(implementation: str | None) -> ModuleType:
-    """The module that implements the operations."""
+def check(implementation: str | None) -> None:
+    """Raises `ConfigError` for a name that does not exist or does not run on this device."""
+    here = target.current()
     if implementation is None:
-        return xla
+        return
     if implementation not in BACKENDS:
         raise ConfigError(f"implementation={implementation!r} is not available; choose None or {sorted(BACKENDS)}")
-    return BACKENDS[implementation]
+    platform = BACKENDS[implementation]
+    if platform not in (None, here.platform) and not here.interpret:
+        fitting = sorted(name for name, where in BACKENDS.items() if where in (None, here.platform))
+        raise ConfigError(
+            f"implementation={implementation!r} runs on {platform}, and this device is a {here.platform}; "
+            f"choose None or {fitting}"
+        )
+    try:
+        _module(implementation)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"implementation={implementation!r} {_missing(error, platform)}") from error
+
+
+def choose(implementation: str | None, operation: str, *args: Any, **kwargs: Any) -> str:
+    """The backend that takes these arguments of an operation.
+
+    A name raises `ConfigError` if it cannot; None warns, once for each reason, if no kernel of this platform can.
+    """
+    check(implementation)
+    if implementation is not None:
+        if reason := _refusal(implementation, operation, *args, **kwargs):
+            raise ConfigError(f"implementation={implementation!r} cannot run {operation}: {reason}")
+        return implementation
+    reasons = []
+    for name in CHOSEN.get(target.current().platform, ()):
+        if (reason := _refusal(name, operation, *args, **kwargs)) is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if reasons:
+        _warn_once(f"{operation} runs without a kernel, and slower. {'; '.join(reasons)}")
+    return "xla"
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[set[str]]:
+    """The names of the backends that are chosen while this context lasts, that is, while something is traced."""
+    _recorded.append(names := set())
+    try:
+        yield names
+    finally:
+        _recorded.pop()
 
 
 def remat_project(
@@ -30,11 +87,11 @@ def remat_project(
 ) -> Float[Array, "B S N"]:
     """Rematerializes x^ W from the history blocks [B, N, ...] of one layer (paper, section 3.1).
 
-    Raises `ConfigError` if the widths differ or the implementation is not available.
+    Raises `ConfigError` if the widths differ or the implementation cannot be had.
     """
     if stream.spec.width != weight.shape[0]:
         raise ConfigError(f"a stream of width {stream.spec.width} cannot be multiplied by a {weight.shape} weight")
-    return backend(implementation).remat_project(stream, weight)
+    return _backend(implementation, "remat_project", stream, weight).remat_project(stream, weight)
 
 
 def decode_attention(
@@ -65,14 +122,36 @@ def decode_attention(
         raise ConfigError(f"{q.shape[2]} query heads cannot share {num_kv_heads} key/value heads evenly")
     if value_stream.spec.width % value_heads:
         raise ConfigError(f"a value stream of width {value_stream.spec.width} cannot be split into {value_heads} heads")
-    return backend(implementation).decode_attention(
-        q,
-        key_stream,
-        key_rebuild,
-        value_stream,
-        flushed,
-        geometry,
-        layer=layer,
-        num_kv_heads=num_kv_heads,
-        value_heads=value_heads,
-    )
+    args = (q, key_stream, key_rebuild, value_stream, flushed, geometry)
+    kwargs = {"layer": layer, "num_kv_heads": num_kv_heads, "value_heads": value_heads}
+    return _backend(implementation, "decode_attention", *args, **kwargs).decode_attention(*args, **kwargs)
+
+
+def _backend(implementation: str | None, operation: str, *args: Any, **kwargs: Any) -> ModuleType:
+    name = choose(implementation, operation, *args, **kwargs)
+    for names in _recorded:
+        names.add(name)
+    return _module(name)
+
+
+def _module(name: str) -> ModuleType:
+    return xla if name == "xla" else importlib.import_module(f"pallas_kernels.{name}")
+
+
+def _refusal(name: str, operation: str, *args: Any, **kwargs: Any) -> str | None:
+    if name == "xla":
+        return None
+    try:
+        module = _module(name)
+    except ModuleNotFoundError as error:
+        return _missing(error, BACKENDS[name])
+    return getattr(module, f"refuse_{operation}")(*args, **kwargs)
+
+
+def _missing(error: ModuleNotFoundError, platform: str | None) -> str:
+    return f"needs {error.name}, which is not installed; pip install 'xquant-jax[{platform}]'"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

@@ -43,10 +43,14 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns. Times are wall-clock seconds; compiling is not part of prefill or decode."""
+    """What `generate` returns. Times are wall-clock seconds; compiling is not part of prefill or decode.
+
+    `implementation`: what decoding read the quantized history with, `xla` or the name of a kernel backend.
+    """
 
     results: list[Completion]
     cache_bytes: CacheBytes
+    implementation: str
     compile_s: float
     prefill_s: float
     decode_s: float
@@ -119,7 +123,9 @@ def generate(
     while batch.unfinished:
         batch.run(min(batch.step + step, max_new_tokens))
     decode_s = time.perf_counter() - start
-    return Generation(batch.completions(), cache_bytes(batch.cache), compile_s, prefill_s, decode_s)
+    return Generation(
+        batch.completions(), cache_bytes(batch.cache), batch.implementation, compile_s, prefill_s, decode_s
+    )
 
 
 def stream(
@@ -162,6 +168,7 @@ class _Batch:
     state: Decoding
     cache: Cache
     program: Callable[[Decoding, Cache, int], tuple[Decoding, Cache]]
+    implementation: str
 
     @classmethod
     def prepare(
@@ -225,7 +232,8 @@ class _Batch:
                 return advance(model.transformer, model.params, factors, state, cache, *options, chunk=chunk)
 
         transcripts = [Transcript(model.tokenizer, ids, frozenset(ends), stop, max_new_tokens) for ids in tokens]
-        return cls(asked, transcripts, state, kv, program)
+        implementation = model.transformer.implementation_of(kv, factors, model.dtype)
+        return cls(asked, transcripts, state, kv, program, implementation)
 
     def compile(self) -> float:
         """Compiles the program, unless it was before, by running it on no prompt at all. Returns the seconds."""

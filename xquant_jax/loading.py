@@ -16,7 +16,7 @@ from converters.converted import ConvertedCheckpoint
 from converters.parameters import build_tree
 from converters.shards import read_json
 from converters.svd import factor_shapes
-from pallas_kernels.api import backend
+from pallas_kernels import api
 from xquant_jax import sharding
 from xquant_jax.calibration.needs import Need
 from xquant_jax.calibration.store import FILE, Calibration, fingerprint
@@ -148,7 +148,7 @@ def load(
         raise ConfigError(f"dtype={dtype} is not supported; choose {', '.join(DTYPES)}")
     if calibration is not None and not Path(calibration).exists():
         raise ConfigError(f"calibration={calibration} does not exist; xquant calibrate writes one")
-    backend(implementation)  # raises here, not at the first step that would use it
+    api.check(implementation)  # raises here, not at the first step that would use it
     directory = DEMO if str(path) == "demo" else Path(path)
     checkpoint = open_checkpoint(directory)
     config = checkpoint.model_config

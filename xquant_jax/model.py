@@ -15,9 +15,10 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from xquant_jax import attention, rope, sharding
-from xquant_jax.attention import Geometry
-from xquant_jax.cache import Cache, append, new_vectors_spec
+from xquant_jax.attention import Geometry, Part
+from xquant_jax.cache import Cache, Segment, append, new_vectors_spec
 from xquant_jax.config import ModelConfig
 from xquant_jax.layers import Block
 from xquant_jax.methods import CacheConfig
@@ -120,6 +121,27 @@ class Transformer(nn.Module):
             return attention.merge(own, old).out, (new, running)
 
         return self._block(jax.tree.map(pick, self.layers), h, attend)
+
+    def implementation_of(self, cache: Cache, factors: tuple[Any, ...], dtype: str) -> str:
+        """What decoding reads this cache's history with: a backend of `pallas_kernels`, or several where layers differ.
+
+        Raises `ConfigError` where a step would: for kernels asked for by name that cannot take a layer's streams.
+        """
+        c, batch = self.config, len(cache.lengths)
+        q = jax.ShapeDtypeStruct((batch, 1, c.num_heads, c.head_dim), dtype)
+
+        def attend(segment: Segment, factors: Any, cache: Cache, q: Array) -> Part:
+            geometry = self._geometry(cache.lengths[:, None], self._sliding_windows()[0])
+            stored = Stored(segment, jnp.int32(0), cache.flushed, cache.in_window, cache.running)
+            own = jax.tree.map(lambda a: a[0], factors)
+            return attend_stored(own, q, stored, geometry, c, cache.layout, self.implementation)[0]
+
+        names: set[str] = set()
+        for segment, segment_factors in zip(cache.segments, factors, strict=True):
+            with pallas_kernels.recorded() as chosen:
+                jax.eval_shape(attend, segment, segment_factors, cache, q)
+            names |= chosen or {"xla"}
+        return ", ".join(sorted(names))
 
     def score(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of every position, without a cache: for training and for comparison."""

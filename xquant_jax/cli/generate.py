@@ -100,6 +100,6 @@ def _show(console: Console, prompts: Sequence[str], generation: Generation) -> N
     rate = f"{new / generation.decode_s:,.0f} tokens/s" if generation.decode_s > 0.001 else "one step"
     console.print(
         f"compile {generation.compile_s:.1f} s, prefill {generation.prefill_s:.3f} s, "
-        f"decode {generation.decode_s:.3f} s ({rate})",
+        f"decode {generation.decode_s:.3f} s ({rate}), kernels {generation.implementation}",
         highlight=False,
     )
