@@ -116,9 +116,9 @@ class _Remat:
         grid = (pairs, self.columns // self.tile)
 
         def body(*refs: Any) -> None:
-            inputs, (out,), scratch = refs[: len(planes) + 3], refs[len(planes) + 3 : len(planes) + 4], refs[-7:]
+            inputs, (out,), scratch = refs[: len(planes) + 3], refs[len(planes) + 3 : len(planes) + 4], refs[len(planes) + 4 :]
             word_refs, (scale_ref, zero_ref, weight_ref) = inputs[:-3], inputs[-3:]
-            word_tiles, scale_tiles, zero_tiles, weight_tiles, out_tiles, full, free = scratch
+            word_tiles, scale_tiles, zero_tiles, weight_tiles, out_tiles, full, free, *operand_tiles = scratch
             pair, column = plgpu.planar_snake(lax.axis_index("tile"), grid, 0, 8)
             thread = lax.axis_index("warpgroup")
             steps = self.width // CHANNELS
@@ -169,7 +169,11 @@ class _Remat:
                         for half, accumulator in enumerate((upper, lower)):
                             codes = _as_numbers(pair_of_codes, self.bits, half)
                             s, z = (self._spread(t.at[slot, thread], half) for t in (scale_tiles, zero_tiles))
-                            plgpu.wgmma(accumulator, _multiply_add(codes, s, z, interpret), weight_tiles.at[slot])
+                            operand = _multiply_add(codes, s, z, interpret)
+                            if interpret:  # it takes no operand from registers
+                                operand_tiles[0][thread] = operand
+                                operand = operand_tiles[0].at[thread]
+                            plgpu.wgmma(accumulator, operand, weight_tiles.at[slot])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[slot])
 
@@ -200,6 +204,8 @@ class _Remat:
             plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
         ]
+        if interpret:
+            scratch.append(plgpu.SMEM((CONSUMERS, HALF, CHANNELS), jnp.bfloat16, transforms=swizzled))
         run = plgpu.kernel(
             body,
             out_type=jax.ShapeDtypeStruct((self.blocks * BLOCK, self.columns), jnp.bfloat16),
