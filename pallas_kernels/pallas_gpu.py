@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
-from jaxlib.mlir.dialects import math as math_dialect
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, BFloat16, Float, UInt32
 
 from pallas_kernels import target
@@ -231,16 +230,17 @@ class _Remat:
 def _as_numbers(pairs: list[Array], bits: int, half: int) -> BFloat16[Array, "64 64"]:
     """The codes of half a block, exactly, from the fields of its planes in bits 0 and up and 16 and up."""
 
-    def number(field: Array, exponent: int) -> Array:
-        short = (lax.shift_right_logical(field, jnp.uint32(16 * half)) | jnp.uint32(exponent)).astype(jnp.uint16)
-        return lax.bitcast_convert_type(short, jnp.bfloat16)
+    def number(fields: Array, power: int) -> Array:  # 2**power + code * 2**(power - 7): the exponent is or-ed to the code
+        exponent = (power + 127) << 7
+        both = fields | jnp.uint32(exponent * 0x10001)
+        return lax.bitcast_convert_type((both >> jnp.uint32(16 * half)).astype(jnp.uint16), jnp.bfloat16)
 
     masked = [pair & jnp.uint32((2**p - 1) * 0x10001) for p, pair in zip(PLANES[bits], pairs, strict=True)]
-    if bits == 8:  # a bfloat16 has 8 bits: 2048 + 16 high and 128 + low are exact, and so is each sum here
+    if bits == 8:  # a bfloat16 has 8 bits: every term and sum here is exact
         low, high = masked
-        return (number(high, 0x4500) - jnp.bfloat16(2048 + 128)) + number(low, 0x4300)
+        return (number(high, 11) - jnp.bfloat16(2**11 + 2**7)) + number(low, 7)
     codes = masked[0] if len(masked) == 1 else masked[0] | (masked[1] << jnp.uint32(PLANES[bits][0]))
-    return number(codes, 0x4300) - jnp.bfloat16(128)
+    return number(codes, 7) - jnp.bfloat16(2**7)
 
 
 def _fields(words: Any, p: int, interpret: bool) -> UInt32[Array, "64 64"]:
@@ -302,7 +302,7 @@ def _multiply_add(
     def multiply_add(_: Any, codes: Any, scale: Any, zero: Any) -> Any:
         registers = np.empty_like(codes.registers)
         for at, q in np.ndenumerate(codes.registers):
-            registers[at] = math_dialect.fma(q, scale.registers[at], zero.registers[at])
+            registers[at] = llvm.intr_fma(q, scale.registers[at], zero.registers[at])
         return mgpu.FragmentedArray(_registers=registers, _layout=codes.layout, _is_signed=None)
 
     return multiply_add(codes, scale, zero)
