@@ -16,6 +16,9 @@ Nobody has seen this kernel run on a device: the tests interpret it, with stand-
 does not choose it.
 """
 
+# Pallas annotates neither its transforms nor what its decorators return as they are.
+# pyright: reportAbstractUsage=false, reportCallIssue=false
+
 import dataclasses
 import math
 from typing import Any
@@ -33,7 +36,7 @@ from jaxtyping import Array, BFloat16, Float, UInt32
 
 from pallas_kernels import target
 from xquant_jax.packing import BLOCK, PLANES
-from xquant_jax.quantization import UNQUANTIZED, Blocks
+from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 PLATFORM = "gpu"
 
@@ -87,150 +90,185 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "
     else:
         scale, zero = (a.reshape(blocks, -1) for a in (scale, zero))
     words = [w.reshape(-1, w.shape[-1]) for w in stream.words]
-    kernel = _Remat(stream.spec.bits, stream.spec.axis, stream.spec.group, blocks, *weight.shape)
+    kernel = _Remat(stream.spec, blocks, weight.shape[1], target.current().interpret)
     return kernel(words, scale, zero, weight).reshape(batch, num_blocks * BLOCK, weight.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Remat:
-    """The kernel for streams of one kind: `blocks` blocks of `width` channels times [width, columns]."""
+    """The kernel for one kind of stream: `blocks` blocks of `width` channels times a weight [width, columns]."""
 
-    bits: int
-    axis: str
-    group: int
+    spec: StreamSpec
     blocks: int
-    width: int
     columns: int
+    interpret: bool
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths in bits of the planes of a code."""
+        return PLANES[self.spec.bits]
+
+    @property
+    def steps(self) -> int:
+        """Steps to a tile of the result."""
+        return self.spec.width // CHANNELS
 
     @property
     def tile(self) -> int:
-        """Columns of a tile: as many as accumulators of 128 tokens leave registers for."""
+        """Columns of a tile: 128 tokens' accumulators take as many registers as there are columns."""
         return 128 if self.columns % 128 == 0 else 64
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Pairs of blocks, and tiles of columns."""
+        return -(-self.blocks // CONSUMERS), self.columns // self.tile
+
     def __call__(self, words: list[Array], scale: Array, zero: Array, weight: Array) -> BFloat16[Array, "S N"]:
-        interpret = target.current().interpret
-        planes = PLANES[self.bits]
-        scales = CHANNELS if self.axis == "channel" else BLOCK  # numbers of a step and block
-        pairs = -(-self.blocks // CONSUMERS)
-        grid = (pairs, self.columns // self.tile)
-
-        def body(*refs: Any) -> None:
-            inputs, (out,), scratch = refs[: len(planes) + 3], refs[len(planes) + 3 : len(planes) + 4], refs[len(planes) + 4 :]
-            word_refs, (scale_ref, zero_ref, weight_ref) = inputs[:-3], inputs[-3:]
-            word_tiles, scale_tiles, zero_tiles, weight_tiles, out_tiles, full, free, *operand_tiles = scratch
-            pair, column = plgpu.planar_snake(lax.axis_index("tile"), grid, 0, 8)
-            thread = lax.axis_index("warpgroup")
-            steps = self.width // CHANNELS
-
-            def block(consumer: Any) -> Any:  # an odd last block is computed twice, to the same values
-                return jnp.minimum(pair * CONSUMERS + consumer, self.blocks - 1)
-
-            @pl.when(thread == CONSUMERS)
-            def _copy() -> None:
-                plgpu.set_max_registers(40, action="decrease")
-
-                def copy(step: Any, _: None) -> None:
-                    slot = lax.rem(step, STAGES)
-
-                    @pl.when(step >= STAGES)
-                    def _wait() -> None:
-                        plgpu.barrier_wait(free.at[slot])
-
-                    channels = pl.ds(step * CHANNELS, CHANNELS)
-                    for consumer in range(CONSUMERS):
-                        b = block(consumer)
-                        for p, ref, tiles in zip(planes, word_refs, word_tiles, strict=True):
-                            source = ref.at[pl.ds(b * 4 * p, 4 * p), channels]
-                            plgpu.copy_gmem_to_smem(source, tiles.at[slot, consumer], full.at[slot])
-                        if self.axis == "channel":
-                            where = (b, channels)
-                        else:
-                            where = (lax.div(step * CHANNELS, self.group), pl.ds(b * BLOCK, BLOCK))
-                        for ref, tiles in ((scale_ref, scale_tiles), (zero_ref, zero_tiles)):
-                            plgpu.copy_gmem_to_smem(ref.at[where], tiles.at[slot, consumer], full.at[slot])
-                    source = weight_ref.at[channels, pl.ds(column * self.tile, self.tile)]
-                    plgpu.copy_gmem_to_smem(source, weight_tiles.at[slot], full.at[slot])
-
-                lax.fori_loop(0, steps, copy, None)
-
-            @pl.when(thread < CONSUMERS)
-            def _multiply() -> None:
-                plgpu.set_max_registers(232, action="increase")
-
-                def accumulate(upper: Any, lower: Any) -> tuple[Array, Array]:
-                    def multiply(step: Any, _: None) -> None:
-                        slot = lax.rem(step, STAGES)
-                        plgpu.barrier_wait(full.at[slot])
-                        pair_of_codes = [
-                            _fields(tiles.at[slot, thread], p, interpret)
-                            for p, tiles in zip(planes, word_tiles, strict=True)
-                        ]
-                        for half, accumulator in enumerate((upper, lower)):
-                            codes = _as_numbers(pair_of_codes, self.bits, half)
-                            s, z = (self._spread(t.at[slot, thread], half) for t in (scale_tiles, zero_tiles))
-                            operand = _multiply_add(codes, s, z, interpret)
-                            if interpret:  # it takes no operand from registers
-                                operand_tiles[0][thread] = operand
-                                operand = operand_tiles[0].at[thread]
-                            plgpu.wgmma(accumulator, operand, weight_tiles.at[slot])
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(free.at[slot])
-
-                    lax.fori_loop(0, steps, multiply, None)
-                    return upper[...], lower[...]
-
-                shape = plgpu.ACC((HALF, self.tile), jnp.float32)
-                halves = pl.run_scoped(accumulate, shape, shape)
-                for half, values in enumerate(halves):
-                    out_tiles[thread, pl.ds(half * HALF, HALF)] = values.astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                tokens, columns = pl.ds(block(thread) * BLOCK, BLOCK), pl.ds(column * self.tile, self.tile)
-                plgpu.copy_smem_to_gmem(out_tiles.at[thread], out.at[tokens, columns])
-                plgpu.wait_smem_to_gmem(0)
-
+        """words [blocks * 4p, C] per plane; scale, zero [blocks, C] along a channel, [C / G, S] along a token."""
+        numbers = CHANNELS if self.spec.axis == "channel" else BLOCK  # scales of a step and block
         swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        tiled = lambda p: (plgpu.TilingTransform((min(8, 4 * p), 8)),)
-        copies = CONSUMERS * (len(planes) + 2) + 1
-        scratch = [
-            [
-                plgpu.SMEM((STAGES, CONSUMERS, 4 * p, CHANNELS), jnp.uint32, transforms=tiled(p))
-                for p in planes
+        scratch = {
+            "words": [
+                plgpu.SMEM((STAGES, CONSUMERS, 4 * p, CHANNELS), jnp.uint32, transforms=_tiling(p)) for p in self.planes
             ],
-            plgpu.SMEM((STAGES, CONSUMERS, scales), jnp.bfloat16),
-            plgpu.SMEM((STAGES, CONSUMERS, scales), jnp.bfloat16),
-            plgpu.SMEM((STAGES, CHANNELS, self.tile), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((CONSUMERS, BLOCK, self.tile), jnp.bfloat16, transforms=swizzled),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-        ]
-        if interpret:
-            scratch.append(plgpu.SMEM((CONSUMERS, HALF, CHANNELS), jnp.bfloat16, transforms=swizzled))
+            "scales": plgpu.SMEM((STAGES, CONSUMERS, numbers), jnp.bfloat16),
+            "zeros": plgpu.SMEM((STAGES, CONSUMERS, numbers), jnp.bfloat16),
+            "weights": plgpu.SMEM((STAGES, CHANNELS, self.tile), jnp.bfloat16, transforms=swizzled),
+            "results": plgpu.SMEM((CONSUMERS, BLOCK, self.tile), jnp.bfloat16, transforms=swizzled),
+            "full": plgpu.Barrier(num_arrivals=CONSUMERS * (len(self.planes) + 2) + 1, num_barriers=STAGES),
+            "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+        }
+        if self.interpret:  # it has no operands in registers
+            scratch["operands"] = plgpu.SMEM((CONSUMERS, HALF, CHANNELS), jnp.bfloat16, transforms=swizzled)
         run = plgpu.kernel(
-            body,
+            self._body,
             out_type=jax.ShapeDtypeStruct((self.blocks * BLOCK, self.columns), jnp.bfloat16),
             scratch_types=scratch,
-            grid=(math.prod(grid),),
+            grid=(math.prod(self.grid),),
             grid_names=("tile",),
             num_threads=CONSUMERS + 1,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(lowering_semantics=mgpu.LoweringSemantics.Lane),
-            interpret=plgpu.InterpretGPUParams() if interpret else None,
+            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )
         return run(*words, scale, zero, weight)
 
+    def _body(self, *refs: Any, results: Any, **tiles: Any) -> None:
+        """One tile: 256 tokens times `tile` columns. Tiles that run at the same time share rows and columns."""
+        *sources, out = refs
+        pair, column = plgpu.planar_snake(lax.axis_index("tile"), self.grid, 0, 8)
+        thread = lax.axis_index("warpgroup")
+        columns = pl.ds(column * self.tile, self.tile)
+
+        def block(consumer: Any) -> Any:  # an odd last block is multiplied twice, to the same values
+            return jnp.minimum(pair * CONSUMERS + consumer, self.blocks - 1)
+
+        @pl.when(thread == CONSUMERS)
+        def _copy() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+            self._copy(sources, [block(consumer) for consumer in range(CONSUMERS)], columns, **tiles)
+
+        @pl.when(thread < CONSUMERS)
+        def _multiply() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            accumulators = [plgpu.WGMMAAccumulatorRef((HALF, self.tile), jnp.float32)] * (BLOCK // HALF)
+            halves = pl.run_scoped(lambda *refs: self._multiply(refs, thread, **tiles), *accumulators)
+            for half, values in enumerate(halves):
+                results[thread, pl.ds(half * HALF, HALF)] = values.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(results.at[thread], out.at[pl.ds(block(thread) * BLOCK, BLOCK), columns])
+            plgpu.wait_smem_to_gmem(0)
+
+    def _copy(
+        self,
+        sources: list[Any],
+        blocks: list[Any],
+        columns: Any,
+        *,
+        words: list[Any],
+        scales: Any,
+        zeros: Any,
+        weights: Any,
+        full: Any,
+        free: Any,
+        operands: Any = None,
+    ) -> None:
+        """Fills the stages, one after the other, as they become free."""
+        del operands
+        *word_sources, scale, zero, weight = sources
+
+        def step(number: Any, _: None) -> None:
+            slot = lax.rem(number, STAGES)
+            pl.when(number >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+            channels = pl.ds(number * CHANNELS, CHANNELS)
+            for consumer, block in enumerate(blocks):
+                for p, source, tiles in zip(self.planes, word_sources, words, strict=True):
+                    rows = source.at[pl.ds(block * 4 * p, 4 * p), channels]
+                    plgpu.copy_gmem_to_smem(rows, tiles.at[slot, consumer], full.at[slot])
+                group = lax.div(number * CHANNELS, self.spec.group)
+                where = (block, channels) if self.spec.axis == "channel" else (group, pl.ds(block * BLOCK, BLOCK))
+                plgpu.copy_gmem_to_smem(scale.at[where], scales.at[slot, consumer], full.at[slot])
+                plgpu.copy_gmem_to_smem(zero.at[where], zeros.at[slot, consumer], full.at[slot])
+            plgpu.copy_gmem_to_smem(weight.at[channels, columns], weights.at[slot], full.at[slot])
+
+        lax.fori_loop(0, self.steps, step, None)
+
+    def _multiply(
+        self,
+        accumulators: tuple[Any, ...],
+        thread: Any,
+        *,
+        words: list[Any],
+        scales: Any,
+        zeros: Any,
+        weights: Any,
+        full: Any,
+        free: Any,
+        operands: Any = None,
+    ) -> list[Array]:
+        """x^ W of one block, its upper and its lower half."""
+
+        def step(number: Any, _: None) -> None:
+            slot = lax.rem(number, STAGES)
+            plgpu.barrier_wait(full.at[slot])
+            fields = [
+                _fields(tiles.at[slot, thread], p, self.interpret) for p, tiles in zip(self.planes, words, strict=True)
+            ]
+            for half, accumulator in enumerate(accumulators):
+                codes = _as_numbers(fields, self.spec.bits, half)
+                scale, zero = (self._spread(tiles.at[slot, thread], half) for tiles in (scales, zeros))
+                operand = _multiply_add(codes, scale, zero, self.interpret)
+                if operands is not None:
+                    operands[thread] = operand
+                    operand = operands.at[thread]
+                plgpu.wgmma(accumulator, operand, weights.at[slot])
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(free.at[slot])
+
+        lax.fori_loop(0, self.steps, step, None)
+        return [accumulator[...] for accumulator in accumulators]
+
     def _spread(self, numbers: Any, half: int) -> BFloat16[Array, "64 64"]:
-        """A step's scales or zeros of 128 tokens or 64 channels, for each element of half a block."""
-        if self.axis == "channel":
+        """A step's scales or zeros, of 64 channels or 128 tokens, for every element of half a block."""
+        if self.spec.axis == "channel":
             row = plgpu.load(numbers, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
             return lax.broadcast_in_dim(row, (HALF, CHANNELS), (1,))
         column = plgpu.load(numbers.at[pl.ds(half * HALF, HALF)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         return lax.broadcast_in_dim(column, (HALF, CHANNELS), (0,))
 
 
+def _tiling(p: int) -> tuple[plgpu.TilingTransform]:
+    """How the words of a plane lie in shared memory: in tiles of 8 channels, whose 8 rows a warp reads at once, all of
+    them from different banks."""
+    return (plgpu.TilingTransform((min(8, 4 * p), 8)),)
+
+
 def _as_numbers(pairs: list[Array], bits: int, half: int) -> BFloat16[Array, "64 64"]:
     """The codes of half a block, exactly, from the fields of its planes in bits 0 and up and 16 and up."""
 
-    def number(fields: Array, power: int) -> Array:  # 2**power + code * 2**(power - 7): the exponent is or-ed to the code
+    def number(
+        fields: Array, power: int
+    ) -> Array:  # 2**power + code * 2**(power - 7): the exponent is or-ed to the code
         exponent = (power + 127) << 7
         both = fields | jnp.uint32(exponent * 0x10001)
         return lax.bitcast_convert_type((both >> jnp.uint32(16 * half)).astype(jnp.uint16), jnp.bfloat16)
@@ -251,10 +289,9 @@ def _fields(words: Any, p: int, interpret: bool) -> UInt32[Array, "64 64"]:
         shifts = lax.broadcasted_iota(jnp.uint32, (HALF, CHANNELS), 0) // rows * p
         return jnp.tile(words[...], (HALF // rows, 1)) >> shifts
     layout = plgpu.Layout.WGMMA
-    result = plgpu.ShapeDtypeStruct((HALF, CHANNELS), jnp.uint32, layout=layout)
-    tiling = (plgpu.TilingTransform((min(8, rows), 8)),)
+    result = plgpu.ShapeDtypeStruct((HALF, CHANNELS), jnp.dtype(jnp.uint32), layout=layout)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiling),), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_tiling(p)),), return_type=result)
     def fields(_: Any, tiles: Any) -> Any:
         return _load_fields(tiles, p)
 
@@ -297,7 +334,7 @@ def _multiply_add(
 
     @plgpu.inline_mgpu(
         arg_types=(layout, layout, layout),
-        return_type=plgpu.ShapeDtypeStruct((HALF, CHANNELS), jnp.bfloat16, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((HALF, CHANNELS), jnp.dtype(jnp.bfloat16), layout=layout),
     )
     def multiply_add(_: Any, codes: Any, scale: Any, zero: Any) -> Any:
         registers = np.empty_like(codes.registers)

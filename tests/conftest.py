@@ -7,6 +7,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is there to compile with; no test runs on another device
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it asks a cloud's metadata server otherwise
+os.environ["NPROC"] = str(max(8, os.cpu_count() or 1))  # warpgroups of interpreted GPU kernels block a thread each
 
 import jax
 import jax.numpy as jnp
