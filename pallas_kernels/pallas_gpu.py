@@ -40,6 +40,9 @@ from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 PLATFORM = "gpu"
 
+HOPPER = "9.0"
+"""The only compute capability that has `wgmma`."""
+
 HALF = 64
 """Rows of a `wgmma`: the tokens of a block are two such operands."""
 
@@ -56,8 +59,15 @@ CONSUMERS = 2
 def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
     spec, columns = stream.spec, weight.shape[1]
+    if not target.current().interpret and jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+        if device.compute_capability != HOPPER:
+            kind, capability = device.device_kind, device.compute_capability
+            return f"it needs compute capability {HOPPER} (Hopper), and this {kind} has {capability}"
     if spec.bits == UNQUANTIZED or spec.format != "uniform":
         return "it unpacks uniform codes of 2, 3, 4 or 8 bits only"
+    if not stream.words[0].size:
+        return "a history without blocks"
     if weight.dtype != jnp.bfloat16:
         return f"it multiplies bfloat16 weights, not {weight.dtype}"
     if spec.width % CHANNELS or columns % HALF:
@@ -70,9 +80,9 @@ def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | N
 
 
 def refuse_decode_attention(*args: Any, **kwargs: Any) -> str | None:
-    """Always: a kernel is added when it can be run on a device."""
+    """Always: such a kernel is written where it can be run."""
     del args, kwargs
-    return "it has no decode kernel yet; implementation='triton' has one"
+    return "it has no decode kernel, not having been run on a device yet; choose None"
 
 
 def decode_attention(*args: Any, **kwargs: Any) -> Any:

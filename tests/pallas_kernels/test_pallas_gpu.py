@@ -4,6 +4,7 @@ The interpreter has stand-ins for operands in registers and for the two function
 the loads of packed words, is run here thread by thread; the other is a multiply-add.
 """
 
+import types
 from typing import Any
 
 import jax
@@ -154,6 +155,20 @@ def test_what_it_does_not_take_is_an_error(spec: StreamSpec, columns: int, dtype
     stream, weight = allocate_blocks(spec, (1, 1)), jnp.zeros((spec.width, columns), dtype)
     with target.interpreted(), pytest.raises(ConfigError, match=reason):
         pallas_kernels.remat_project(stream, weight, implementation="pallas_gpu")
+
+
+def test_a_gpu_that_is_not_a_hopper_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, weight = allocate_blocks(StreamSpec(128, 4), (1, 1)), jnp.zeros((128, 64), jnp.bfloat16)
+    ampere = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [ampere])
+    with pytest.raises(ConfigError, match=r"needs compute capability 9.0 \(Hopper\), and this NVIDIA A100 has 8.0"):
+        pallas_kernels.remat_project(stream, weight, implementation="pallas_gpu")
+
+
+def test_an_empty_history_is_refused() -> None:
+    stream = allocate_blocks(StreamSpec(128, 4), (1, 0))
+    assert pallas_gpu.refuse_remat_project(stream, jnp.zeros((128, 64), jnp.bfloat16)) == "a history without blocks"
 
 
 def test_decode_attention_is_refused() -> None:
