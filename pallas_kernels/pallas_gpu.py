@@ -222,6 +222,8 @@ class _Remat:
             plgpu.copy_gmem_to_smem(weight.at[channels, columns], weights.at[slot], full.at[slot])
 
         lax.fori_loop(0, self.steps, step, None)
+        for slot in range(min(self.steps, STAGES)):  # jax 0.11's interpreter wants every completion to be seen
+            plgpu.barrier_wait(free.at[slot])
 
     def _multiply(
         self,
