@@ -10,6 +10,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is there to compile with; no test runs on another device
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it asks a cloud's metadata server otherwise
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing touches a TPU: other programs may use libtpu meanwhile
+os.environ["NPROC"] = str(max(8, os.cpu_count() or 1))  # warpgroups of interpreted GPU kernels block a thread each
 
 import jax
 import jax.numpy as jnp
