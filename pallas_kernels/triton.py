@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, triton_tiles
 from pallas_kernels.triton_launch import launch
+from pallas_kernels.triton_tiles import Shape, Tiles
 from pallas_kernels.xla import KeyRebuild
 from xquant_jax import rope
 from xquant_jax.attention import LOWEST, Geometry, Part
@@ -28,6 +29,7 @@ from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
 PLATFORM = "gpu"
 
 HEAD_DIMS = (64, 128, 256)
+LEAST_QUERIES = 8  # of a kv head: what one matrix instruction takes
 LONGEST = 16  # new tokens
 MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it
 VALUE_CHANNELS = 128  # of one program, where all heads read the whole value stream
@@ -45,7 +47,7 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "
     """See `pallas_kernels.api.remat_project`."""
     batch, blocks = stream.words[0].shape[:2]
     columns = weight.shape[1]
-    tiles = triton_tiles.choose("project", "dense", 0, stream.spec.bits, 0)
+    tiles = triton_tiles.choose(Shape("project", "dense", bits=stream.spec.bits))
     (out,) = launch(
         "project",
         *_arrays(stream),
@@ -58,7 +60,7 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "
         COLUMNS=columns,
         **_stream_constants(stream.spec),
         BLOCKS=tiles.blocks,
-        CHUNK=tiles.chunk,
+        CHUNK=_chunk(tiles, stream.spec),
         TILE=COLUMNS,
         **_types(),
     )
@@ -122,10 +124,11 @@ def decode_attention(
     num_blocks = key_stream.words[0].shape[2]
     width = value_stream.spec.width
     shared = heads // num_kv_heads
-    queries = max(16, triton.next_power_of_2(length * shared))
+    queries = max(LEAST_QUERIES, triton.next_power_of_2(length * shared))
     form = _form(key_rebuild)
-    fused = value_heads == num_kv_heads and width // value_heads in HEAD_DIMS
-    tiles = triton_tiles.choose("decode", form, dim, key_stream.spec.bits, queries)
+    per_head = value_heads == num_kv_heads and width // value_heads in HEAD_DIMS
+    has_norm = key_rebuild.norm is not None
+    tiles = triton_tiles.choose(Shape("decode", form, dim, key_stream.spec.bits, queries, has_norm))
 
     turned = q.astype(jnp.float32) * (geometry.scale * math.log2(math.e))
     if not geometry.rotated:
@@ -133,8 +136,9 @@ def decode_attention(
     turned = turned.reshape(batch, length, num_kv_heads, shared, dim).swapaxes(1, 2)
     turned = _pad(turned.reshape(batch, num_kv_heads, length * shared, dim), queries, axis=2)
     positions = _pad(jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1), queries, axis=1, value=-1)
-    oldest = geometry.positions.min(axis=1) - geometry.sliding_window + 1
-    bounds = jnp.stack([jnp.maximum(oldest, 0) // BLOCK, flushed], axis=1).astype(jnp.int32)
+    earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
+    oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
+    bounds = jnp.stack([oldest, flushed, earliest, latest], axis=1).astype(jnp.int32)
     scalars = jnp.stack([jnp.asarray(layer), jnp.asarray(geometry.sliding_window)]).astype(jnp.int32)
     number = jnp.arange(tiles.blocks * BLOCK // 2)
     in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks
@@ -156,14 +160,15 @@ def decode_attention(
         "NORM_EPS": key_rebuild.norm_eps,
         "FORM": form,
         "HAS_BIAS": key_rebuild.bias is not None,
-        "HAS_NORM": key_rebuild.norm is not None,
+        "HAS_NORM": has_norm,
         "ROPE": not geometry.rotated,
         "BLOCKS": tiles.blocks,
-        "CHUNK": tiles.chunk,
+        "CHUNK": _chunk(tiles, key_stream.spec) or key_stream.spec.width // num_kv_heads,
+        "ASSEMBLY": not target.current().interpret and not triton_tiles.is_amd(),
         **_types(),
     }
     splits = _splits(batch * num_kv_heads, num_blocks, tiles.blocks)
-    if fused:
+    if per_head and tiles.fused:
         out, lse = launch(
             "decode",
             *inputs,
@@ -187,25 +192,30 @@ def decode_attention(
             **constants,
             **_stream_constants(key_stream.spec),
         )
-        at_once = min(VALUE_QUERIES, max(16, triton.next_power_of_2(length * heads)))
-        tiles = triton_tiles.choose("values", "shared", 0, value_stream.spec.bits, at_once)
-        programs = batch * (width // VALUE_CHANNELS) * triton.cdiv(length * heads, at_once)
-        splits = _splits(programs, num_blocks, tiles.blocks)
+        channels = width // value_heads if per_head else VALUE_CHANNELS
+        rows = length * (shared if per_head else heads)
+        at_once = min(VALUE_QUERIES, max(LEAST_QUERIES, triton.next_power_of_2(rows)))
+        tiles = triton_tiles.choose(Shape("values", "", channels, value_stream.spec.bits, at_once))
+        programs = batch * (width // channels), triton.cdiv(rows, at_once)
+        splits = _splits(math.prod(programs), num_blocks, tiles.blocks)
         out, lse = launch(
             "decode_values",
             scalars,
             bounds,
             scores,
             *_arrays(value_stream),
-            grid=(batch * (width // VALUE_CHANNELS), splits, triton.cdiv(length * heads, at_once)),
-            outputs=_parts(batch, splits, length * heads, width),
+            grid=(programs[0], splits, programs[1]),
+            outputs=_parts(batch, splits, length * heads, channels if per_head else width),
             warps=tiles.warps,
             stages=tiles.stages,
             NUM_BLOCKS=num_blocks,
             BATCH=batch,
-            ALL_QUERIES=length * heads,
+            KV_HEADS=num_kv_heads,
             QUERIES=at_once,
-            CHANNELS=VALUE_CHANNELS,
+            LENGTH=length,
+            SHARED=shared,
+            PER_HEAD=per_head,
+            CHANNELS=channels,
             BLOCKS=tiles.blocks,
             **_stream_constants(value_stream.spec),
             **_types(),
@@ -250,6 +260,11 @@ def _stream_constants(spec: StreamSpec, prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}WIDTH": spec.width, f"{prefix}BITS": spec.bits, f"{prefix}GROUP": group}
 
 
+def _chunk(tiles: Tiles, spec: StreamSpec) -> int:
+    """Channels of a rebuild at once: no more than one group of them."""
+    return math.gcd(tiles.chunk, spec.group) if spec.axis == "token" and tiles.chunk else tiles.chunk
+
+
 def _types() -> dict[str, Any]:
     """Types to multiply and to unpack in. The interpreter knows no bfloat16 arithmetic."""
     if target.current().interpret:
@@ -273,8 +288,8 @@ def _refuse_type(a: Array) -> str | None:
 
 
 def _refuse_device() -> str | None:
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)  # "9.0"; AMD: "gfx942"
-    if capability and capability[0].isdigit() and float(capability) < 8:
+    capability = triton_tiles.capability()
+    if capability and capability < 8:
         return f"a GPU of compute capability {capability} is not taken; 8.0 (Ampere) and newer are"
     return None
 

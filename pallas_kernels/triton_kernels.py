@@ -39,7 +39,8 @@ def _load_fields(
     `words` points at block 0 of the sequence; block `first` + j is read where `exists`[j].
     """
     # four axes from the start: a layout passes from a load through a broadcast, but not through a new axis
-    block = (first + tl.arange(0, BLOCKS)).to(tl.int64) * (4 * PLANE * WIDTH)
+    words += tl.cast(first, tl.int64) * (4 * PLANE * WIDTH)
+    block = tl.arange(0, BLOCKS) * (4 * PLANE * WIDTH)
     row = tl.arange(0, 4 * PLANE) * WIDTH
     shift = PLANE * tl.arange(0, 16 // PLANE).to(tl.uint32)
     if AXIS == 0:  # [blocks, fields, rows, channels]
@@ -101,9 +102,9 @@ def _codes(pairs, upper, HALF: tl.constexpr, BITS: tl.constexpr, ARITHMETIC: tl.
 @no_type_check
 def _load_scales(scales, first, exists, half, channel, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr):
     """Scales (or zeros) of groups of channels, of the group that `channel` is in: [BLOCKS * 64] rows of a half."""
+    scales += (tl.cast(first, tl.int64) * 128 + 64 * half) * (WIDTH // GROUP) + channel // GROUP
     row = tl.arange(0, BLOCKS * 64)
-    block = (first + row // 64).to(tl.int64)
-    at = (block * 128 + row % 64 + 64 * half) * (WIDTH // GROUP) + channel // GROUP
+    at = (row // 64 * 128 + row % 64) * (WIDTH // GROUP)
     if BLOCKS == 1:
         return tl.load(scales + at)
     else:
@@ -125,9 +126,8 @@ def _load_channel_scales(
 ):
     """Scales (or zeros) of whole blocks for each channel: [BLOCKS * 64, CHANNELS], equal within a block."""
     # in pairs: a load of fewer values than there are threads may be repeated in every layout that needs it
-    twos = scales.to(tl.pointer_type(tl.uint32), bitcast=True)
-    block = (first + tl.arange(0, BLOCKS)).to(tl.int64) * WIDTH
-    at = (block[:, None] + channel) // 2 + tl.arange(0, CHANNELS // 2)[None, :]
+    twos = (scales + tl.cast(first, tl.int64) * WIDTH + channel).to(tl.pointer_type(tl.uint32), bitcast=True)
+    at = tl.arange(0, BLOCKS)[:, None] * (WIDTH // 2) + tl.arange(0, CHANNELS // 2)[None, :]
     two = tl.load(twos + at) if BLOCKS == 1 else tl.load(twos + at, mask=exists[:, None], other=0)
     even = two.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     odd = (two >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -179,6 +179,18 @@ def _load_vectors(
 
 @triton.jit
 @no_type_check
+def _round(x, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """x in DTYPE; the compiler of NVIDIA's code rounds in pairs only if it is told to."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+@no_type_check
 def _finish_keys(
     first_half,
     second_half,
@@ -193,27 +205,34 @@ def _finish_keys(
     HAS_NORM: tl.constexpr,
     ROPE: tl.constexpr,
     DTYPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
-    """Bias, RMS norm and RoPE of keys whose halves [rows, DIM/2] are float32."""
+    """Bias, RMS norm and RoPE of keys whose halves [rows, DIM/2] are float32, and the norm's factor for each row.
+
+    The factor is not in the keys yet: it is cheaper to multiply scores by it.
+    """
     i = tl.arange(0, DIM // 2)
     if HAS_BIAS:
         first_half += tl.load(bias + head * DIM + i).to(tl.float32)[None, :]
         second_half += tl.load(bias + head * DIM + DIM // 2 + i).to(tl.float32)[None, :]
+    inverse = 1.0
     if HAS_NORM:
         square = tl.sum(first_half * first_half + second_half * second_half, axis=1)
         inverse = tl.rsqrt(square / DIM + norm_eps)
-        first_half = first_half * inverse[:, None] * tl.load(norm + i).to(tl.float32)[None, :]
-        second_half = second_half * inverse[:, None] * tl.load(norm + DIM // 2 + i).to(tl.float32)[None, :]
+    first_half, second_half = _round(first_half, DTYPE, ASSEMBLY), _round(second_half, DTYPE, ASSEMBLY)
+    if HAS_NORM:
+        first_half *= tl.load(norm + i)[None, :]
+        second_half *= tl.load(norm + DIM // 2 + i)[None, :]
     if ROPE:
-        turned = first_half * cos - second_half * sin
-        second_half = second_half * cos + first_half * sin
+        turned = tl.fma(first_half, cos, -(second_half * sin))
+        second_half = tl.fma(second_half, cos, first_half * sin)
         first_half = turned
-    return first_half.to(DTYPE), second_half.to(DTYPE)
+    return first_half, second_half, inverse
 
 
 @triton.jit
 @no_type_check
-def _rebuild_dense(
+def _rebuild(
     words,
     words_high,
     scales,
@@ -225,6 +244,7 @@ def _rebuild_dense(
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     DIM: tl.constexpr,
     KV_HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -233,18 +253,22 @@ def _rebuild_dense(
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Keys of one head from the whole width, CHUNK channels at a time: halves of low tokens, halves of high tokens."""
+    """Keys of one head, CHUNK channels at a time: halves of the low tokens' keys, then halves of the high ones'."""
     HALF: tl.constexpr = DIM // 2
+    LATENT: tl.constexpr = WIDTH // KV_HEADS if FORM == "per_head" else WIDTH
+    COLUMNS: tl.constexpr = DIM if FORM == "per_head" else KV_HEADS * DIM
+    channel = head * LATENT if FORM == "per_head" else 0
+    column = 0 if FORM == "per_head" else head * DIM
+    at = tl.arange(0, CHUNK)[:, None] * COLUMNS + (column + tl.arange(0, HALF))[None, :]
     a = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
     b = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
     c = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
     d = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
-    at = tl.arange(0, CHUNK)[:, None] * (KV_HEADS * DIM) + (head * DIM + tl.arange(0, HALF))[None, :]
-    for channel in range(0, WIDTH, CHUNK):
-        left = tl.load(matrix + channel * (KV_HEADS * DIM) + at)
-        right = tl.load(matrix + channel * (KV_HEADS * DIM) + at + HALF)
+    for done in range(0, LATENT, CHUNK):
+        left = tl.load(matrix + (channel + done) * COLUMNS + at)
+        right = tl.load(matrix + (channel + done) * COLUMNS + HALF + at)
         low, high = _load_vectors(
-            words, words_high, scales, zeros, first, exists, channel,
+            words, words_high, scales, zeros, first, exists, channel + done,
             WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC,
         )  # fmt: skip
         a = tl.dot(low, left, a, input_precision=PRECISION)
@@ -272,8 +296,8 @@ def _mask(score, first, exists, half, query_position, sliding_window, BLOCKS: tl
 @no_type_check
 def _share(bounds, row, BLOCKS: tl.constexpr):
     """The blocks of a sequence that this program reads: an equal share of those that exist, in whole tiles."""
-    begin = tl.load(bounds + 2 * row)
-    end = tl.load(bounds + 2 * row + 1)
+    begin = tl.load(bounds + 4 * row)
+    end = tl.load(bounds + 4 * row + 1)
     splits = tl.num_programs(1)
     share = ((end - begin + splits - 1) // splits + BLOCKS - 1) // BLOCKS * BLOCKS
     begin = begin + tl.program_id(1) * share
@@ -302,6 +326,9 @@ def _score_tile(
     q_second,
     query_position,
     sliding_window,
+    earliest,
+    latest,
+    end,
     cos,
     sin,
     base_rotation,
@@ -330,20 +357,24 @@ def _score_tile(
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Scores of the low and of the high tokens of a tile, [BLOCKS * 64, QUERIES]; -inf: not seen."""
     HALF: tl.constexpr = DIM // 2
     LATENT: tl.constexpr = WIDTH // KV_HEADS
+    RESIDENT: tl.constexpr = FORM == "per_head" and CHUNK == LATENT
     i = tl.arange(0, HALF)
-    if FORM == "dense":
-        low_first, low_second, high_first, high_second = _rebuild_dense(
-            words, words_high, scales, zeros, first, exists, matrix, head,
-            WIDTH, BITS, GROUP, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION,
-        )  # fmt: skip
-    elif FORM == "per_head":
+    # most tiles are seen by every query: the mask is left out there
+    partly = (first * 128 <= latest - sliding_window) | ((first + BLOCKS) * 128 > tl.minimum(earliest + 1, end * 128))
+    if RESIDENT:
         low, high = _load_vectors(
             words, words_high, scales, zeros, first, exists, head * LATENT,
             WIDTH, BITS, GROUP, BLOCKS, LATENT, DTYPE, ARITHMETIC,
+        )  # fmt: skip
+    elif FORM != "identity":
+        low_first, low_second, high_first, high_second = _rebuild(
+            words, words_high, scales, zeros, first, exists, matrix, head,
+            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION,
         )  # fmt: skip
     else:
         low_first, high_first = _load_vectors(
@@ -356,15 +387,15 @@ def _score_tile(
         )  # fmt: skip
     for half in tl.static_range(2):
         # one half of the tokens after the other: the accumulators of both would fill the registers
-        if FORM == "per_head":
+        if RESIDENT:
             z = high if half else low
             k_first = tl.dot(z, matrix_first, input_precision=PRECISION)
             k_second = tl.dot(z, matrix_second, input_precision=PRECISION)
         else:
             k_first = (high_first if half else low_first).to(tl.float32)
             k_second = (high_second if half else low_second).to(tl.float32)
-        k_first, k_second = _finish_keys(
-            k_first, k_second, bias, norm, head, cos, sin, NORM_EPS, DIM, HAS_BIAS, HAS_NORM, ROPE, DTYPE
+        k_first, k_second, inverse = _finish_keys(
+            k_first, k_second, bias, norm, head, cos, sin, NORM_EPS, DIM, HAS_BIAS, HAS_NORM, ROPE, DTYPE, ASSEMBLY
         )
         if ROPE:
             base_cos = tl.load(base_rotation + (2 * first + half) * HALF + i)[:, None]
@@ -375,7 +406,10 @@ def _score_tile(
             left, right = q_first.to(DTYPE), q_second.to(DTYPE)
         score = tl.dot(k_first, left, input_precision=PRECISION)
         score = tl.dot(k_second, right, score, input_precision=PRECISION)
-        score = _mask(score, first, exists, half, query_position, sliding_window, BLOCKS)
+        if HAS_NORM:
+            score *= inverse[:, None]
+        if partly:
+            score = _mask(score, first, exists, half, query_position, sliding_window, BLOCKS)
         if half == 0:
             score_low = score
         else:
@@ -398,6 +432,8 @@ def _load_constants(
     FORM: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """What stays in registers and shared memory: halves of the queries, the tile's rotation, halves of the rebuild."""
     HALF: tl.constexpr = DIM // 2
@@ -407,9 +443,9 @@ def _load_constants(
     cos, sin, matrix_first, matrix_second = 0, 0, 0, 0
     if ROPE:
         at = tl.arange(0, BLOCKS * 64)[:, None] * HALF + i[None, :]
-        cos = tl.load(tile_rotation + at)
-        sin = tl.load(tile_rotation + BLOCKS * 64 * HALF + at)
-    if FORM == "per_head":
+        cos = tl.load(tile_rotation + at).to(DTYPE)
+        sin = tl.load(tile_rotation + BLOCKS * 64 * HALF + at).to(DTYPE)
+    if FORM == "per_head" and CHUNK == LATENT:
         at = (head * LATENT + tl.arange(0, LATENT))[:, None] * DIM + i[None, :]
         matrix_first = tl.load(matrix + at)
         matrix_second = tl.load(matrix + at + HALF)
@@ -492,7 +528,7 @@ def _store_part(out, lse, at, real, channel, top, total, offset, acc, WIDTH: tl.
 @no_type_check
 def decode(
     scalars,  # int32 [2]: layer, sliding window
-    bounds,  # int32 [B, 2]: first block and one past the last block of a sequence
+    bounds,  # int32 [B, 4]: first block, one past the last one, earliest and latest position of its queries
     q,  # float32 [B, K, QUERIES, DIM]: turned by its position, times scale * log2(e)
     query_positions,  # int32 [B, QUERIES]; -1: no query
     tile_rotation,  # float32 [2, BLOCKS * 64, DIM/2]: cosine and sine for each row's number in the tile
@@ -533,6 +569,7 @@ def decode(
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Attention of one kv head to one part of a sequence's blocks, values of each head side by side."""
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
@@ -540,6 +577,7 @@ def decode(
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     sliding_window = tl.load(scalars + 1)
+    earliest, latest = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
     key_words, key_words_high, key_scales, key_zeros = _at_history(
         key_words, key_words_high, key_scales, key_zeros, history, KEY_WIDTH, KEY_BITS, KEY_GROUP
     )
@@ -549,7 +587,7 @@ def decode(
     query = tl.arange(0, QUERIES)
     query_position = tl.load(query_positions + row * QUERIES + query)
     q_first, q_second, cos, sin, matrix_first, matrix_second = _load_constants(
-        q, tile_rotation, matrix, row, head, KV_HEADS, QUERIES, DIM, KEY_WIDTH, FORM, ROPE, BLOCKS
+        q, tile_rotation, matrix, row, head, KV_HEADS, QUERIES, DIM, KEY_WIDTH, FORM, ROPE, BLOCKS, CHUNK, DTYPE
     )
     top = tl.full((QUERIES,), LOWEST, tl.float32)
     total = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
@@ -558,10 +596,11 @@ def decode(
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
         score_low, score_high = _score_tile(
-            first, exists, head, q_first, q_second, query_position, sliding_window, cos, sin, base_rotation,
-            key_words, key_words_high, key_scales, key_zeros, matrix, matrix_first, matrix_second, bias, norm,
+            first, exists, head, q_first, q_second, query_position, sliding_window, earliest, latest, end,
+            cos, sin, base_rotation, key_words, key_words_high, key_scales, key_zeros,
+            matrix, matrix_first, matrix_second, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, KEY_WIDTH, KEY_BITS, KEY_GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,
-            BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION,
+            BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
         top, total, offset, acc = _add_values(
             score_low, score_high, top, total, offset, acc, first, exists, head * VALUE_DIM,
@@ -610,17 +649,19 @@ def decode_scores(
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """The first half of attention where all heads read the whole value stream: scores of one kv head."""
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     sliding_window = tl.load(scalars + 1)
+    earliest, latest = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
     words, words_high, scales, zeros = _at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     query = tl.arange(0, QUERIES)
     query_position = tl.load(query_positions + row * QUERIES + query)
     q_first, q_second, cos, sin, matrix_first, matrix_second = _load_constants(
-        q, tile_rotation, matrix, row, head, KV_HEADS, QUERIES, DIM, WIDTH, FORM, ROPE, BLOCKS
+        q, tile_rotation, matrix, row, head, KV_HEADS, QUERIES, DIM, WIDTH, FORM, ROPE, BLOCKS, CHUNK, DTYPE
     )
     number = (query // SHARED) * (KV_HEADS * SHARED) + head * SHARED + query % SHARED
     token = (tl.arange(0, BLOCKS * 64) // 64) * 128 + tl.arange(0, BLOCKS * 64) % 64
@@ -628,10 +669,11 @@ def decode_scores(
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
         low, high = _score_tile(
-            first, exists, head, q_first, q_second, query_position, sliding_window, cos, sin, base_rotation,
-            words, words_high, scales, zeros, matrix, matrix_first, matrix_second, bias, norm,
+            first, exists, head, q_first, q_second, query_position, sliding_window, earliest, latest, end,
+            cos, sin, base_rotation, words, words_high, scales, zeros,
+            matrix, matrix_first, matrix_second, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, WIDTH, BITS, GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,
-            BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION,
+            BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
         there = tl.reshape(tl.broadcast_to(exists[:, None], (BLOCKS, 64)), (BLOCKS * 64,))
         real = there[:, None] & (query < LENGTH * SHARED)[None, :]
@@ -649,12 +691,15 @@ def decode_values(
     words_high,
     scales,
     zeros,
-    out,  # float32 [B, splits, ALL_QUERIES, WIDTH], normalized within the split
-    lse,  # float32 [B, splits, ALL_QUERIES]
+    out,  # float32 [B, splits, LENGTH * H, CHANNELS if PER_HEAD else WIDTH], normalized within the split
+    lse,  # float32 [B, splits, LENGTH * H]
     NUM_BLOCKS: tl.constexpr,
     BATCH: tl.constexpr,
-    ALL_QUERIES: tl.constexpr,  # LENGTH * H
+    KV_HEADS: tl.constexpr,
     QUERIES: tl.constexpr,  # of a program
+    LENGTH: tl.constexpr,
+    SHARED: tl.constexpr,
+    PER_HEAD: tl.constexpr,  # each CHANNELS are one kv head's values; else all heads read the whole width
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -666,14 +711,19 @@ def decode_values(
 ):
     """The second half: softmax of the scores of QUERIES query heads, and CHANNELS channels of their values."""
     TILES: tl.constexpr = WIDTH // CHANNELS
-    row, channel = tl.program_id(0) // TILES, tl.program_id(0) % TILES * CHANNELS
+    ROWS: tl.constexpr = LENGTH * KV_HEADS * SHARED
+    row, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     words, words_high, scales, zeros = _at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
-    real = query < ALL_QUERIES
+    if PER_HEAD:
+        real = query < LENGTH * SHARED
+        query = (query // SHARED) * (KV_HEADS * SHARED) + tile * SHARED + query % SHARED
+    else:
+        real = query < ROWS
     token = (tl.arange(0, BLOCKS * 64) // 64) * 128 + tl.arange(0, BLOCKS * 64) % 64
-    at = (row * ALL_QUERIES + query).to(tl.int64)[None, :] * (NUM_BLOCKS * 128) + token[:, None]
+    at = (row * ROWS + query).to(tl.int64)[None, :] * (NUM_BLOCKS * 128) + token[:, None]
     top = tl.full((QUERIES,), LOWEST, tl.float32)
     total = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     offset = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
@@ -685,11 +735,14 @@ def decode_values(
         low = tl.load(scores + at + first * 128, mask=known, other=float("-inf"))
         high = tl.load(scores + at + first * 128 + 64, mask=known, other=float("-inf"))
         top, total, offset, acc = _add_values(
-            low, high, top, total, offset, acc, first, exists, channel, words, words_high, scales, zeros,
+            low, high, top, total, offset, acc, first, exists, tile * CHANNELS, words, words_high, scales, zeros,
             WIDTH, BITS, GROUP, CHANNELS, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION,
         )  # fmt: skip
-    at = (row * tl.num_programs(1) + tl.program_id(1)) * ALL_QUERIES + query
-    _store_part(out, lse, at, real, channel, top, total, offset, acc, WIDTH, CHANNELS)
+    at = (row * tl.num_programs(1) + tl.program_id(1)) * ROWS + query
+    if PER_HEAD:
+        _store_part(out, lse, at, real, 0, top, total, offset, acc, CHANNELS, CHANNELS)
+    else:
+        _store_part(out, lse, at, real, tile * CHANNELS, top, total, offset, acc, WIDTH, CHANNELS)
 
 
 @triton.jit
@@ -729,7 +782,7 @@ def project(
         )  # fmt: skip
         acc_low = tl.dot(low, right, acc_low, input_precision=PRECISION)
         acc_high = tl.dot(high, right, acc_high, input_precision=PRECISION)
-    token = first.to(tl.int64) * 128 + (tl.arange(0, BLOCKS * 64) // 64) * 128 + tl.arange(0, BLOCKS * 64) % 64
+    token = tl.cast(first, tl.int64) * 128 + (tl.arange(0, BLOCKS * 64) // 64) * 128 + tl.arange(0, BLOCKS * 64) % 64
     there = tl.reshape(tl.broadcast_to(exists[:, None], (BLOCKS, 64)), (BLOCKS * 64,))
     mask = there[:, None] & real[None, :]
     at = token[:, None] * COLUMNS + column[None, :]
