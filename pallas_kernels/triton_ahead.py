@@ -1,0 +1,133 @@
+"""Compiles the Triton kernels for NVIDIA GPUs that need not be there, and reads what became of them.
+
+Nothing here runs on a GPU: `triton.compile` builds a cubin, and the disassembler that comes with Triton lists its
+machine instructions. What a loop costs is known from that, short of stalls.
+"""
+
+import collections
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import pallas_kernels.triton
+from pallas_kernels import target, triton_kernels, triton_tiles
+
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel as an operation would launch it."""
+
+    kernel: str
+    arrays: tuple[jax.ShapeDtypeStruct, ...]  # inputs, then outputs
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    constants: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Machine instructions a warp executes in one turn, those of loops inside it excluded; how many are spills."""
+
+    start: int
+    end: int
+    instructions: int
+    spills: int
+    operations: collections.Counter[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Machine code: loops from the innermost out, spills in all of it, registers a thread, bytes of shared memory."""
+
+    loops: tuple[Loop, ...]
+    spills: int
+    registers: int
+    shared: int
+
+
+def launches(operation: Callable[..., Any], *args: Any, capability: float, **kwargs: Any) -> list[Launch]:
+    """What `pallas_kernels.triton.<operation>` would launch on a GPU of this compute capability; nothing is run.
+
+    Arguments may be abstract (`jax.ShapeDtypeStruct`).
+    """
+    seen: list[Launch] = []
+
+    def record(kernel: str, *inputs: Any, grid: Any, outputs: Any, warps: int, stages: int, **constants: Any) -> list:
+        arrays = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*inputs, *outputs))
+        seen.append(Launch(kernel, arrays, grid, warps, stages, constants))
+        return [jnp.zeros(o.shape, o.dtype) for o in outputs]
+
+    with (
+        mock.patch.object(pallas_kernels.triton, "launch", record),
+        mock.patch.object(triton_tiles, "capability", return_value=capability),
+        target.compiling_for("gpu"),
+    ):
+        jax.eval_shape(lambda *a: operation(*a, **kwargs), *args)
+    return seen
+
+
+def compiled(launch: Launch, capability: float) -> Machine:
+    """Compiles a kernel for a compute capability, such as 9.0, and reads its machine code."""
+    function = getattr(triton_kernels, launch.kernel)
+    arrays = [name for name in function.arg_names if name not in launch.constants]
+    types = dict(zip(arrays, (TYPES[str(a.dtype)] for a in launch.arrays), strict=True))
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    # buffers of XLA are aligned
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types}
+    kernel = triton.compile(
+        ASTSource(function, signature, launch.constants, aligned),
+        target=GPUTarget("cuda", round(10 * capability), 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code, usage = _tool("nvdisasm", "-c", file.name), _tool("cuobjdump", "-res-usage", file.name)
+    found = re.search(r"REG:(\d+)", usage)
+    assert found is not None
+    return _read(code, int(found[1]), kernel.metadata.shared)
+
+
+def _tool(name: str, *args: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _read(code: str, registers: int, shared: int) -> Machine:
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in code.splitlines():
+        if found := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[found[1]] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(re.sub(r"^@!?U?P\w+\s+", "", found[1]))
+    spans = []
+    for i, instruction in enumerate(instructions):
+        found = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction)
+        if found and labels[found[1]] < i:  # the endless loop behind the last instruction jumps to itself
+            spans.append((labels[found[1]], i + 1))
+    loops, inside = [], set()
+    for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
+        own = [instructions[i] for i in range(start, end) if i not in inside]
+        inside |= set(range(start, end))
+        operations = collections.Counter(instruction.split()[0].split(".")[0] for instruction in own)
+        loops.append(Loop(start, end, len(own), _spills(own), operations))
+    return Machine(tuple(loops), _spills(instructions), registers, shared)
+
+
+def _spills(instructions: list[str]) -> int:
+    return sum(instruction.startswith(("LDL", "STL")) for instruction in instructions)

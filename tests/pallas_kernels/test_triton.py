@@ -1,0 +1,255 @@
+"""The Triton backend: against the reference on Triton's interpreter, and its machine code for three GPU generations."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import KeyRebuild, target, xla
+from xquant_jax.attention import Geometry
+from xquant_jax.quantization import Blocks, StreamSpec, quantize
+from xquant_jax.rope import Rope
+
+pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
+
+from pallas_kernels import triton as backend
+from pallas_kernels import triton_tiles
+from pallas_kernels.triton_ahead import compiled, launches
+from pallas_kernels.triton_tiles import Tiles
+
+LAYERS, BLOCKS, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 64
+FLUSHED = np.asarray([0, 1, 8, 9], np.int32)  # nothing, one block, one block short of everything, everything
+NO_WINDOW = 2**30
+
+# Codes enter products as 128 + code and the 128 is taken back: that costs 7 of float32's 24 bits.
+TOLERANCE = 1e-3
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def stream(width: int, bits: int, axis: str, seed: int) -> Blocks:
+    values = random(LAYERS, len(FLUSHED), BLOCKS, 128, width, seed=seed)
+    return quantize(jnp.asarray(values), StreamSpec(width, bits, axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is attended to, and how."""
+
+    bits: int = 4
+    form: str = "per_head"
+    key_axis: str = "channel"
+    value_heads: int = KV_HEADS
+    new: int = 1
+    dim: int = DIM
+    sliding_window: int = NO_WINDOW
+    bias: bool = False
+    norm: bool = False
+    rotated: bool = False
+    shared_stream: bool = False
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        width = KV_HEADS * self.dim
+        matrix = {
+            "per_head": random(KV_HEADS, self.dim, self.dim) / 8,
+            "dense": random(width, width) / 8,
+            "identity": None,
+        }[self.form]
+        rebuild = KeyRebuild(
+            matrix=None if matrix is None else jnp.asarray(matrix),
+            bias=jnp.asarray(random(width, seed=3)) if self.bias else None,
+            norm=jnp.asarray(1 + random(self.dim, seed=4) / 4) if self.norm else None,
+            norm_eps=1e-5,
+        )
+        key = stream(width, self.bits, self.key_axis, seed=1)
+        value = key if self.shared_stream else stream(width, self.bits, "token", seed=2)
+        positions = jnp.asarray(128 * FLUSHED[:, None] + 40 + np.arange(self.new))
+        geometry = Geometry(
+            positions, self.sliding_window, jnp.asarray(Rope().frequencies(self.dim)), self.dim**-0.5, self.rotated
+        )
+        q = jnp.asarray(random(len(FLUSHED), self.new, HEADS, self.dim))
+        arguments = (q, key, rebuild, value, jnp.asarray(FLUSHED), geometry)
+        return arguments, {"num_kv_heads": KV_HEADS, "value_heads": self.value_heads}
+
+
+def check(case: Case, tolerance: float = TOLERANCE) -> None:
+    """The layer is a traced number, as in the scan over layers."""
+    arguments, static = case.arguments()
+    with target.interpreted():
+        assert backend.refuse_decode_attention(*arguments, layer=1, **static) is None
+        got = jax.jit(lambda layer: backend.decode_attention(*arguments, layer=layer, **static))(1)
+        out, lse = np.asarray(got.out), np.asarray(got.lse)
+    expected = xla.decode_attention(*arguments, layer=1, **static)
+    np.testing.assert_allclose(lse, expected.lse, atol=tolerance)
+    np.testing.assert_allclose(out, expected.out, atol=tolerance)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("form", ["per_head", "dense", "identity"])
+def test_decode_attention_agrees_with_the_reference(form: str, bits: int) -> None:
+    check(Case(bits, form, norm=form == "per_head", bias=form == "dense", rotated=form == "identity"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(form="dense", key_axis="token", value_heads=1, shared_stream=True),  # X itself, as of Llama 2
+        Case(form="per_head", value_heads=1),
+        Case(form="identity", key_axis="token", bits=8),  # int8
+        Case(new=3, sliding_window=200),
+        Case(new=16),
+        Case(dim=128, bits=2, norm=True, bias=True),
+    ],
+    ids=str,
+)
+def test_other_shapes_agree_with_the_reference(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 9])
+@pytest.mark.parametrize("tiles", [Tiles(fused=True), Tiles(blocks=2, chunk=16, fused=True), Tiles(blocks=4)], ids=str)
+def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 blocks over 2, 3 and 9 parts: lengths end within, at and one block next to the end of a part and of a tile."""
+    monkeypatch.setattr(triton_tiles, "choose", lambda shape: tiles)
+    monkeypatch.setattr(backend, "_splits", lambda *_: splits)
+    check(Case())
+
+
+def test_blocks_past_a_length_are_not_read() -> None:
+    arguments, static = Case().arguments()
+    q, key, rebuild, value, flushed, geometry = arguments
+
+    def spoiled(stream: Blocks) -> Blocks:
+        """NaN scales in every block that does not exist, and in all of the other layer."""
+        exists = (jnp.arange(BLOCKS) < flushed[:, None])[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
+        poison = jnp.where(exists[..., None, None], 1.0, jnp.nan).astype(jnp.bfloat16)
+        return stream.replace(scale=stream.scale * poison)
+
+    with target.interpreted():
+        part = backend.decode_attention(q, spoiled(key), rebuild, spoiled(value), flushed, geometry, layer=1, **static)
+        assert np.isfinite(part.out).all()
+        assert (np.isfinite(part.lse) == (FLUSHED > 0)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_remat_project_agrees_with_the_reference(axis: str, bits: int) -> None:
+    """Of 3 blocks in tiles of 2, and 136 columns in tiles of 128."""
+    blocks = quantize(jnp.asarray(random(1, 3, 128, 128)), StreamSpec(128, bits, axis))
+    weight = jnp.asarray(random(128, 136))
+    with target.interpreted():
+        assert backend.refuse_remat_project(blocks, weight) is None
+        got = np.asarray(jax.jit(backend.remat_project)(blocks, weight))
+    np.testing.assert_allclose(got, xla.remat_project(blocks, weight), atol=1e-4)
+
+
+def test_what_cannot_be_taken_is_refused_with_a_reason() -> None:
+    def reason(case: Case, **changes: Any) -> str | None:
+        arguments, static = case.arguments()
+        with target.interpreted():
+            return backend.refuse_decode_attention(*arguments, layer=0, **{**static, **changes})
+
+    def key_of(spec: StreamSpec) -> str | None:
+        (q, _, rebuild, value, *rest), static = Case(form="identity").arguments()
+        key = jax.eval_shape(lambda: quantize(jnp.zeros((1, 4, 1, 128, 128)), spec))
+        with target.interpreted():
+            return backend.refuse_decode_attention(q, key, rebuild, value, *rest, layer=0, **static)
+
+    assert reason(Case()) is None
+    assert reason(Case(dim=96)) == "a head dimension of 96 is not taken; 64, 128 and 256 are"
+    assert reason(Case(new=17)) == "17 new tokens are not taken; up to 16 are"
+    assert key_of(StreamSpec(128, 16)) == "the key stream is not quantized"
+    assert key_of(StreamSpec(128, 8, format="e4m3")) == "the key stream's format e4m3 is not taken; uniform is"
+    assert (
+        key_of(StreamSpec(128, 4, "channel", group=32))
+        == "the key stream's groups of 32 tokens are not taken; whole blocks of 128 are"
+    )
+    assert (
+        key_of(StreamSpec(128, 4, "token", group=16))
+        == "the key stream's groups of 16 channels are not taken; multiples of 32 are"
+    )
+
+
+def test_float32_is_for_the_interpreter_only() -> None:
+    arguments, static = Case().arguments()
+    reason = backend.refuse_decode_attention(*arguments, layer=0, **static)
+    assert reason == "float32 is not taken; bfloat16 and float16 are"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Shapes that are compiled for: query heads, kv heads and head dimension, and width of the key stream."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    dim: int = 128
+    norm: bool = False
+
+
+MODELS = {
+    "Llama-3.1-8B": Model(32, 8, 1024),
+    "Llama-2-7B": Model(32, 32, 4096),
+    "Qwen3-8B": Model(32, 8, 1024, norm=True),
+}
+
+
+def of_model(name: str, bits: int, form: str, capability: float) -> list:
+    """The kernels of one layer of history: 8 sequences of 32 k tokens."""
+    model = MODELS[name]
+    multi_head = model.heads == model.kv_heads
+    spec = StreamSpec(model.width, bits, "token" if multi_head else "channel")
+    columns = model.kv_heads * model.dim
+    shape = {"dense": (model.width, columns), "per_head": (model.kv_heads, model.dim, model.dim)}[form]
+
+    def history(spec: StreamSpec) -> Any:
+        return jax.eval_shape(lambda: quantize(jnp.zeros((1, 8, 256, 128, model.width)), spec))
+
+    def operation(q, key, matrix, norm, value, flushed, positions):
+        geometry = Geometry(positions, NO_WINDOW, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
+        return backend.decode_attention(
+            q,
+            key,
+            KeyRebuild(matrix, None, norm),
+            value,
+            flushed,
+            geometry,
+            layer=0,
+            num_kv_heads=model.kv_heads,
+            value_heads=1 if form == "dense" else model.kv_heads,
+        )
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return launches(
+        operation,
+        array(8, 1, model.heads, model.dim),
+        history(spec),
+        array(*shape),
+        array(model.dim) if model.norm else None,
+        history(StreamSpec(model.width, bits, "token")),
+        array(8, dtype=jnp.int32),
+        array(8, 1, dtype=jnp.int32),
+        capability=capability,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [("Llama-3.1-8B", "per_head"), ("Llama-3.1-8B", "dense"), ("Llama-2-7B", "dense"), ("Qwen3-8B", "per_head")],
+)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capability: float) -> None:
+    for launch in of_model(model, bits, form, capability):
+        machine = compiled(launch, capability)
+        assert machine.loops[0].spills == 0, launch.kernel
+        assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
+        assert machine.shared < 100_000, launch.kernel  # bytes a program may have on Ada, the least of the three
