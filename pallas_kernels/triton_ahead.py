@@ -22,6 +22,10 @@ from triton.compiler import ASTSource
 
 import pallas_kernels.triton
 from pallas_kernels import target, triton_kernels, triton_tiles
+from pallas_kernels.xla import KeyRebuild
+from xquant_jax.attention import Geometry
+from xquant_jax.quantization import StreamSpec, quantize
+from xquant_jax.rope import Rope
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32"}
 
@@ -59,8 +63,69 @@ class Machine:
     shared: int
 
 
-def launches(operation: Callable[..., Any], *args: Any, capability: float, **kwargs: Any) -> list[Launch]:
-    """What `pallas_kernels.triton.<operation>` would launch on a GPU of this compute capability; nothing is run.
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Attention of a model; `width` is that of the key stream."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    dim: int = 128
+    norm: bool = False
+
+
+MODELS = {
+    "Llama-3.1-8B": Model(32, 8, 1024),
+    "Llama-2-7B": Model(32, 32, 4096),
+    "Qwen3-8B": Model(32, 8, 1024, norm=True),
+}
+
+
+def of_model(model: Model, bits: int, form: str, capability: float) -> list[Launch]:
+    """The kernels that read one layer of `xquant`: 8 sequences of 32 k tokens, one new token each.
+
+    form: `per_head` or `dense`; a model with as many kv heads as query heads stores X itself, along the token.
+    """
+    multi_head = model.heads == model.kv_heads
+    key = StreamSpec(model.width, bits, "token" if multi_head else "channel")
+    columns = model.kv_heads * model.dim
+    shape = {"dense": (model.width, columns), "per_head": (model.kv_heads, model.dim, model.dim)}[form]
+
+    def history(spec: StreamSpec) -> Any:
+        return jax.eval_shape(lambda: quantize(jnp.zeros((1, 8, 256, 128, model.width)), spec))
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def operation(q: Any, key: Any, matrix: Any, norm: Any, value: Any, flushed: Any, positions: Any) -> Any:
+        geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
+        return pallas_kernels.triton.decode_attention(
+            q,
+            key,
+            KeyRebuild(matrix, None, norm),
+            value,
+            flushed,
+            geometry,
+            layer=0,
+            num_kv_heads=model.kv_heads,
+            value_heads=1 if form == "dense" else model.kv_heads,
+        )
+
+    return launches(
+        operation,
+        array(8, 1, model.heads, model.dim),
+        history(key),
+        array(*shape),
+        array(model.dim) if model.norm else None,
+        history(StreamSpec(model.width, bits, "token")),
+        array(8, dtype=jnp.int32),
+        array(8, 1, dtype=jnp.int32),
+        capability=capability,
+    )
+
+
+def launches(operation: Callable[..., Any], *args: Any, capability: float) -> list[Launch]:
+    """What an operation of `pallas_kernels.triton` would launch on a GPU of this compute capability; nothing is run.
 
     Arguments may be abstract (`jax.ShapeDtypeStruct`).
     """
@@ -76,7 +141,7 @@ def launches(operation: Callable[..., Any], *args: Any, capability: float, **kwa
         mock.patch.object(triton_tiles, "capability", return_value=capability),
         target.compiling_for("gpu"),
     ):
-        jax.eval_shape(lambda *a: operation(*a, **kwargs), *args)
+        jax.eval_shape(operation, *args)
     return seen
 
 

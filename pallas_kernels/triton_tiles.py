@@ -58,7 +58,7 @@ def by_rule(shape: Shape, capability: float) -> Tiles:
     if shape.kernel == "values":
         return Tiles(warps=8 if shape.queries > 32 else 4)
     if shape.form == "dense":  # tall tiles, to use each part of a large matrix often
-        return Tiles(blocks=2, chunk=64 if hopper else 16, warps=8)
+        return Tiles(blocks=2, chunk=64, warps=8, stages=1) if hopper else Tiles(blocks=2, chunk=16, warps=8)
     light = shape.queries <= 8 and shape.bits in (2, 4) and not shape.norm
     if shape.form == "identity":
         return Tiles(warps=8 if shape.bits == 8 or shape.queries > 16 else 4, fused=light)

@@ -17,7 +17,7 @@ pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on 
 
 from pallas_kernels import triton as backend
 from pallas_kernels import triton_tiles
-from pallas_kernels.triton_ahead import compiled, launches
+from pallas_kernels.triton_ahead import MODELS, compiled, of_model
 from pallas_kernels.triton_tiles import Tiles
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 64
@@ -181,65 +181,6 @@ def test_float32_is_for_the_interpreter_only() -> None:
     assert reason == "float32 is not taken; bfloat16 and float16 are"
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """Shapes that are compiled for: query heads, kv heads and head dimension, and width of the key stream."""
-
-    heads: int
-    kv_heads: int
-    width: int
-    dim: int = 128
-    norm: bool = False
-
-
-MODELS = {
-    "Llama-3.1-8B": Model(32, 8, 1024),
-    "Llama-2-7B": Model(32, 32, 4096),
-    "Qwen3-8B": Model(32, 8, 1024, norm=True),
-}
-
-
-def of_model(name: str, bits: int, form: str, capability: float) -> list:
-    """The kernels of one layer of history: 8 sequences of 32 k tokens."""
-    model = MODELS[name]
-    multi_head = model.heads == model.kv_heads
-    spec = StreamSpec(model.width, bits, "token" if multi_head else "channel")
-    columns = model.kv_heads * model.dim
-    shape = {"dense": (model.width, columns), "per_head": (model.kv_heads, model.dim, model.dim)}[form]
-
-    def history(spec: StreamSpec) -> Any:
-        return jax.eval_shape(lambda: quantize(jnp.zeros((1, 8, 256, 128, model.width)), spec))
-
-    def operation(q, key, matrix, norm, value, flushed, positions):
-        geometry = Geometry(positions, NO_WINDOW, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
-        return backend.decode_attention(
-            q,
-            key,
-            KeyRebuild(matrix, None, norm),
-            value,
-            flushed,
-            geometry,
-            layer=0,
-            num_kv_heads=model.kv_heads,
-            value_heads=1 if form == "dense" else model.kv_heads,
-        )
-
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    return launches(
-        operation,
-        array(8, 1, model.heads, model.dim),
-        history(spec),
-        array(*shape),
-        array(model.dim) if model.norm else None,
-        history(StreamSpec(model.width, bits, "token")),
-        array(8, dtype=jnp.int32),
-        array(8, 1, dtype=jnp.int32),
-        capability=capability,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
 @pytest.mark.parametrize(
@@ -248,7 +189,7 @@ def of_model(name: str, bits: int, form: str, capability: float) -> list:
 )
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capability: float) -> None:
-    for launch in of_model(model, bits, form, capability):
+    for launch in of_model(MODELS[model], bits, form, capability):
         machine = compiled(launch, capability)
         assert machine.loops[0].spills == 0, launch.kernel
         assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
