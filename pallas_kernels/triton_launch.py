@@ -16,6 +16,7 @@ import jax
 import jax_triton
 import numpy as np
 import triton.language as tl
+from jax.interpreters import partial_eval
 from jaxtyping import Array
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
@@ -23,6 +24,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from pallas_kernels import target, triton_kernels
 
 _NEW_CALL = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # jax-triton 0.4; 0.3 says out_shape
+# jax-triton 0.4.1 registers a rule for dead code that jax 0.12 calls with an argument too many. The default rule is
+# right for kernels without effects: one whose outputs nobody uses may go.
+partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
 _one_at_a_time = threading.Lock()  # the interpreter patches triton.language while it runs
 
 

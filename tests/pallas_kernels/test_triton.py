@@ -1,7 +1,14 @@
 """The Triton backend: against the reference on Triton's interpreter, and its machine code for three GPU generations."""
 
 import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +20,16 @@ from xquant_jax.attention import Geometry
 from xquant_jax.quantization import Blocks, StreamSpec, quantize
 from xquant_jax.rope import Rope
 
-pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
-
-from pallas_kernels import triton as backend
-from pallas_kernels import triton_tiles
-from pallas_kernels.triton_ahead import MODELS, compiled, of_model
-from pallas_kernels.triton_tiles import Tiles
+jax_triton = pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
+backend, ahead, triton_tiles = (
+    importlib.import_module(f"pallas_kernels.{name}") for name in ("triton", "triton_ahead", "triton_tiles")
+)
+Tiles = triton_tiles.Tiles
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 64
 FLUSHED = np.asarray([0, 1, 8, 9], np.int32)  # nothing, one block, one block short of everything, everything
 NO_WINDOW = 2**30
+ROOT = Path(__file__).parents[2]
 
 # Codes enter products as 128 + code and the 128 is taken back: that costs 7 of float32's 24 bits.
 TOLERANCE = 1e-3
@@ -181,6 +188,33 @@ def test_float32_is_for_the_interpreter_only() -> None:
     assert reason == "float32 is not taken; bfloat16 and float16 are"
 
 
+def test_kernels_lower_into_a_program_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but for the part of jaxlib that only its CUDA plugin has; in a scan over layers."""
+    plugin = mock.MagicMock()
+    plugin.get_compute_capability.return_value = 90
+    plugin.TritonKernelCall.return_value.to_proto.return_value = b""
+    monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
+    (q, key, rebuild, value, flushed, geometry), static = Case(dim=128).arguments()
+    q = q.astype(jnp.bfloat16)
+
+    def layers(q: jax.Array, key: Blocks, value: Blocks) -> jax.Array:
+        def layer(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            assert (
+                backend.refuse_decode_attention(q, key, rebuild, value, flushed, geometry, layer=number, **static)
+                is None
+            )
+            part = backend.decode_attention(q, key, rebuild, value, flushed, geometry, layer=number, **static)
+            return total + part.out, None
+
+        return jax.lax.scan(layer, jnp.zeros((*q.shape[:3], 128)), jnp.arange(LAYERS))[0]
+
+    with target.compiling_for("gpu"):
+        lowered = jax.jit(layers).trace(q, key, value).lower(lowering_platforms=("cuda",))
+    assert "triton_kernel_call" in lowered.as_text()
+    (name, warps, *_), _ = plugin.TritonKernel.call_args
+    assert (name, warps) == ("decode", 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
 @pytest.mark.parametrize(
@@ -189,8 +223,23 @@ def test_float32_is_for_the_interpreter_only() -> None:
 )
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capability: float) -> None:
-    for launch in of_model(MODELS[model], bits, form, capability):
-        machine = compiled(launch, capability)
+    for launch in ahead.of_model(ahead.MODELS[model], bits, form, capability):
+        machine = ahead.compiled(launch, capability)
         assert machine.loops[0].spills == 0, launch.kernel
         assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
         assert machine.shared < 100_000, launch.kernel  # bytes a program may have on Ada, the least of the three
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_on_the_interpreter(tmp_path: Path) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    script = ROOT / "scripts" / "bench_decode.py"
+    command = [sys.executable, script, "--smoke", "--json", out, "--plot", plot]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    result = json.loads(out.read_text())
+    assert not result["skipped"]
+    assert all(check["error"] < 0.03 for check in result["checks"])
+    kernels = {row["method"] for row in result["layers"] if row["implementation"] == "triton"}
+    assert kernels == {"xquant:4,basis=per_head", "xquant:2,basis=joint", "int8"}
+    assert {step["cache"] for step in result["steps"]} == {"bf16", "xquant:4"}
+    assert plot.stat().st_size > 1000
