@@ -12,10 +12,14 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """platform: "cpu", "gpu" or "tpu". interpret: whether kernels run on their interpreter, on any device."""
+    """platform: "cpu", "gpu" or "tpu". interpret: whether kernels run on their interpreter, on any device.
+
+    device_kind: as `jax.Device.device_kind` has it ("TPU v5 lite"); None: that of the default device.
+    """
 
     platform: str
     interpret: bool = False
+    device_kind: str | None = None
 
 
 _told = jax.make_user_context(default_value=None)
@@ -27,9 +31,9 @@ def current() -> Target:
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
+def compiling_for(platform: str, device_kind: str | None = None) -> Iterator[None]:
     """Chooses kernels of a platform whose devices need not be there, for compiling ahead of time."""
-    with _told(dataclasses.replace(current(), platform=platform)):
+    with _told(dataclasses.replace(current(), platform=platform, device_kind=device_kind)):
         yield
 
 

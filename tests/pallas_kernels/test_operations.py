@@ -1,48 +1,99 @@
-"""`remat_project` and `decode_attention`: every backend against attention computed plainly from what is stored."""
+"""`remat_project` and `decode_attention`: every backend against attention computed plainly from what is stored.
 
+Kernels run on their interpreters. They multiply in bfloat16, so queries and matrices are numbers that bfloat16 can
+hold, and what is left is rounded keys and probabilities: 2^-8 of a few products.
+"""
+
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import KeyRebuild
+from pallas_kernels import KeyRebuild, api, target
 from xquant_jax.attention import Geometry
 from xquant_jax.errors import ConfigError
 from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
 from xquant_jax.rope import Rope
 
-LAYERS, BATCH, BLOCKS, HEADS, KV_HEADS, DIM, WIDTH = 2, 6, 19, 6, 2, 16, 32
-FLUSHED = np.asarray([0, 1, 7, 8, 9, 19], np.int32)  # nothing, one block, around a tile's end, everything
-FREQUENCIES = Rope().frequencies(DIM)
 NO_WINDOW = 2**30
+TOLERANCE = {"xla": 2e-4}
+KERNEL_TOLERANCE = 1e-2
+
+RUNS = {name: (name, None) for name in api.BACKENDS}  # what a test is run with: a backend and a kind of device
+RUNS["pallas_tpu-v6e"] = ("pallas_tpu", "TPU v6 lite")
 
 
-@pytest.fixture(params=["xla"])
-def implementation(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(params=sorted(RUNS))
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    name, kind = RUNS[request.param]
+    with target.interpreted(), target.compiling_for("tpu" if kind else "cpu", kind):
+        try:
+            api.check(name)
+        except ConfigError as error:
+            pytest.skip(str(error))
+        yield name
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of `decode_attention`; sizes of real models, scaled down."""
+
+    form: str  # of the key rebuild
+    key_bits: int
+    value_bits: int
+    new: int = 1
+    heads: int = 8
+    kv_heads: int = 2
+    dim: int = 64
+    axis: str = "channel"  # of the key stream
+    width: int = 0  # of the key stream; 0: all heads
+    one_stream: bool = False
+    bias: bool = False
+    norm: bool = False
+    rotated: bool = False
+    sliding_window: int = NO_WINDOW
+    flushed: tuple[int, ...] = (0, 1, 2, 5)
+    blocks: int = 5
+
+
+CASES = [
+    Case("per_head", 4, 4, dim=128, kv_heads=4),
+    Case("per_head", 2, 3, new=3, sliding_window=300),
+    Case("per_head", 3, 2, norm=True, heads=6),
+    Case("per_head", 8, 8, new=16, heads=4),
+    Case("per_head", 4, 4, flushed=(0, 15, 16, 17, 18), blocks=18),  # around the end of the largest tile
+    Case("dense", 4, 4, bias=True),
+    Case("dense", 3, 8, new=2),
+    Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True),
+    Case("dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, blocks=2, flushed=(1, 2)),
+    Case("identity", 4, 4, rotated=True),
+    Case("identity", 8, 8, axis="token"),
+    Case("identity", 2, 2, sliding_window=200, flushed=(17, 3, 18), blocks=18),
+]
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+    """Normal numbers that bfloat16 can hold."""
+    numbers = np.random.default_rng([seed, *shape]).standard_normal(shape)
+    return np.asarray(jnp.asarray(numbers, jnp.bfloat16).astype(jnp.float32))
 
 
-def stream(bits: int, axis: str, seed: int) -> Blocks:
-    return quantize(jnp.asarray(random(LAYERS, BATCH, BLOCKS, 128, WIDTH, seed=seed)), StreamSpec(WIDTH, bits, axis))
-
-
-def plain_attention(q, keys, values, flushed, positions, sliding_window, rotate) -> tuple[np.ndarray, np.ndarray]:
-    """One query head at a time, float64, complex rotations; keys [S, K, d], values [S, K or 1, C]."""
+def plain_attention(q, keys, values, flushed, positions, sliding_window, frequencies) -> tuple[np.ndarray, np.ndarray]:
+    """One query head at a time, float64, complex rotations; keys [B, S, K, d], values [B, S, K or 1, C]."""
     batch, length, heads, dim = q.shape
+    kv_heads = keys.shape[2]
     out = np.zeros((batch, length, heads, values.shape[-1]))
     lse = np.full((batch, length, heads), -np.inf)
 
     def turn(x: np.ndarray, position: np.ndarray | int) -> np.ndarray:
-        if not rotate:
+        if frequencies is None:
             return x
         z = x[..., : dim // 2] + 1j * x[..., dim // 2 :]
-        z = z * np.exp(1j * np.multiply.outer(position, FREQUENCIES.astype(np.float64)))
+        z = z * np.exp(1j * np.multiply.outer(position, frequencies.astype(np.float64)))
         return np.concatenate([z.real, z.imag], axis=-1)
 
     for b, t, h in np.ndindex(batch, length, heads):
@@ -50,73 +101,85 @@ def plain_attention(q, keys, values, flushed, positions, sliding_window, rotate)
         s = s[positions[b, t] - s < sliding_window]
         if not len(s):
             continue
-        kv = h // (heads // KV_HEADS)
+        kv = h // (heads // kv_heads)
         score = turn(keys[b, s, kv], s) @ turn(q[b, t, h], positions[b, t]) / math.sqrt(dim)
         lse[b, t, h] = np.log(np.exp(score - score.max()).sum()) + score.max()
         out[b, t, h] = np.exp(score - lse[b, t, h]) @ values[b, s, kv if values.shape[2] > 1 else 0]
     return out, lse
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("form", ["per_head", "dense", "identity"])
-@pytest.mark.parametrize("new", [1, 3])
-def test_decode_attention(implementation: str, bits: int, form: str, new: int) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.form}-{c.key_bits}-{c.value_bits}-{c.new}-{c.kv_heads}")
+def test_decode_attention(implementation: str, case: Case) -> None:
+    layers, batch, kv_heads, dim = 2, len(case.flushed), case.kv_heads, case.dim
+    width, flushed = case.width or kv_heads * dim, np.asarray(case.flushed, np.int32)
     matrix = {
-        "per_head": random(KV_HEADS, WIDTH // KV_HEADS, DIM),
-        "dense": random(WIDTH, KV_HEADS * DIM) / 4,
-        "identity": None,
-    }[form]
+        "per_head": lambda: random(kv_heads, dim, dim) / 16,
+        "dense": lambda: random(width, kv_heads * dim) / 32,
+        "identity": lambda: None,
+    }[case.form]()
     rebuild = KeyRebuild(
         matrix=None if matrix is None else jnp.asarray(matrix),
-        bias=jnp.asarray(random(KV_HEADS * DIM, seed=3)) if form == "dense" else None,
-        norm=jnp.asarray(1 + random(DIM, seed=4) / 4) if form == "per_head" else None,
+        bias=jnp.asarray(random(kv_heads * dim, seed=3)) if case.bias else None,
+        norm=jnp.asarray(1 + random(dim, seed=4) / 4) if case.norm else None,
         norm_eps=1e-5,
     )
-    key, value = stream(bits, "channel", seed=1), stream(bits, "token", seed=2)
-    value_heads = 1 if form == "dense" else KV_HEADS
-    sliding_window = 700 if new == 3 else NO_WINDOW
-    q = random(BATCH, new, HEADS, DIM)
-    positions = 128 * FLUSHED[:, None] + 40 + np.arange(new)
+
+    def stream(bits: int, axis, seed: int) -> Blocks:
+        x = random(layers, batch, case.blocks, 128, width, seed=seed)
+        return quantize(jnp.asarray(x), StreamSpec(width, bits, axis))
+
+    key = stream(case.key_bits, case.axis, seed=1)
+    value = key if case.one_stream else stream(case.value_bits, "token", seed=2)
+    value_heads = 1 if case.form == "dense" else kv_heads
+    q = random(batch, case.new, case.heads, dim)
+    frequencies = Rope().frequencies(dim)
+    positions = 128 * flushed[:, None] + 40 + np.arange(case.new)
     geometry = Geometry(
-        jnp.asarray(positions), sliding_window, jnp.asarray(FREQUENCIES), DIM**-0.5, rotated=form == "identity"
+        jnp.asarray(positions), case.sliding_window, jnp.asarray(frequencies), dim**-0.5, rotated=case.rotated
     )
     part = pallas_kernels.decode_attention(
         jnp.asarray(q),
         key,
         rebuild,
         value,
-        jnp.asarray(FLUSHED),
+        jnp.asarray(flushed),
         geometry,
-        layer=1,
-        num_kv_heads=KV_HEADS,
+        layer=jnp.int32(1),
+        num_kv_heads=kv_heads,
         value_heads=value_heads,
         implementation=implementation,
     )
-    z = np.asarray(dequantize(key))[1].reshape(BATCH, -1, WIDTH).astype(np.float64)
-    if form == "per_head":
-        keys = np.einsum("bske,ked->bskd", z.reshape(BATCH, -1, KV_HEADS, WIDTH // KV_HEADS), matrix)
-        keys = keys / np.sqrt((keys**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(rebuild.norm)
+    z = np.asarray(dequantize(key))[1].reshape(batch, -1, width).astype(np.float64)
+    if case.form == "per_head":
+        keys = np.einsum("bske,ked->bskd", z.reshape(batch, -1, kv_heads, dim), matrix)
     else:
-        keys = z if matrix is None else z @ matrix + np.asarray(rebuild.bias)
-        keys = keys.reshape(BATCH, -1, KV_HEADS, DIM)
-    values = np.asarray(dequantize(value))[1].reshape(BATCH, BLOCKS * 128, value_heads, -1).astype(np.float64)
-    out, lse = plain_attention(q, keys, values, FLUSHED, positions, sliding_window, form != "identity")
-    np.testing.assert_allclose(part.lse, lse, atol=2e-4)
-    np.testing.assert_allclose(part.out, out, atol=2e-4)
+        keys = z if matrix is None else z @ matrix
+        keys = keys.reshape(batch, -1, kv_heads, dim)
+    if case.bias:
+        keys = keys + np.asarray(rebuild.bias).reshape(kv_heads, dim)
+    if case.norm:
+        keys = keys / np.sqrt((keys**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(rebuild.norm)
+    values = np.asarray(dequantize(value))[1].reshape(batch, case.blocks * 128, value_heads, -1).astype(np.float64)
+    out, lse = plain_attention(
+        q, keys, values, flushed, positions, case.sliding_window, None if case.rotated else frequencies
+    )
+    tolerance = TOLERANCE.get(implementation, KERNEL_TOLERANCE)
+    np.testing.assert_allclose(part.lse, lse, atol=tolerance)
+    np.testing.assert_allclose(part.out, out, atol=tolerance)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("axis", ["token", "channel"])
-def test_remat_project(implementation: str, bits: int, axis: str) -> None:
-    spec = StreamSpec(WIDTH, bits, axis)
-    blocks = quantize(jnp.asarray(random(BATCH, 3, 128, WIDTH)), spec)
-    weight = random(WIDTH, 24)
+def test_remat_project(implementation: str, bits: int, axis) -> None:
+    batch, width, columns = 2, 256, 192
+    blocks = quantize(jnp.asarray(random(batch, 3, 128, width)), StreamSpec(width, bits, axis))
+    weight = random(width, columns) / 16
     got = pallas_kernels.remat_project(blocks, jnp.asarray(weight), implementation=implementation)
-    expected = np.asarray(dequantize(blocks)).reshape(BATCH, 3 * 128, WIDTH).astype(np.float64) @ weight
-    np.testing.assert_allclose(got, expected, atol=1e-4)
+    expected = np.asarray(dequantize(blocks)).reshape(batch, 3 * 128, width).astype(np.float64) @ weight
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE.get(implementation, KERNEL_TOLERANCE))
 
 
 def test_widths_that_do_not_fit_are_an_error() -> None:
-    blocks = quantize(jnp.zeros((1, 1, 128, WIDTH)), StreamSpec(WIDTH, 4))
+    blocks = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 4))
     with pytest.raises(ConfigError, match=r"width 32 cannot be multiplied by a .16, 8. weight"):
         pallas_kernels.remat_project(blocks, jnp.zeros((16, 8)))

@@ -97,5 +97,13 @@ def test_loading_refuses_a_backend_that_the_device_cannot_run() -> None:
         xq.load("demo", implementation="pallas_tpu")
 
 
+@pytest.mark.slow
 def test_generate_says_which_implementation_ran() -> None:
-    assert xq.generate(xq.load("demo"), [[1, 2, 3]], max_new_tokens=1).implementation == "xla"
+    prompt = [5 + i % 250 for i in range(300)]  # two blocks of history
+    reference = xq.generate(xq.load("demo"), [prompt], max_new_tokens=3)
+    assert reference.implementation == "xla"
+    with target.interpreted():
+        model = xq.load("demo", implementation="pallas_tpu")
+        result = xq.generate(model, [prompt], max_new_tokens=3)
+    assert result.implementation == "pallas_tpu"
+    assert result.results[0].tokens == reference.results[0].tokens

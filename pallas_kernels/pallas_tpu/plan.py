@@ -1,0 +1,201 @@
+"""How `decode_attention` cuts its work: the sizes that one call's kernel is built from, and what it cannot take."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxtyping import Array
+
+from pallas_kernels.pallas_tpu import chip
+from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
+from pallas_kernels.xla import KeyRebuild
+from xquant_jax.attention import Geometry
+from xquant_jax.quantization import Blocks, StreamSpec
+
+TILE, CHUNK, SMALL_CHUNK = 16, 4, 2  # blocks
+UNROLL_UP_TO = 2**20
+"""Multiplications per token that are unrolled; what is more is a loop over groups."""
+MOST_NEW = 16
+"""New tokens per step that the kernel takes; with more, values are better rebuilt (`methods.base.ABSORB_UP_TO`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static side of a call."""
+
+    key: StreamSpec
+    value: StreamSpec
+    shared: bool  # key and value stream are one
+    num_blocks: int
+    batch: int
+    new: int  # T
+    heads: int  # H
+    kv_heads: int  # K
+    dim: int  # d
+    value_heads: int
+    dense: bool
+    rotated: bool
+    bias: bool
+    norm_eps: float | None
+    scale: float
+    chip: chip.Chip
+
+    @property
+    def tile(self) -> int:
+        """Blocks of a step of the grid."""
+        return min(TILE, self.num_blocks)
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Blocks that are worked on together: while there are enough of them, and where fewer are left."""
+        small = math.gcd(SMALL_CHUNK, self.tile)
+        return (small, small) if self.looped else (math.gcd(CHUNK, self.tile), small)
+
+    @property
+    def turn(self) -> int:
+        """Blocks that share the constant tables of RoPE."""
+        return self.chunks[1]
+
+    @property
+    def looped(self) -> bool:
+        """Whether groups are a loop in the kernel; unrolled, they overlap better."""
+        return self.groups * self.group_channels * self.width > UNROLL_UP_TO
+
+    @property
+    def group(self) -> int:
+        """Heads in a group."""
+        return math.gcd(max(1, self.chip.mxu // self.dim), self.kv_heads)
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads // self.group
+
+    @property
+    def width(self) -> int:
+        """Of the keys of a group."""
+        return self.group * self.dim
+
+    @property
+    def group_channels(self) -> int:
+        """Channels of the key stream that a group is rebuilt from."""
+        return self.key.width if self.dense else self.key.width // self.groups
+
+    @property
+    def head_rows(self) -> int:
+        """Queries of a kv head."""
+        return self.new * self.heads // self.kv_heads
+
+    @property
+    def group_rows(self) -> int:
+        return self.group * self.head_rows
+
+    @property
+    def padded_rows(self) -> int:
+        """The same, whole vector registers."""
+        return round_up(self.group_rows, SUBLANES)
+
+    @property
+    def rows(self) -> int:
+        """Queries in all, whole vector registers."""
+        return round_up(self.kv_heads * self.head_rows, SUBLANES)
+
+    @property
+    def value_lanes(self) -> int:
+        """Channels of a tile of the values: as wide as the matrix unit, if every row reads but one of its groups."""
+        wide = self.chip.mxu
+        head = self.value.width // self.kv_heads
+        fits = self.value.width % wide == 0 and self.value_heads == self.kv_heads and self.value.group % head == 0
+        return wide if fits else LANES
+
+    @property
+    def value_tiles(self) -> int:
+        return self.value.width // self.value_lanes
+
+    def readers(self, first: int, last: int) -> tuple[int, int]:
+        """Kv heads that read channels `first` to `last` - 1 of the values: the first, and one past the last."""
+        if self.value_heads == 1:
+            return 0, self.kv_heads
+        wide = self.value.width // self.kv_heads
+        return first // wide, (last - 1) // wide + 1
+
+    def tile_readers(self, tile: int) -> tuple[int, int]:
+        return self.readers(tile * self.value_lanes, (tile + 1) * self.value_lanes)
+
+    @property
+    def cover(self) -> int:
+        """Rows that are multiplied with a tile of the values: whole registers that hold those of its readers."""
+        sizes = []
+        for tile in range(self.value_tiles):
+            first, last = (self.head_rows * head for head in self.tile_readers(tile))
+            sizes.append(round_up(last, SUBLANES) - first // SUBLANES * SUBLANES)
+        return max(sizes)
+
+    def cover_start(self, tile: int) -> int:
+        start = self.head_rows * self.tile_readers(tile)[0] // SUBLANES * SUBLANES
+        return min(start, self.rows - self.cover)
+
+
+def make_plan(
+    q: Array,
+    key_stream: Blocks,
+    key_rebuild: KeyRebuild,
+    value_stream: Blocks,
+    geometry: Geometry,
+    num_kv_heads: int,
+    value_heads: int,
+) -> Plan:
+    batch, new, heads, dim = q.shape
+    return Plan(
+        key=key_stream.spec,
+        value=value_stream.spec,
+        shared=key_stream is value_stream,
+        num_blocks=key_stream.words[0].shape[2],
+        batch=batch,
+        new=new,
+        heads=heads,
+        kv_heads=num_kv_heads,
+        dim=dim,
+        value_heads=value_heads,
+        dense=key_rebuild.matrix is not None and key_rebuild.matrix.ndim == 2,
+        rotated=geometry.rotated,
+        bias=key_rebuild.bias is not None,
+        norm_eps=None if key_rebuild.norm is None else key_rebuild.norm_eps,
+        scale=geometry.scale,
+        chip=chip.current(),
+    )
+
+
+def refuse_decode_attention(
+    q: Array,
+    key_stream: Blocks,
+    key_rebuild: KeyRebuild,
+    value_stream: Blocks,
+    flushed: Array,
+    geometry: Geometry,
+    *,
+    layer: Any,
+    num_kv_heads: int,
+    value_heads: int,
+) -> str | None:
+    """Why the kernel cannot take these arguments; None if it can."""
+    dim, key, value = q.shape[3], key_stream.spec, value_stream.spec
+    if q.shape[1] > MOST_NEW:
+        return f"it takes up to {MOST_NEW} new tokens, and these are {q.shape[1]}"
+    if dim % 64:
+        return f"head dimension {dim} is no multiple of 64"
+    if num_kv_heads * dim % LANES:
+        return f"{num_kv_heads} key/value head of dimension {dim} is narrower than 128"
+    for name, spec in {"key": key, "value": value}.items():
+        if reason := refuse_stream(spec):
+            return f"the {name} stream {reason}"
+    if value.axis != "token":
+        return "the value stream is quantized along the channel; it takes values along the token"
+    matrix = key_rebuild.matrix
+    if matrix is not None and matrix.ndim == 2 and (needed := 2 * 2 * matrix.size) > chip.current().vmem:
+        return f"the key rebuild matrix {matrix.shape} and its work take {needed:,} bytes of vector memory"
+    return None
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-n // multiple) * multiple

@@ -1,0 +1,126 @@
+"""Codes out of bit planes, inside a kernel: two tokens at a time, in the order that costs nothing.
+
+Tokens t and t + 64 of a block lie 16 bits apart in every plane (`xquant_jax.packing`). A 32-bit word of the two codes,
+read as two bfloat16, gives adjacent rows: row 2r + i of what is unpacked is token r + 64 i. Everything that meets
+these rows (tables of RoPE, scales along the token) is put into the same order beforehand: `interleaved`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels import target
+from xquant_jax.packing import BLOCK, PLANES
+
+PAIRS = BLOCK // 2
+"""Pairs of tokens in a block."""
+
+ONE_HUNDRED_TWENTY_EIGHT = 0x43004300
+"""Two bfloat16 128.0; a code or-ed into the last bits of the mantissa is added to it exactly."""
+
+
+def interleaved() -> np.ndarray:
+    """The token of each row, int32 [128]."""
+    row = np.arange(BLOCK)
+    return (row // 2 + PAIRS * (row % 2)).astype(np.int32)
+
+
+def pairs(planes: list[Array], bits: int) -> Array:
+    """Codes of tokens t and t + 64 in the halves of 32-bit words: planes uint32 [4p, W] -> uint32 [64, W]."""
+    low, total = 0, None
+    for p, words in zip(PLANES[bits], planes, strict=True):
+        part = _fields(words, p, low)
+        total = part if total is None else total | part
+        low += p
+    assert total is not None
+    return total
+
+
+def _fields(words: Array, p: int, low: int) -> Array:
+    """One plane's fields, each shifted to the bits from `low` of its half."""
+    mask = jnp.uint32((2**p - 1) * 0x00010001 << low)
+    if p == 1:  # its rows are half a sublane tile: two fields at once, the upper four rows shifted by one more
+        words = jnp.concatenate([words, words], axis=0)
+        words = words >> (lax.broadcasted_iota(jnp.uint32, words.shape, 0) >> 2)
+    step = max(p, 2)
+    return jnp.concatenate([_shifted(words, field * step - low) & mask for field in range(16 // step)], axis=0)
+
+
+def _shifted(words: Array, by: int) -> Array:
+    return words >> jnp.uint32(by) if by > 0 else words << jnp.uint32(-by) if by < 0 else words
+
+
+def offset(bits: int) -> float:
+    """What `numbers` adds to the codes."""
+    return 128.0 if bits <= 4 else 0.0
+
+
+def numbers(planes: list[Array], bits: int) -> Array:
+    """Codes plus `offset` as bfloat16 [128, W], exactly; rows interleaved."""
+    codes = pairs(planes, bits)
+    if bits <= 4:
+        return pltpu.bitcast(codes | jnp.uint32(ONE_HUNDRED_TWENTY_EIGHT), jnp.bfloat16)
+    return _packed(*halves(codes, bits))
+
+
+def halves(codes: Array, bits: int) -> tuple[Array, Array]:
+    """Codes plus `offset` of tokens 0 to 63 and of tokens 64 to 127 as float32 [64, W], exactly."""
+    if bits <= 4:
+        both = codes | jnp.uint32(ONE_HUNDRED_TWENTY_EIGHT)
+        return pltpu.bitcast(both << 16, jnp.float32), pltpu.bitcast(both & jnp.uint32(0xFFFF0000), jnp.float32)
+    magic = jnp.uint32(0x4B000000)  # 2^23: the last bits of the mantissa count ones
+    low, high = codes & jnp.uint32(0xFFFF), codes >> 16
+    return pltpu.bitcast(low | magic, jnp.float32) - 2.0**23, pltpu.bitcast(high | magic, jnp.float32) - 2.0**23
+
+
+def scaled_along_channels(planes: list[Array], bits: int, scale: Array, zero: Array, *, bf16_alu: bool) -> Array:
+    """q scale + zero as bfloat16 [128, W], rows interleaved; scale and zero float32 [1, W], bfloat16 in value."""
+    codes = pairs(planes, bits)
+    if bf16_alu and bits <= 4:
+        plus = pltpu.bitcast(codes | jnp.uint32(ONE_HUNDRED_TWENTY_EIGHT), jnp.bfloat16)
+        rows = (8, scale.shape[1])
+        scale, zero = (pltpu.bitcast(jnp.broadcast_to(_twice(x), rows), jnp.bfloat16) for x in (scale, zero))
+        scale, zero = (jnp.concatenate([x] * (BLOCK // 16), axis=0) for x in (scale, zero))
+        return (plus - jnp.bfloat16(128)) * scale + zero
+    shift = zero - offset(bits) * scale
+    return _packed(*(half * scale + shift for half in halves(codes, bits)))
+
+
+def scaled_along_tokens(planes: list[Array], bits: int, scale: Array, zero: Array) -> Array:
+    """The same with scale and zero float32 [128, W/G], tokens in their own order."""
+    codes = halves(pairs(planes, bits), bits)
+    width, groups = planes[0].shape[1], scale.shape[1]
+    scaled = []
+    for half, number in enumerate(codes):
+        columns = []
+        for g in range(groups):
+            s, z = (x[half * PAIRS : (half + 1) * PAIRS, g : g + 1] for x in (scale, zero))
+            part = number[:, g * width // groups : (g + 1) * width // groups]
+            columns.append((part - offset(bits)) * s + z)
+        scaled.append(jnp.concatenate(columns, axis=1))
+    return _packed(*scaled)
+
+
+def in_order(planes: list[Array], bits: int, scale: Array, zero: Array) -> Array:
+    """q scale + zero as bfloat16 [128, W], tokens in their own order; scale and zero float32 [1, W] or [128, 1]."""
+    scaled = []
+    for half, number in enumerate(halves(pairs(planes, bits), bits)):
+        s, z = (x[half * PAIRS : (half + 1) * PAIRS] if x.shape[0] == BLOCK else x for x in (scale, zero))
+        scaled.append((number - offset(bits)) * s + z)
+    return jnp.concatenate(scaled, axis=0).astype(jnp.bfloat16)
+
+
+def _packed(low: Array, high: Array) -> Array:
+    """Two float32 arrays as bfloat16 in alternating rows."""
+    if target.current().interpret:  # which knows no pack_elementwise
+        low, high = (pltpu.bitcast(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for x in (low, high))
+        return pltpu.bitcast((low >> 16) | high, jnp.bfloat16)
+    return pltpu.bitcast(pltpu.pack_elementwise([low, high], packed_dtype=jnp.bfloat16), jnp.bfloat16)
+
+
+def _twice(x: Array) -> Array:
+    """Float32 that bfloat16 can hold, as that number in both halves of 32-bit words."""
+    bits = pltpu.bitcast(x, jnp.uint32)
+    return bits | (bits >> 16)

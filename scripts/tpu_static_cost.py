@@ -1,0 +1,236 @@
+"""What the kernels cost on a TPU by the compiler's own schedule, with no TPU at hand.
+
+    python scripts/tpu_static_cost.py [--chips v5e v6e] [--models llama-3.1-8b] [--bits 4] [--json OUT]
+
+Compiles `decode_attention` ahead of time (libtpu) for one layer at 32 k context and reads what libtpu writes down: the
+bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit does in them, and spills.
+The bundles of a step of the grid, divided by the tokens that it attends to, times 1024, are set against the least that
+the matrix unit, the vector unit or the memory needs for the same tokens: ratio = bound / bundles. A ratio above 1 means
+that the schedule issues matrix products faster than the unit takes them: then the bound is what it costs.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+DUMP = Path(tempfile.mkdtemp(prefix="tpu-static-cost-"))
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true",
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from pallas_kernels import KeyRebuild, decode_attention, target  # noqa: E402
+from pallas_kernels.pallas_tpu.plan import Plan, make_plan  # noqa: E402
+from xquant_jax.attention import Geometry  # noqa: E402
+from xquant_jax.packing import BLOCK  # noqa: E402
+from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks  # noqa: E402
+from xquant_jax.rope import Rope  # noqa: E402
+
+CONTEXT = 32_768
+UNITS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """topology: a name that libtpu knows. macs: multiply-adds a cycle and core in bfloat16. bandwidth: bytes a cycle
+    and core (v5e: 819 GB/s at 1.5 GHz; v5p: 2,765 GB/s at 1.75 GHz, two cores; v6e: 1,640 GB/s at an assumed 1.75)."""
+
+    topology: str
+    macs: int
+    bandwidth: float
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 4 * 128 * 128, 819 / 1.5),
+    "v5p": Chip("v5p:2x2x1", 4 * 128 * 128, 2765 / 1.75 / 2),
+    "v6e": Chip("v6e:2x2", 4 * 256 * 256, 1640 / 1.75),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    width: int
+    heads: int
+    kv_heads: int
+    dim: int
+    qk_norm: bool = False
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        return ("x",) if self.heads == self.kv_heads else ("per_head", "joint")
+
+
+MODELS = {
+    "llama-3.1-8b": Model(4096, 32, 8, 128),
+    "llama-2-7b": Model(4096, 32, 32, 128),
+    "qwen3-8b": Model(4096, 32, 8, 128, qk_norm=True),
+}
+
+
+def compile_decode_attention(chip: str, model: Model, bits: int, basis: str) -> tuple[Any, Plan]:
+    """The kernel of one layer for one new token, compiled for a chip. basis: `per_head`, `joint`, or `x` (K = H)."""
+    device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+    sharding = SingleDeviceSharding(device)
+
+    def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    def history(spec: StreamSpec) -> Blocks:
+        blocks = jax.eval_shape(lambda: allocate_blocks(spec, (2, 1, CONTEXT // BLOCK)))
+        return jax.tree.map(lambda a: shape(*a.shape, dtype=a.dtype), blocks)
+
+    keys_width, one = model.kv_heads * model.dim, basis == "x"
+    stored = model.width if one else keys_width
+    key = history(StreamSpec(stored, bits, "token" if one else "channel"))
+    value = None if one else history(StreamSpec(stored, bits, "token"))
+    matrix = (model.kv_heads, model.dim, model.dim) if basis == "per_head" else (stored, keys_width)
+    norm = shape(model.dim) if model.qk_norm else None
+    frequencies = Rope(theta=500_000.0).frequencies(model.dim)
+    plans = []
+
+    def attend(q: Any, key: Any, matrix: Any, norm: Any, value: Any, flushed: Any, positions: Any, layer: Any) -> Any:
+        rebuild, value = KeyRebuild(matrix, None, norm, 1e-6), key if value is None else value
+        geometry = Geometry(positions, 2**30, jnp.asarray(frequencies), model.dim**-0.5)
+        value_heads = model.kv_heads if basis == "per_head" else 1
+        plans.append(make_plan(q, key, rebuild, value, geometry, model.kv_heads, value_heads))
+        heads = {"num_kv_heads": model.kv_heads, "value_heads": value_heads}
+        return decode_attention(
+            q, key, rebuild, value, flushed, geometry, layer=layer, implementation="pallas_tpu", **heads
+        )
+
+    numbers = [shape(1, dtype=jnp.int32), shape(1, 1, dtype=jnp.int32), shape(dtype=jnp.int32)]
+    queries = shape(1, 1, model.heads, model.dim)
+    with target.compiling_for("tpu", device.device_kind):
+        traced = jax.jit(attend).trace(queries, key, shape(*matrix), norm, value, *numbers)
+        return traced.lower(lowering_platforms=("tpu",)).compile(), plans[0]
+
+
+@dataclasses.dataclass
+class Region:
+    """Consecutive bundles at one depth of loops; `opens` where a loop begins."""
+
+    depth: int
+    opens: bool
+    first: int
+    size: int = 0
+
+
+def read_regions(bundles: str) -> list[Region]:
+    """The parts of a schedule in order. A line of it: address, label, one `>` for each loop it is in, the bundle."""
+    found: list[Region] = []
+    for line in bundles.splitlines():
+        match = re.match(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?:\s*((?:>\s*)*)\{", line)
+        if match is None:
+            continue
+        depth, opens = match[3].count(">"), match[2] == "LB"
+        if opens or not found or found[-1].depth != depth:
+            found.append(Region(depth, opens, int(match[1], 16)))
+        found[-1].size += 1
+    return found
+
+
+def read_units(utilization: str) -> tuple[list[int], list[list[int]]]:
+    """Slots of every unit in a bundle, and how many of them each bundle uses."""
+    numbers = [line for line in utilization.splitlines() if re.fullmatch(r"\s*\d+(\s+\d+)+\s*", line)]
+    slots, *used = ([int(n) for n in line.split()] for line in numbers)
+    return slots, used
+
+
+def trips(plan: Plan) -> list[tuple[int, int]]:
+    """Depth of every loop of the kernel in order, and how often it turns in each turn of the one around it, where a
+    whole tile exists. The grid is the loop at depth 1, and turns once for every tile."""
+    large, small = plan.chunks
+    if plan.looped:
+        return [(1, 1), (2, plan.tile // small), (3, plan.key.width // 128), (3, plan.groups)]
+    return [(1, 1), (2, plan.tile // large), (2, 0)]
+
+
+def static_cost(chip: str, name: str, bits: int, basis: str) -> dict[str, Any]:
+    """One row of the table, see the module's docstring."""
+    model = MODELS[name]
+    shutil.rmtree(DUMP, ignore_errors=True)
+    DUMP.mkdir()
+    _, plan = compile_decode_attention(chip, model, bits, basis)
+    (bundles,) = (f for f in DUMP.glob("*decode_attention*-final_bundles.txt"))
+    (utilization,) = DUMP.glob("*decode_attention*-final_hlo-static-per-bundle-utilization.txt")
+    slots, used = read_units(utilization.read_text())
+    loops, turns, inside = iter(trips(plan)), {0: 0}, 0
+    total, vector, spills = 0, 0, 0
+    for region in read_regions(bundles.read_text()):
+        if region.opens:
+            depth, count = next(loops)
+            if depth != region.depth:
+                raise SystemExit(f"a loop at depth {region.depth} where the kernel has one at depth {depth}")
+            inside = max(inside, 1)
+            turns[depth] = count * max(turns[depth - 1], 1)
+        times = turns[max(region.depth, inside)] if region.depth else turns.get(inside, 0)
+        units = used[region.first : region.first + region.size]
+        total += times * region.size
+        vector += times * sum(row[UNITS.index("valu")] for row in units)
+        if region.depth > 1 and times:
+            spills += sum(row[UNITS.index("spill")] for row in units)
+    if next(loops, None) is not None:
+        raise SystemExit("the kernel has more loops than its schedule")
+    per_1024 = 1024 / (plan.tile * BLOCK)
+    values = model.dim if basis == "per_head" else plan.value.width
+    rebuild = plan.key.width * (model.dim if basis == "per_head" else model.kv_heads * model.dim)
+    macs = rebuild + model.heads * (model.dim + values)
+    streams = [plan.key] if plan.shared else [plan.key, plan.value]
+    stored = sum(spec.width * (spec.bits + 32 / spec.group) / 8 for spec in streams)
+    bounds = {
+        "matrix": 1024 * macs / CHIPS[chip].macs,
+        "vector": vector * per_1024 / slots[UNITS.index("valu")],
+        "memory": 1024 * stored / CHIPS[chip].bandwidth,
+    }
+    unit = max(bounds, key=lambda key: bounds[key])
+    return {
+        "kernel": "decode_attention",
+        "chip": chip,
+        "model": name,
+        "bits": bits,
+        "basis": basis,
+        "bundles_per_1024": round(total * per_1024),
+        "bound_per_1024": round(bounds[unit]),
+        "bound_unit": unit,
+        "ratio": round(bounds[unit] / (total * per_1024), 2),
+        "spills": spills,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.models:
+        for basis in MODELS[name].bases:
+            rows += [static_cost(chip, name, bits, basis) for chip in arguments.chips for bits in arguments.bits]
+    shutil.rmtree(DUMP)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

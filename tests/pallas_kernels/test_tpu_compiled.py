@@ -1,0 +1,158 @@
+"""The TPU kernels through the real compiler, libtpu, at the sizes of real models and 32 k context; no TPU is needed."""
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import pallas_kernels
+from pallas_kernels import KeyRebuild, target
+from pallas_kernels.pallas_tpu import refuse_decode_attention
+from tests.conftest import random_model, tiny_config
+from xquant_jax.attention import Geometry
+from xquant_jax.cache import allocate, cache_bytes
+from xquant_jax.decoding import Decoding, advance
+from xquant_jax.methods import CacheConfig
+from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks
+from xquant_jax.rope import Rope
+from xquant_jax.sampling import Sampling
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+BLOCKS = 32_768 // 128
+LAYERS = 2
+
+
+@pytest.fixture(params=TOPOLOGIES)
+def device(request: pytest.FixtureRequest) -> Any:
+    return topologies.get_topology_desc(TOPOLOGIES[request.param], "tpu").devices[0]
+
+
+def shapes(tree: Any, device: Any) -> Any:
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def history(width: int, bits: int, axis: Any) -> Blocks:
+    return jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, bits, axis), (LAYERS, 1, BLOCKS)))
+
+
+def compiled(function: Any, device: Any, *args: Any) -> Any:
+    with target.compiling_for("tpu", device.device_kind):
+        return jax.jit(function).trace(*shapes(args, device)).lower(lowering_platforms=("tpu",)).compile()
+
+
+def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(size, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "bits", "form", "new"),
+    [
+        ("llama-3.1-8b", 4, "per_head", 1),
+        ("llama-3.1-8b", 3, "per_head", 16),
+        ("llama-3.1-8b", 2, "joint", 1),
+        ("llama-3.1-8b", 8, "stored", 1),
+        ("llama-2-7b", 4, "x", 1),
+        ("qwen3-8b", 4, "per_head", 1),
+    ],
+)
+def test_decode_attention_compiles_and_copies_no_history(
+    device: Any, model: str, bits: int, form: str, new: int
+) -> None:
+    width, heads, dim = 4096, 32, 128
+    kv_heads = 32 if model == "llama-2-7b" else 8
+    one = form == "x"
+    stored = width if one else kv_heads * dim
+    key = history(stored, bits, "token" if one or form == "stored" else "channel")
+    value = None if one else history(stored, bits, "token")
+    matrix = {"per_head": (kv_heads, dim, dim), "stored": None}.get(form, (stored, kv_heads * dim))
+    norm = shape(dim) if model == "qwen3-8b" else None
+
+    def attend(q, key, matrix, norm, value, flushed, positions, layer):
+        geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(dim)), dim**-0.5)
+        return pallas_kernels.decode_attention(
+            q,
+            key,
+            KeyRebuild(matrix, None, norm, 1e-6),
+            key if value is None else value,
+            flushed,
+            geometry,
+            layer=layer,
+            num_kv_heads=kv_heads,
+            value_heads=1 if form in ("joint", "x") else kv_heads,
+            implementation="pallas_tpu",
+        )
+
+    numbers = [shape(1, dtype=jnp.int32), shape(1, new, dtype=jnp.int32), shape(dtype=jnp.int32)]
+    matrix = None if matrix is None else shape(*matrix)
+    memory = compiled(attend, device, shape(1, new, heads, dim), key, matrix, norm, value, *numbers).memory_analysis()
+    permuted = 0 if form != "x" else matrix.size * 2
+    assert memory.temp_size_in_bytes < permuted + 2**21  # queries and results, not a layer of the history
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "columns", "bits", "axis"), [(4096, 8192, 4, "token"), (1024, 1024, 3, "channel")])
+def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int, axis: str) -> None:
+    blocks = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), history(width, bits, axis))
+    run = lambda stream, weight: pallas_kernels.remat_project(stream, weight, implementation="pallas_tpu")  # noqa: E731
+    assert compiled(run, device, blocks, shape(width, columns)).as_text().count("tpu_custom_call") == 1
+
+
+@pytest.mark.slow
+def test_a_decode_loop_for_a_tpu_runs_the_kernel_and_copies_no_cache() -> None:
+    """The whole of `generate`, prefill and decode with a donated cache of 64 k tokens, compiled for a v5e."""
+    device = topologies.get_topology_desc(TOPOLOGIES["v5e"], "tpu").devices[0]
+    layers = 6
+    sizes = {"width": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "num_layers": layers}
+    config = tiny_config(**sizes, sliding_windows=(None,) * layers, dtype="bfloat16")
+    model = random_model(config)
+    cache_config = CacheConfig.parse("xquant:4")
+    cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=65_536))
+    integers = {"dtype": jnp.int32}
+    state = Decoding(
+        prompts=shape(2, 128, **integers),
+        prompt_lengths=shape(2, **integers),
+        fed=shape(**integers),
+        step=shape(**integers),
+        tokens=shape(2, 64, **integers),
+        logprobs=shape(2, 64, dtype=jnp.float32),
+        counts=shape(2, **integers),
+        done=shape(2, dtype=jnp.bool),
+        seeds=shape(2, **integers),
+        seen=None,
+    )
+    arrays = (model.params, cache_config.factors(model), state, cache, jax.tree.map(jnp.float32, Sampling().checked()))
+    args = shapes((*arrays, shape(1, **integers), shape(**integers)), device)
+    with target.compiling_for("tpu", device.device_kind):
+        lowered = advance.trace(model.transformer, *args, chunk=128).lower(lowering_platforms=("tpu",))
+        done = lowered.compile()
+    assert "decode_attention" in done.as_text()
+    memory = done.memory_analysis()
+    size = cache_bytes(cache).total
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < 0.1 * size
+
+
+def test_what_the_kernel_cannot_take_is_said() -> None:
+    def refusal(width: int = 256, dim: int = 64, new: int = 1, axis: Any = "channel", group: int = 0, bits: int = 4):
+        key = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, bits, axis, group), (1, 1, 1)))
+        value = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 4, "token"), (1, 1, 1)))
+        q = jnp.zeros((1, new, 4, dim))
+        geometry = Geometry(jnp.zeros((1, new), jnp.int32), 8, jnp.zeros(dim // 2), 1.0)
+        heads = {"layer": 0, "num_kv_heads": width // dim, "value_heads": width // dim}
+        return refuse_decode_attention(q, key, KeyRebuild(), value, jnp.zeros(1), geometry, **heads)
+
+    assert refusal() is None
+    assert "head dimension 32 is no multiple of 64" in (refusal(dim=32) or "")
+    assert "up to 16 new tokens, and these are 17" in (refusal(new=17) or "")
+    assert "groups of 32 tokens" in (refusal(group=32) or "")
+    assert "groups of 64 channels" in (refusal(axis="token", group=64) or "")
+    assert "is not quantized uniformly" in (refusal(bits=16) or "")
+    assert "narrower than 128" in (refusal(width=64) or "")
