@@ -3,11 +3,12 @@
 The interpreter runs a kernel program by program on numpy arrays; nothing but a CPU is needed, and no PyTorch.
 """
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -17,16 +18,17 @@ import jax_triton
 import numpy as np
 import triton.language as tl
 from jax.interpreters import partial_eval
+from jax_triton import triton_lib
 from jaxtyping import Array
 from triton import knobs
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime import interpreter
 
 from pallas_kernels import target, triton_kernels
 
 _NEW_CALL = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # jax-triton 0.4; 0.3 says out_shape
 # jax-triton 0.4.1 registers a rule for dead code that jax 0.12 calls with an argument too many. The default rule is
 # right for kernels without effects: one whose outputs nobody uses may go.
-partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
+partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
 _one_at_a_time = threading.Lock()  # the interpreter patches triton.language while it runs
 
 
@@ -63,10 +65,34 @@ def interpret(
     """Runs a kernel on numpy arrays. Outputs that it leaves unwritten stay NaN."""
     arrays = [np.ascontiguousarray(a) for a in inputs]
     results = [np.full(o.shape, np.nan, o.dtype) for o in outputs]
-    reductions: dict[str, Any] = {name: InterpretedFunction(getattr(tl, name).fn) for name in ("max", "sum")}
-    with _one_at_a_time, mock.patch.multiple(tl, **reductions):
+    with _one_at_a_time, _interpreted_language():
         getattr(_interpreted_kernels(), kernel)[grid](*map(_Tensor, arrays + results), **constants)
     return tuple(results)
+
+
+@contextlib.contextmanager
+def _interpreted_language() -> Iterator[None]:
+    """`triton.language` as the interpreter needs it, and then as it was.
+
+    By itself the interpreter patches it anew in every call of a function, and leaves it so: nothing could be compiled.
+    """
+    reductions: dict[str, Any] = {
+        name: interpreter.InterpretedFunction(getattr(tl, name).fn) for name in ("max", "sum")
+    }
+    patch, scopes = interpreter._patch_lang, {}
+
+    def patch_once(function: Any) -> Any:
+        modules = tuple(sorted({value.__name__ for value in function.__globals__.values() if value in (tl, tl.core)}))
+        if modules not in scopes:
+            scopes[modules] = patch(function)
+        return mock.Mock()  # what the interpreter believes to be the way back
+
+    with mock.patch.multiple(tl, **reductions), mock.patch.object(interpreter, "_patch_lang", patch_once):
+        try:
+            yield
+        finally:
+            for scope in reversed(scopes.values()):
+                scope.restore()
 
 
 @functools.cache

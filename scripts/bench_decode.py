@@ -10,6 +10,7 @@ matrix rate, which are measured first, that the bytes and operations of a row ta
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,8 @@ import numpy as np
 from jax import lax
 
 import xquant_jax as xq
-from pallas_kernels import KeyRebuild, decode_attention, target
+from pallas_kernels import KeyRebuild, decode_attention, target, triton_tiles
+from pallas_kernels.triton_tiles import Tiles
 from xquant_jax.attention import Geometry
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -78,8 +81,8 @@ class Row:
     def method(self) -> str:
         if self.form == "identity":
             return "int8" if self.bits == 8 else f"kivi:{self.bits}"
-        if self.form == "bf16":
-            return "bf16"
+        if self.form in ("bf16", "fp8"):
+            return self.form
         multi_head = self.shape.heads == self.shape.kv_heads
         return f"xquant:{self.bits}" + (
             "" if multi_head else f",basis={'joint' if self.form == 'dense' else 'per_head'}"
@@ -89,6 +92,9 @@ class Row:
         """Of keys and of values; one for both where X itself is stored."""
         if self.form == "dense" and self.shape.heads == self.shape.kv_heads:
             return StreamSpec(self.shape.width, self.bits), None
+        if self.form == "fp8":
+            spec = StreamSpec(self.shape.keys, 8, format="e4m3")
+            return spec, spec
         axis = "token" if self.method == "int8" else "channel"
         return StreamSpec(self.shape.keys, self.bits, axis), StreamSpec(self.shape.keys, self.bits)
 
@@ -116,10 +122,13 @@ def random_blocks(spec: StreamSpec, batch: int, blocks: int, seed: int) -> Block
     """Random codes of values of standard deviation about one."""
     abstract = jax.eval_shape(lambda: quantize(jnp.zeros((LAYERS, batch, blocks, BLOCK, spec.width)), spec))
     keys = iter(jax.random.split(jax.random.key(seed), 8))
-    words = tuple(jax.random.bits(next(keys), w.shape, jnp.uint32) for w in abstract.words)
+    words = tuple(jax.random.bits(next(keys), w.shape, w.dtype) for w in abstract.words)
+    if spec.format == "e4m3":
+        words = tuple(w & 0xBF for w in words)  # without the exponent's highest bit: below 2, and no NaN
     span = 3.5 / (2**spec.bits - 1)  # codes are uniform over it
     scale = (span * jax.random.uniform(next(keys), abstract.scale.shape, minval=0.8, maxval=1.2)).astype(jnp.bfloat16)
-    return Blocks(words, scale, (scale * (-(2**spec.bits - 1) / 2)).astype(jnp.bfloat16), spec)
+    zero = None if abstract.zero is None else (scale * (-(2**spec.bits - 1) / 2)).astype(jnp.bfloat16)
+    return Blocks(words, scale, zero, spec)
 
 
 def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
@@ -129,7 +138,7 @@ def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
     blocks = row.context // BLOCK
     key = random_blocks(key_spec, row.batch, blocks, 1)
     value = random_blocks(value_spec, row.batch, blocks, 2) if value_spec else None
-    form = {"dense": (key_spec.width, s.keys), "per_head": (s.kv_heads, s.dim, s.dim), "identity": None}[row.form]
+    form = {"dense": (key_spec.width, s.keys), "per_head": (s.kv_heads, s.dim, s.dim)}.get(row.form)
     matrix = None
     if form:
         matrix = (jax.random.normal(jax.random.key(3), form) / math.sqrt(form[-2])).astype(jnp.bfloat16)
@@ -267,6 +276,7 @@ def of_layers(smoke: bool) -> Iterator[Row]:
         ):
             yield Row(LLAMA_3, form, bits, batch, context, kernel)
         yield Row(LLAMA_3, "per_head", 4, batch, context, "xla")
+        yield Row(LLAMA_3, "fp8", 8, batch, context, "xla")
         if batch * context <= 2**19:  # 8.6 GB of bf16 keys and values in a layer
             yield Row(LLAMA_2, "bf16", 16, batch, context, "cudnn")
             for bits in (4, 2, 3):
@@ -389,23 +399,35 @@ def measure(smoke: bool, deadline: float) -> dict[str, Any]:
             functools.partial(step_seconds, config, spec, batch, context, implementation),
             deadline,
         )
-    for row in of_layers(smoke):
+    rows = list(of_layers(smoke))
+    if not smoke:
+        rows.insert(0, Row(LLAMA_3, "bf16", 16, *steps[0][1:3], "cudnn"))
+    for row in rows:
         attempt(result, "layers", named(row), functools.partial(seconds, row, smoke), deadline)
-    for entry, row in (
-        (e, r) for e in result["layers"] for r in of_layers(smoke) if named(r) == {k: e[k] for k in named(r)}
-    ):
+    by_name = {json.dumps(named(row)): row for row in rows}
+    for entry in result["layers"]:
         taken = entry["seconds"]
+        row = by_name[json.dumps({k: v for k, v in entry.items() if k != "seconds"})]
         entry["bytes"], entry["flops"] = row.bytes(), row.flops()
         entry["ns_per_token"] = 1e9 * taken / (row.batch * row.context)
         entry["of_copy"] = row.bytes() / taken / result["ceilings"]["copy_bytes"]
         entry["of_matrix"] = row.flops() / taken / result["ceilings"]["matrix_flops"]
-        same = [
-            e
-            for e in result["layers"]
-            if e["method"] == "bf16" and all(e[k] == entry[k] for k in ("model", "batch", "context"))
-        ]
-        entry["times_as_fast_as_bf16"] = min(e["seconds"] for e in same) / taken if same else None
+        best = best_bf16(result, entry["model"], row.batch, row.context)
+        entry["times_as_fast_as_bf16"] = best and best / taken
+    if not smoke:
+        _, batch, context, _ = steps[0]
+        empty = [e["seconds"] for e in result["steps"] if e["cache"] == "bf16" and e["context"] == BLOCK]
+        if empty and (layer := best_bf16(result, LLAMA_3.name, batch, context)):
+            name = "bf16, with the best attention: sum of a step without history and of its layers"
+            total = empty[0] + config.num_layers * layer
+            result["steps"].append({"cache": name, "batch": batch, "context": context, "seconds": total})
     return result
+
+
+def best_bf16(result: dict[str, Any], model: str, batch: int, context: int) -> float | None:
+    """Seconds of the fastest attention to bf16 keys and values of this size."""
+    same = {"model": model, "method": "bf16", "batch": batch, "context": context}
+    return min((e["seconds"] for e in result["layers"] if same.items() <= e.items()), default=None)
 
 
 def attempt(result: dict[str, Any], part: str, name: dict[str, Any], f: Callable[[], float], deadline: float) -> None:
@@ -439,59 +461,55 @@ def installed(package: str) -> str | None:
         return None
 
 
-def tune(deadline: float) -> None:
-    """Tries tiles for every shape of the rows, fastest first into the table."""
-    from unittest import mock
+def candidates(form: str) -> list[Tiles]:
+    """Tiles that are worth a try."""
+    if form == "dense":
+        cuts = itertools.product((32, 64, 128), ((2, 8, 1), (2, 8, 2), (2, 8, 3), (1, 4, 2), (1, 8, 2)))
+        return [Tiles(blocks, chunk, warps, stages) for chunk, (blocks, warps, stages) in cuts]
+    cuts = itertools.product(
+        (True, False), (0,) if form == "identity" else (0, 16, 64), ((1, 4, 2), (1, 4, 3), (1, 8, 2), (2, 8, 2))
+    )
+    return [Tiles(blocks, chunk, warps, stages, fused) for fused, chunk, (blocks, warps, stages) in cuts]
 
-    from pallas_kernels import triton_tiles
-    from pallas_kernels.triton_tiles import TABLE, Tiles
 
-    table = json.loads(TABLE.read_text())
-    mine = table.setdefault(jax.local_devices()[0].device_kind, {})
-    candidates = [
-        Tiles(blocks, chunk, warps, stages, fused)
-        for fused, blocks, chunk, (warps, stages) in itertools.product(
-            (True, False), (1, 2), (0, 16, 64, 128), ((4, 2), (8, 2), (8, 1), (4, 3), (8, 3))
-        )
-        if blocks == 1 or warps == 8
-    ]
-    for form, bits in (
-        ("per_head", 4),
-        ("dense", 4),
-        ("per_head", 2),
-        ("per_head", 3),
-        ("identity", 8),
-        ("identity", 4),
-    ):
-        row = Row(LLAMA_3, form, bits, 8, 65536, "triton")
-        best: dict[str, tuple[float, Tiles]] = {}
-        for tiles in candidates:
-            if (
-                time.monotonic() > deadline
-                or (form == "dense" and not tiles.chunk)
-                or (form == "identity" and tiles.chunk)
-            ):
-                continue
-            asked: list[triton_tiles.Shape] = []
+def tune(smoke: bool, deadline: float, table: Path) -> None:
+    """Times tiles of the kernels that read keys, and writes the fastest of each shape into the table of this device."""
+    known = json.loads(table.read_text()) if table.exists() else {}
+    mine = known.setdefault(jax.local_devices()[0].device_kind, {})
+    if smoke:
+        rows = [Row(TINY, "per_head", 4, 2, 256, "triton")]
+    else:
+        forms = [("per_head", 4), ("dense", 4), ("per_head", 2), ("per_head", 3), ("identity", 8), ("identity", 4)]
+        rows = [Row(LLAMA_3, form, bits, 8, 65536, "triton") for form, bits in forms]
+    for number, row in enumerate(rows):
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(rows) - number)
+        best: tuple[float, Tiles] | None = None
+        shapes: set[str] = set()
+        for tiles in candidates(row.form)[: 2 if smoke else None]:
+            if time.monotonic() > until:
+                print(f"{row.method}: {tiles} and what follows was not tried, out of time", file=sys.stderr)
+                break
 
-            def choose(shape: triton_tiles.Shape, tiles: Tiles = tiles, asked: list = asked) -> Tiles:
-                asked.append(shape)
-                return (
-                    tiles if shape.kernel == "decode" else triton_tiles.by_rule(shape, triton_tiles.capability() or 9)
-                )
+            def choose(shape: triton_tiles.Shape, tiles: Tiles = tiles, shapes: set[str] = shapes) -> Tiles:
+                if shape.kernel != "decode":
+                    return triton_tiles.by_rule(shape, triton_tiles.capability() or 9.0)
+                shapes.add(str(shape))
+                return tiles
 
             with mock.patch.object(triton_tiles, "choose", choose):
                 try:
-                    taken = seconds(row, interpret=False, repeats=3)
-                except Exception as problem:  # noqa: BLE001  tiles that do not compile or do not fit are no candidates
-                    print(f"{row.method} {tiles}: {type(problem).__name__}", file=sys.stderr)
+                    taken = seconds(row, smoke, repeats=3)
+                except Exception as problem:  # noqa: BLE001  tiles that do not compile or fit are no candidates
+                    print(f"{row.method}: {tiles} {type(problem).__name__}", file=sys.stderr)
                     continue
-            shape = next(s for s in asked if s.kernel == "decode")
-            best[str(shape)] = min(best.get(str(shape), (math.inf, tiles)), (taken, tiles), key=lambda pair: pair[0])
-        for name, (taken, tiles) in best.items():
-            mine[name] = dataclasses.asdict(tiles)
-            print(f"{name}: {tiles}, {1e3 * taken:.3f} ms a layer")
-    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            if best is None or taken < best[0]:
+                best = taken, tiles
+        if best:
+            (shape,) = shapes
+            mine[shape] = dataclasses.asdict(best[1])
+            print(f"{shape}: {best[1]}, {1e3 * best[0]:.3f} ms a layer")
+    table.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -524,16 +542,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="start no further row after this long")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, kernels on the interpreter")
     parser.add_argument("--tune", action="store_true", help="measure tile sizes and write their table instead")
+    parser.add_argument("--table", type=Path, default=triton_tiles.TABLE, help="the table of tile sizes")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
-    if args.tune:
-        tune(deadline)
-        return
-    if args.smoke:
-        with target.interpreted():
-            result = measure(True, deadline)
-    else:
-        result = measure(False, deadline)
+    with target.interpreted() if args.smoke else contextlib.nullcontext():
+        if args.tune:
+            tune(args.smoke, deadline, args.table)
+            return
+        result = measure(args.smoke, deadline)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
