@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for NVIDIA GPUs that need not be there, and reads what became of them.
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what became of them.
 
 Nothing here runs on a GPU: `triton.compile` builds a cubin, and the disassembler that comes with Triton lists its
 machine instructions. What a loop costs is known from that, short of stalls.
@@ -81,7 +81,7 @@ MODELS = {
 }
 
 
-def of_model(model: Model, bits: int, form: str, capability: float) -> list[Launch]:
+def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = False) -> list[Launch]:
     """The kernels that read one layer of `xquant`: 8 sequences of 32 k tokens, one new token each.
 
     form: `per_head` or `dense`; a model with as many kv heads as query heads stores X itself, along the token.
@@ -121,10 +121,11 @@ def of_model(model: Model, bits: int, form: str, capability: float) -> list[Laun
         array(8, dtype=jnp.int32),
         array(8, 1, dtype=jnp.int32),
         capability=capability,
+        amd=amd,
     )
 
 
-def launches(operation: Callable[..., Any], *args: Any, capability: float) -> list[Launch]:
+def launches(operation: Callable[..., Any], *args: Any, capability: float, amd: bool = False) -> list[Launch]:
     """What an operation of `pallas_kernels.triton` would launch on a GPU of this compute capability; nothing is run.
 
     Arguments may be abstract (`jax.ShapeDtypeStruct`).
@@ -139,6 +140,7 @@ def launches(operation: Callable[..., Any], *args: Any, capability: float) -> li
     with (
         mock.patch.object(pallas_kernels.triton, "launch", record),
         mock.patch.object(triton_tiles, "capability", return_value=capability),
+        mock.patch.object(triton_tiles, "is_amd", return_value=amd),
         target.compiling_for("gpu"),
     ):
         jax.eval_shape(operation, *args)
@@ -146,18 +148,8 @@ def launches(operation: Callable[..., Any], *args: Any, capability: float) -> li
 
 
 def compiled(launch: Launch, capability: float) -> Machine:
-    """Compiles a kernel for a compute capability, such as 9.0, and reads its machine code."""
-    function = getattr(triton_kernels, launch.kernel)
-    arrays = [name for name in function.arg_names if name not in launch.constants]
-    types = dict(zip(arrays, (TYPES[str(a.dtype)] for a in launch.arrays), strict=True))
-    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-    # buffers of XLA are aligned
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types}
-    kernel = triton.compile(
-        ASTSource(function, signature, launch.constants, aligned),
-        target=GPUTarget("cuda", round(10 * capability), 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True},
-    )
+    """Compiles a kernel for an NVIDIA GPU of this compute capability, such as 9.0, and reads its machine code."""
+    kernel = _compile(launch, GPUTarget("cuda", round(10 * capability), 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -165,6 +157,22 @@ def compiled(launch: Launch, capability: float) -> Machine:
     found = re.search(r"REG:(\d+)", usage)
     assert found is not None
     return _read(code, int(found[1]), kernel.metadata.shared)
+
+
+def compiled_for_amd(launch: Launch, architecture: str) -> str:
+    """The assembly of a kernel for an AMD GPU, such as gfx942 (MI300)."""
+    return _compile(launch, GPUTarget("hip", architecture, 64)).asm["amdgcn"]
+
+
+def _compile(launch: Launch, gpu: GPUTarget) -> Any:
+    function = getattr(triton_kernels, launch.kernel)
+    arrays = [name for name in function.arg_names if name not in launch.constants]
+    types = dict(zip(arrays, (TYPES[str(a.dtype)] for a in launch.arrays), strict=True))
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    # buffers of XLA are aligned
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return triton.compile(ASTSource(function, signature, launch.constants, aligned), target=gpu, options=options)
 
 
 def _tool(name: str, *args: str) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,15 @@ def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capa
         assert machine.loops[0].spills == 0, launch.kernel
         assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
         assert machine.shared < 100_000, launch.kernel  # bytes a program may have on Ada, the least of the three
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["per_head", "dense"])
+def test_kernels_compile_for_amd_without_spills(form: str) -> None:
+    for launch in ahead.of_model(ahead.MODELS["Llama-3.1-8B"], 4, form, 8.0, amd=True):
+        code = ahead.compiled_for_amd(launch, "gfx942")
+        assert re.findall(r"[vs]gpr_spill_count: *(\d+)", code) == ["0", "0"]
+        assert "v_mfma" in code
 
 
 def benchmark(*args: str | Path) -> None:
