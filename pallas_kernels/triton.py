@@ -1,0 +1,310 @@
+"""The operations in Triton, for NVIDIA GPUs since Ampere and for AMD GPUs as far as Triton carries them.
+
+Where each kv head has values of its own, one kernel reads a head's blocks and does everything. Where all heads read the
+whole value stream (X itself, a joint basis), its accumulator would not fit: one kernel computes scores, which are few,
+and a second one weighs values with them, a tile of channels at a time. Sequences are split over programs, and the parts
+are merged by their log-sum-exp.
+
+Kernels multiply in bfloat16 and accumulate in float32; float16 queries and matrices are rounded to bfloat16.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import target, triton_tiles
+from pallas_kernels.triton_launch import launch
+from pallas_kernels.triton_tiles import Shape, Tiles
+from pallas_kernels.xla import KeyRebuild
+from xquant_jax import rope
+from xquant_jax.attention import LOWEST, Geometry, Part
+from xquant_jax.packing import BLOCK
+from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
+
+PLATFORM = "gpu"
+
+HEAD_DIMS = (64, 128, 256)
+LEAST_QUERIES = 8  # of a kv head: what one matrix instruction takes
+LONGEST = 16  # new tokens
+MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it
+VALUE_CHANNELS = 128  # of one program, where all heads read the whole value stream
+VALUE_QUERIES = 64  # likewise
+COLUMNS = 128  # of a weight at once, in `remat_project`
+TILES_PER_SPLIT = 4  # at least: less work does not pay for a program of its own
+
+
+def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | None:
+    """Why the kernel cannot take these, or None."""
+    return _refuse_device() or _refuse_type(weight) or _refuse_stream("the", stream.spec, at_once=64)
+
+
+def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "B S N"]:
+    """See `pallas_kernels.api.remat_project`."""
+    batch, blocks = stream.words[0].shape[:2]
+    columns = weight.shape[1]
+    tiles = triton_tiles.choose(Shape("project", "dense", bits=stream.spec.bits))
+    (out,) = launch(
+        "project",
+        *_arrays(stream),
+        _operand(weight),
+        grid=(triton.cdiv(columns, COLUMNS), triton.cdiv(batch * blocks, tiles.blocks)),
+        outputs=[jax.ShapeDtypeStruct((batch * blocks * BLOCK, columns), weight.dtype)],
+        warps=tiles.warps,
+        stages=tiles.stages,
+        NUM_BLOCKS=batch * blocks,
+        COLUMNS=columns,
+        **_stream_constants(stream.spec),
+        BLOCKS=tiles.blocks,
+        CHUNK=_chunk(tiles, stream.spec),
+        TILE=COLUMNS,
+        **_types(),
+    )
+    return out.reshape(batch, blocks * BLOCK, columns)
+
+
+def refuse_decode_attention(
+    q: Float[Array, "B T H d"],
+    key_stream: Blocks,
+    key_rebuild: KeyRebuild,
+    value_stream: Blocks,
+    flushed: Int[Array, " B"],
+    geometry: Geometry,
+    *,
+    layer: Int[Array, ""] | int,
+    num_kv_heads: int,
+    value_heads: int,
+) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    length, heads, dim = q.shape[1:]
+    queries = length * heads // num_kv_heads
+    value_dim = value_stream.spec.width // value_heads
+    if dim not in HEAD_DIMS:
+        return f"a head dimension of {dim} is not taken; 64, 128 and 256 are"
+    if length > LONGEST:
+        return f"{length} new tokens are not taken; up to {LONGEST} are"
+    if queries > MOST_QUERIES:
+        return f"{queries} queries for one kv head are not taken; up to {MOST_QUERIES} are"
+    form = _form(key_rebuild)
+    latent = key_stream.spec.width // num_kv_heads
+    if form == "per_head" and latent not in HEAD_DIMS:
+        return f"a latent of {latent} for each head is not taken; 64, 128 and 256 are"
+    if value_heads not in (1, num_kv_heads):
+        return f"values in {value_heads} parts are not taken; 1 and {num_kv_heads} are"
+    if value_stream.spec.axis != "token":
+        return "values quantized along the channel are not taken; along the token they are"
+    if value_heads > 1 and value_dim not in HEAD_DIMS:
+        return f"values of {value_dim} for each head are not taken; 64, 128 and 256 are"
+    return (
+        _refuse_device()
+        or _refuse_type(q)
+        or _refuse_stream("the key", key_stream.spec, at_once={"dense": 64, "identity": dim // 2}.get(form, latent))
+        or _refuse_stream("the value", value_stream.spec, value_dim if value_heads > 1 else VALUE_CHANNELS)
+    )
+
+
+def decode_attention(
+    q: Float[Array, "B T H d"],
+    key_stream: Blocks,
+    key_rebuild: KeyRebuild,
+    value_stream: Blocks,
+    flushed: Int[Array, " B"],
+    geometry: Geometry,
+    *,
+    layer: Int[Array, ""] | int,
+    num_kv_heads: int,
+    value_heads: int,
+) -> Part:
+    """See `pallas_kernels.api.decode_attention`."""
+    batch, length, heads, dim = q.shape
+    num_blocks = key_stream.words[0].shape[2]
+    width = value_stream.spec.width
+    shared = heads // num_kv_heads
+    queries = max(LEAST_QUERIES, triton.next_power_of_2(length * shared))
+    form = _form(key_rebuild)
+    per_head = value_heads == num_kv_heads and width // value_heads in HEAD_DIMS
+    has_norm = key_rebuild.norm is not None
+    tiles = triton_tiles.choose(Shape("decode", form, dim, key_stream.spec.bits, queries, has_norm))
+
+    turned = q.astype(jnp.float32) * (geometry.scale * math.log2(math.e))
+    if not geometry.rotated:
+        turned = rope.rotate_heads(turned, geometry.positions, geometry.frequencies)
+    turned = turned.reshape(batch, length, num_kv_heads, shared, dim).swapaxes(1, 2)
+    turned = _pad(turned.reshape(batch, num_kv_heads, length * shared, dim), queries, axis=2)
+    positions = _pad(jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1), queries, axis=1, value=-1)
+    earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
+    oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
+    bounds = jnp.stack([oldest, flushed, earliest, latest], axis=1).astype(jnp.int32)
+    scalars = jnp.stack([jnp.asarray(layer), jnp.asarray(geometry.sliding_window)]).astype(jnp.int32)
+    number = jnp.arange(tiles.blocks * BLOCK // 2)
+    in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks
+    rotations = [
+        jnp.stack(rope.rotation(at, geometry.frequencies)) for at in (in_tile, 64 * jnp.arange(2 * num_blocks))
+    ]
+    matrix, bias, norm = (
+        turned if a is None else _operand(a) for a in (key_rebuild.matrix, key_rebuild.bias, key_rebuild.norm)
+    )
+    inputs = (scalars, bounds, turned, positions, *rotations, *_arrays(key_stream), matrix, bias, norm)
+    constants = {
+        "NUM_BLOCKS": num_blocks,
+        "BATCH": batch,
+        "KV_HEADS": num_kv_heads,
+        "QUERIES": queries,
+        "LENGTH": length,
+        "SHARED": shared,
+        "DIM": dim,
+        "NORM_EPS": key_rebuild.norm_eps,
+        "FORM": form,
+        "HAS_BIAS": key_rebuild.bias is not None,
+        "HAS_NORM": has_norm,
+        "ROPE": not geometry.rotated,
+        "BLOCKS": tiles.blocks,
+        "CHUNK": _chunk(tiles, key_stream.spec) or key_stream.spec.width // num_kv_heads,
+        "ASSEMBLY": not target.current().interpret and not triton_tiles.is_amd(),
+        **_types(),
+    }
+    splits = _splits(batch * num_kv_heads, num_blocks, tiles.blocks)
+    if per_head and tiles.fused:
+        out, lse = launch(
+            "decode",
+            *inputs,
+            *_arrays(value_stream),
+            grid=(batch * num_kv_heads, splits),
+            outputs=_parts(batch, splits, length * heads, width // value_heads),
+            warps=tiles.warps,
+            stages=tiles.stages,
+            **constants,
+            **_stream_constants(key_stream.spec, "KEY_"),
+            **_stream_constants(value_stream.spec, "VALUE_"),
+        )
+    else:
+        (scores,) = launch(
+            "decode_scores",
+            *inputs,
+            grid=(batch * num_kv_heads, splits),
+            outputs=[jax.ShapeDtypeStruct((batch, length * heads, num_blocks * BLOCK), jnp.float32)],
+            warps=tiles.warps,
+            stages=tiles.stages,
+            **constants,
+            **_stream_constants(key_stream.spec),
+        )
+        channels = width // value_heads if per_head else VALUE_CHANNELS
+        rows = length * (shared if per_head else heads)
+        at_once = min(VALUE_QUERIES, max(LEAST_QUERIES, triton.next_power_of_2(rows)))
+        tiles = triton_tiles.choose(Shape("values", "", channels, value_stream.spec.bits, at_once))
+        programs = batch * (width // channels), triton.cdiv(rows, at_once)
+        splits = _splits(math.prod(programs), num_blocks, tiles.blocks)
+        out, lse = launch(
+            "decode_values",
+            scalars,
+            bounds,
+            scores,
+            *_arrays(value_stream),
+            grid=(programs[0], splits, programs[1]),
+            outputs=_parts(batch, splits, length * heads, channels if per_head else width),
+            warps=tiles.warps,
+            stages=tiles.stages,
+            NUM_BLOCKS=num_blocks,
+            BATCH=batch,
+            KV_HEADS=num_kv_heads,
+            QUERIES=at_once,
+            LENGTH=length,
+            SHARED=shared,
+            PER_HEAD=per_head,
+            CHANNELS=channels,
+            BLOCKS=tiles.blocks,
+            **_stream_constants(value_stream.spec),
+            **_types(),
+        )
+    part = _merge(out, lse)
+    return Part(part.out.reshape(batch, length, heads, -1), part.lse.reshape(batch, length, heads))
+
+
+def _merge(out: Float[Array, "B splits rows C"], lse: Float[Array, "B splits rows"]) -> Part:
+    """Attention over all splits; as `attention.merge`, of parts that lie in one array."""
+    top = jnp.maximum(lse.max(axis=1), LOWEST)
+    weights = jnp.exp(lse - top[:, None])
+    total = weights.sum(axis=1)
+    merged = jnp.einsum("bsr,bsrc->brc", weights, out, precision="highest")
+    return Part(merged / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total))
+
+
+def _splits(programs: int, num_blocks: int, blocks: int) -> int:
+    """Parts to cut each sequence into, so that two rounds of programs fill the device."""
+    wanted = triton.cdiv(4 * triton_tiles.multiprocessors(), programs)
+    return max(1, min(wanted, num_blocks // (TILES_PER_SPLIT * blocks)))
+
+
+def _parts(batch: int, splits: int, rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
+    shapes = (batch, splits, rows, width), (batch, splits, rows)
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def _form(rebuild: KeyRebuild) -> str:
+    if rebuild.matrix is None:
+        return "identity"
+    return "dense" if rebuild.matrix.ndim == 2 else "per_head"
+
+
+def _arrays(stream: Blocks) -> tuple[Array, ...]:
+    """Words of the lower and the upper plane (or the lower one again), scales and zeros."""
+    return stream.words[0], stream.words[-1], stream.scale, stream.zero
+
+
+def _stream_constants(spec: StreamSpec, prefix: str = "") -> dict[str, Any]:
+    group = 0 if spec.axis == "channel" else spec.group
+    return {f"{prefix}WIDTH": spec.width, f"{prefix}BITS": spec.bits, f"{prefix}GROUP": group}
+
+
+def _chunk(tiles: Tiles, spec: StreamSpec) -> int:
+    """Channels of a rebuild at once: no more than one group of them."""
+    return math.gcd(tiles.chunk, spec.group) if spec.axis == "token" and tiles.chunk else tiles.chunk
+
+
+def _types() -> dict[str, Any]:
+    """Types to multiply and to unpack in. The interpreter knows no bfloat16 arithmetic."""
+    if target.current().interpret:
+        return {"DTYPE": tl.float32, "ARITHMETIC": tl.float32, "PRECISION": "ieee"}
+    return {"DTYPE": tl.bfloat16, "ARITHMETIC": tl.bfloat16, "PRECISION": "tf32"}
+
+
+def _operand(a: Array) -> Array:
+    return a.astype(jnp.float32 if target.current().interpret else jnp.bfloat16)
+
+
+def _pad(a: Array, size: int, axis: int, value: int = 0) -> Array:
+    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(a.shape)]
+    return jnp.pad(a, widths, constant_values=value)
+
+
+def _refuse_type(a: Array) -> str | None:
+    if a.dtype in (jnp.bfloat16, jnp.float16) or target.current().interpret:
+        return None
+    return f"{a.dtype} is not taken; bfloat16 and float16 are"
+
+
+def _refuse_device() -> str | None:
+    capability = triton_tiles.capability()
+    if capability and capability < 8:
+        return f"a GPU of compute capability {capability} is not taken; 8.0 (Ampere) and newer are"
+    return None
+
+
+def _refuse_stream(which: str, spec: StreamSpec, at_once: int) -> str | None:
+    """A group must hold all the channels that are read at once, or be a channel's part of a block."""
+    if spec.bits == UNQUANTIZED:
+        return f"{which} stream is not quantized"
+    if spec.format != "uniform":
+        return f"{which} stream's format {spec.format} is not taken; uniform is"
+    if spec.width % at_once:
+        return f"{which} stream's width {spec.width} is not a multiple of {at_once}"
+    if spec.axis == "channel":
+        if spec.group != BLOCK:
+            return f"{which} stream's groups of {spec.group} tokens are not taken; whole blocks of {BLOCK} are"
+    elif spec.group % at_once:
+        return f"{which} stream's groups of {spec.group} channels are not taken; multiples of {at_once} are"
+    return None

@@ -1,0 +1,206 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what became of them.
+
+Nothing here runs on a GPU: `triton.compile` builds a cubin, and the disassembler that comes with Triton lists its
+machine instructions. What a loop costs is known from that, short of stalls.
+"""
+
+import collections
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import pallas_kernels.triton
+from pallas_kernels import target, triton_kernels, triton_tiles
+from pallas_kernels.xla import KeyRebuild
+from xquant_jax.attention import Geometry
+from xquant_jax.quantization import StreamSpec, quantize
+from xquant_jax.rope import Rope
+
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel as an operation would launch it."""
+
+    kernel: str
+    arrays: tuple[jax.ShapeDtypeStruct, ...]  # inputs, then outputs
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    constants: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Machine instructions a warp executes in one turn, those of loops inside it excluded; how many are spills."""
+
+    start: int
+    end: int
+    instructions: int
+    spills: int
+    operations: collections.Counter[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Machine code: loops from the innermost out, spills in all of it, registers a thread, bytes of shared memory."""
+
+    loops: tuple[Loop, ...]
+    spills: int
+    registers: int
+    shared: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Attention of a model; `width` is that of the key stream."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    dim: int = 128
+    norm: bool = False
+
+
+MODELS = {
+    "Llama-3.1-8B": Model(32, 8, 1024),
+    "Llama-2-7B": Model(32, 32, 4096),
+    "Qwen3-8B": Model(32, 8, 1024, norm=True),
+}
+
+
+def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = False) -> list[Launch]:
+    """The kernels that read one layer of `xquant`: 8 sequences of 32 k tokens, one new token each.
+
+    form: `per_head` or `dense`; a model with as many kv heads as query heads stores X itself, along the token.
+    """
+    multi_head = model.heads == model.kv_heads
+    key = StreamSpec(model.width, bits, "token" if multi_head else "channel")
+    columns = model.kv_heads * model.dim
+    shape = {"dense": (model.width, columns), "per_head": (model.kv_heads, model.dim, model.dim)}[form]
+
+    def history(spec: StreamSpec) -> Any:
+        return jax.eval_shape(lambda: quantize(jnp.zeros((1, 8, 256, 128, model.width)), spec))
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def operation(q: Any, key: Any, matrix: Any, norm: Any, value: Any, flushed: Any, positions: Any) -> Any:
+        geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
+        return pallas_kernels.triton.decode_attention(
+            q,
+            key,
+            KeyRebuild(matrix, None, norm),
+            value,
+            flushed,
+            geometry,
+            layer=0,
+            num_kv_heads=model.kv_heads,
+            value_heads=1 if form == "dense" else model.kv_heads,
+        )
+
+    return launches(
+        operation,
+        array(8, 1, model.heads, model.dim),
+        history(key),
+        array(*shape),
+        array(model.dim) if model.norm else None,
+        history(StreamSpec(model.width, bits, "token")),
+        array(8, dtype=jnp.int32),
+        array(8, 1, dtype=jnp.int32),
+        capability=capability,
+        amd=amd,
+    )
+
+
+def launches(operation: Callable[..., Any], *args: Any, capability: float, amd: bool = False) -> list[Launch]:
+    """What an operation of `pallas_kernels.triton` would launch on a GPU of this compute capability; nothing is run.
+
+    Arguments may be abstract (`jax.ShapeDtypeStruct`).
+    """
+    seen: list[Launch] = []
+
+    def record(kernel: str, *inputs: Any, grid: Any, outputs: Any, warps: int, stages: int, **constants: Any) -> list:
+        arrays = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*inputs, *outputs))
+        seen.append(Launch(kernel, arrays, grid, warps, stages, constants))
+        return [jnp.zeros(o.shape, o.dtype) for o in outputs]
+
+    with (
+        mock.patch.object(pallas_kernels.triton, "launch", record),
+        mock.patch.object(triton_tiles, "capability", return_value=capability),
+        mock.patch.object(triton_tiles, "is_amd", return_value=amd),
+        target.compiling_for("gpu"),
+    ):
+        jax.eval_shape(operation, *args)
+    return seen
+
+
+def compiled(launch: Launch, capability: float) -> Machine:
+    """Compiles a kernel for an NVIDIA GPU of this compute capability, such as 9.0, and reads its machine code."""
+    kernel = _compile(launch, GPUTarget("cuda", round(10 * capability), 32))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code, usage = _tool("nvdisasm", "-c", file.name), _tool("cuobjdump", "-res-usage", file.name)
+    found = re.search(r"REG:(\d+)", usage)
+    assert found is not None
+    return _read(code, int(found[1]), kernel.metadata.shared)
+
+
+def compiled_for_amd(launch: Launch, architecture: str) -> str:
+    """The assembly of a kernel for an AMD GPU, such as gfx942 (MI300)."""
+    return _compile(launch, GPUTarget("hip", architecture, 64)).asm["amdgcn"]
+
+
+def _compile(launch: Launch, gpu: GPUTarget) -> Any:
+    function = getattr(triton_kernels, launch.kernel)
+    arrays = [name for name in function.arg_names if name not in launch.constants]
+    types = dict(zip(arrays, (TYPES[str(a.dtype)] for a in launch.arrays), strict=True))
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    # buffers of XLA are aligned
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return triton.compile(ASTSource(function, signature, launch.constants, aligned), target=gpu, options=options)
+
+
+def _tool(name: str, *args: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _read(code: str, registers: int, shared: int) -> Machine:
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in code.splitlines():
+        if found := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[found[1]] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(re.sub(r"^@!?U?P\w+\s+", "", found[1]))
+    spans = []
+    for i, instruction in enumerate(instructions):
+        found = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction)
+        if found and labels[found[1]] < i:  # the endless loop behind the last instruction jumps to itself
+            spans.append((labels[found[1]], i + 1))
+    loops, inside = [], set()
+    for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
+        own = [instructions[i] for i in range(start, end) if i not in inside]
+        inside |= set(range(start, end))
+        operations = collections.Counter(instruction.split()[0].split(".")[0] for instruction in own)
+        loops.append(Loop(start, end, len(own), _spills(own), operations))
+    return Machine(tuple(loops), _spills(instructions), registers, shared)
+
+
+def _spills(instructions: list[str]) -> int:
+    return sum(instruction.startswith(("LDL", "STL")) for instruction in instructions)

@@ -1,0 +1,566 @@
+"""Decode attention and whole decode steps on the device at hand: checks the outputs, then times.
+
+    python scripts/bench_decode.py --json OUT.json --plot OUT.png     under 8 minutes: what does not fit is named
+    python scripts/bench_decode.py --tune                             measures tile sizes and writes their table
+    python scripts/bench_decode.py --smoke                            tiny shapes on the interpreter, on any machine
+
+Every row is one layer of history read by one new token of each sequence. Layers alternate within a timed program, so
+that no cache holds them; times are medians. `of_copy` and `of_matrix` are the shares of this device's own bandwidth and
+matrix rate, which are measured first, that the bytes and operations of a row take up.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import xquant_jax as xq
+from pallas_kernels import KeyRebuild, decode_attention, target, triton_tiles
+from pallas_kernels.triton_tiles import Tiles
+from xquant_jax.attention import Geometry
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
+from xquant_jax.model import forward
+from xquant_jax.packing import BLOCK
+from xquant_jax.quantization import Blocks, StreamSpec, quantize
+from xquant_jax.rope import Rope
+
+LAYERS = 2  # that alternate
+ALLOWED = 0.03  # error relative to the reference, both in bfloat16: see docs/performance.md
+VERSIONS = ("jax", "jaxlib", "jax-triton", "triton", "tokamax", "xquant-jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Attention of a model."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    width: int  # of the model
+
+    @property
+    def keys(self) -> int:
+        return self.kv_heads * self.dim
+
+
+LLAMA_3 = Shape("Llama-3.1-8B", 32, 8, 128, 4096)
+LLAMA_2 = Shape("Llama-2-7B", 32, 32, 128, 4096)
+TINY = Shape("tiny", 4, 2, 64, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is timed. form: of the keys' rebuild, or `bf16` for keys and values as they are."""
+
+    shape: Shape
+    form: str
+    bits: int
+    batch: int
+    context: int
+    implementation: str
+
+    @property
+    def method(self) -> str:
+        if self.form == "identity":
+            return "int8" if self.bits == 8 else f"kivi:{self.bits}"
+        if self.form in ("bf16", "fp8"):
+            return self.form
+        multi_head = self.shape.heads == self.shape.kv_heads
+        return f"xquant:{self.bits}" + (
+            "" if multi_head else f",basis={'joint' if self.form == 'dense' else 'per_head'}"
+        )
+
+    def streams(self) -> tuple[StreamSpec, StreamSpec | None]:
+        """Of keys and of values; one for both where X itself is stored."""
+        if self.form == "dense" and self.shape.heads == self.shape.kv_heads:
+            return StreamSpec(self.shape.width, self.bits), None
+        if self.form == "fp8":
+            spec = StreamSpec(self.shape.keys, 8, format="e4m3")
+            return spec, spec
+        axis = "token" if self.method == "int8" else "channel"
+        return StreamSpec(self.shape.keys, self.bits, axis), StreamSpec(self.shape.keys, self.bits)
+
+    def bytes(self) -> float:
+        """Of history that one call reads."""
+        tokens = self.batch * self.context
+        if self.form == "bf16":
+            return tokens * 4 * self.shape.keys
+        return tokens * sum(s.width * (s.bits + 32 / s.group) / 8 for s in self.streams() if s)
+
+    def flops(self) -> float:
+        """Of one call, values absorbed."""
+        s = self.shape
+        key, value = (
+            (s.keys, s.keys)
+            if self.form == "bf16"
+            else (x.width for x in (self.streams()[0], self.streams()[1] or self.streams()[0]))
+        )
+        rebuild = {"dense": 2 * key * s.keys, "per_head": 2 * s.dim * s.keys}.get(self.form, 0)
+        values = 2 * s.heads * (value if self.form == "dense" else s.dim)
+        return self.batch * self.context * (rebuild + 2 * s.heads * s.dim + values)
+
+
+def random_blocks(spec: StreamSpec, batch: int, blocks: int, seed: int) -> Blocks:
+    """Random codes of values of standard deviation about one."""
+    abstract = jax.eval_shape(lambda: quantize(jnp.zeros((LAYERS, batch, blocks, BLOCK, spec.width)), spec))
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    words = tuple(jax.random.bits(next(keys), w.shape, w.dtype) for w in abstract.words)
+    if spec.format == "e4m3":
+        words = tuple(w & 0xBF for w in words)  # without the exponent's highest bit: below 2, and no NaN
+    span = 3.5 / (2**spec.bits - 1)  # codes are uniform over it
+    scale = (span * jax.random.uniform(next(keys), abstract.scale.shape, minval=0.8, maxval=1.2)).astype(jnp.bfloat16)
+    zero = None if abstract.zero is None else (scale * (-(2**spec.bits - 1) / 2)).astype(jnp.bfloat16)
+    return Blocks(words, scale, zero, spec)
+
+
+def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
+    """A function of (queries, *arrays) and its arrays: attention to layer 0, 1, ... in turn."""
+    s = row.shape
+    key_spec, value_spec = row.streams()
+    blocks = row.context // BLOCK
+    key = random_blocks(key_spec, row.batch, blocks, 1)
+    value = random_blocks(value_spec, row.batch, blocks, 2) if value_spec else None
+    form = {"dense": (key_spec.width, s.keys), "per_head": (s.kv_heads, s.dim, s.dim)}.get(row.form)
+    matrix = None
+    if form:
+        matrix = (jax.random.normal(jax.random.key(3), form) / math.sqrt(form[-2])).astype(jnp.bfloat16)
+
+    def attend(q: jax.Array, layer: jax.Array, key: Blocks, value: Blocks | None, matrix: Any) -> jax.Array:
+        positions = jnp.full((row.batch, 1), row.context + 5)
+        geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(s.dim)), s.dim**-0.5)
+        return decode_attention(
+            q,
+            key,
+            KeyRebuild(matrix),
+            value or key,
+            jnp.full(row.batch, blocks),
+            geometry,
+            layer=layer,
+            num_kv_heads=s.kv_heads,
+            value_heads=1 if row.form == "dense" else s.kv_heads,
+            implementation=row.implementation,
+        ).out
+
+    return attend, (key, value, matrix)
+
+
+def plain(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
+    """Attention to keys and values as they are. Layers are separate arrays: a slice of one would be copied."""
+    s = row.shape
+    shape = (row.batch, row.context, s.kv_heads, s.dim)
+    pairs = [
+        tuple(jax.random.normal(jax.random.key(2 * i + j), shape, jnp.bfloat16) for j in range(2))
+        for i in range(LAYERS)
+    ]
+
+    def attend(q: jax.Array, layer: int, pairs: list) -> jax.Array:
+        k, v = pairs[layer]
+        if row.implementation == "tokamax":
+            import tokamax  # pyright: ignore[reportMissingImports]
+
+            return tokamax.dot_product_attention(q, k, v)
+        if row.implementation == "pallas":
+            from jax.experimental.pallas.ops.gpu import decode_attention as pallas_decode
+
+            return pallas_decode.gqa(q[:, 0], k, v)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, implementation=cast(Literal["xla", "cudnn"], row.implementation))
+
+    return attend, (pairs,)
+
+
+def queries(row: Row) -> jax.Array:
+    return jax.random.normal(jax.random.key(9), (row.batch, 1, row.shape.heads, row.shape.dim), jnp.bfloat16)
+
+
+def seconds(row: Row, interpret: bool, repeats: int = 5) -> float:
+    """Median time of one layer."""
+    attend, arrays = plain(row) if row.form == "bf16" else quantized(row)
+    turns = 1 if interpret else max(1, min(50, int(1e10 // row.bytes())))  # so that a launch does not count
+
+    @jax.jit
+    def run(q: jax.Array, *arrays: Any) -> jax.Array:
+        def turn(_: Any, q: jax.Array) -> jax.Array:
+            for layer in range(LAYERS):
+                out = attend(q, layer if row.form == "bf16" else jnp.int32(layer), *arrays)
+                q = q + (1e-30 * out.sum()).astype(q.dtype)  # the next layer waits for this one
+            return q
+
+        return lax.fori_loop(0, turns, turn, q)
+
+    q = queries(row)
+    jax.block_until_ready(run(q, *arrays))
+    times = []
+    for _ in range(1 if interpret else repeats):
+        before = time.perf_counter()
+        jax.block_until_ready(run(q, *arrays))
+        times.append((time.perf_counter() - before) / (turns * LAYERS))
+    return statistics.median(times)
+
+
+def error(row: Row) -> float:
+    """Of the output, relative to the reference's: both norms over everything."""
+    attend, arrays = quantized(row)
+    reference, _ = quantized(dataclasses.replace(row, implementation="xla"))
+    q = queries(row)
+    got, expected = (np.asarray(jax.jit(f)(q, jnp.int32(1), *arrays), np.float64) for f in (attend, reference))
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def ceilings(size: int) -> dict[str, float]:
+    """Bytes a copy moves and operations a product of matrices of this size does in a second, on random data."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (size * size * 8,), jnp.bfloat16)
+
+    def fastest(f: Callable[[jax.Array], jax.Array], arg: jax.Array) -> float:
+        jax.block_until_ready(f(arg))
+        times = []
+        for _ in range(7):
+            before = time.perf_counter()
+            jax.block_until_ready(f(arg))
+            times.append(time.perf_counter() - before)
+        return statistics.median(times) / 8
+
+    multiply = jax.jit(lambda a: lax.fori_loop(0, 8, lambda _, b: (a @ b) * jnp.bfloat16(1e-2), a))
+    add = jax.jit(lambda x: lax.fori_loop(0, 8, lambda i, y: y + i.astype(y.dtype), x))
+    return {"copy_bytes": 2 * x.nbytes / fastest(add, x), "matrix_flops": 2 * size**3 / fastest(multiply, a)}
+
+
+def of_layers(smoke: bool) -> Iterator[Row]:
+    """Rows in the order of what matters most, should time run out."""
+    kernel = "triton"
+    if smoke:
+        for form, bits in (("bf16", 16), ("per_head", 4), ("dense", 2), ("identity", 8)):
+            for implementation in ("xla",) if form == "bf16" else ("xla", kernel):
+                yield Row(TINY, form, bits, 2, 256, implementation)
+        return
+    sizes = [
+        (8, 65536),
+        (1, 131072),
+        (8, 16384),
+        (32, 4096),
+        (1, 16384),
+        (1, 65536),
+        (32, 16384),
+        (8, 131072),
+        (32, 65536),
+    ]
+    sizes += [(1, 4096), (8, 4096), (32, 131072)]
+    for batch, context in sizes:
+        for implementation in ("cudnn", "xla", "tokamax", "pallas"):
+            yield Row(LLAMA_3, "bf16", 16, batch, context, implementation)
+        for form, bits in (
+            ("per_head", 4),
+            ("identity", 8),
+            ("dense", 4),
+            ("per_head", 2),
+            ("per_head", 3),
+            ("identity", 4),
+        ):
+            yield Row(LLAMA_3, form, bits, batch, context, kernel)
+        yield Row(LLAMA_3, "per_head", 4, batch, context, "xla")
+        yield Row(LLAMA_3, "fp8", 8, batch, context, "xla")
+        if batch * context <= 2**19:  # 8.6 GB of bf16 keys and values in a layer
+            yield Row(LLAMA_2, "bf16", 16, batch, context, "cudnn")
+            for bits in (4, 2, 3):
+                yield Row(LLAMA_2, "dense", bits, batch, context, kernel)
+
+
+def checks(smoke: bool) -> Iterator[Row]:
+    shapes = [TINY] if smoke else [LLAMA_3, LLAMA_2]
+    for shape, bits in itertools.product(shapes, (4,) if smoke else (2, 3, 4, 8)):
+        for form in ("dense",) if shape is LLAMA_2 else ("per_head", "dense", "identity"):
+            yield Row(shape, form, bits, 2, 256 if smoke else 4096, "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepModel:
+    """A model of random weights, as `CacheConfig.factors` wants it."""
+
+    config: ModelConfig
+    params: Any
+
+    def layer_params(self) -> Any:
+        return self.params["layers"]
+
+    def svd(self, kind: str, *, folded: bool = False) -> Any:
+        """Random factors: only their shapes matter here."""
+        c, dtype = self.config, self.params["layers"]["key"]["kernel"].dtype
+        per_head = kind == "per_head"
+        up = (c.num_kv_heads, c.head_dim, c.head_dim) if per_head else (c.kv_width, c.kv_width)
+        down = (c.width, c.num_kv_heads, c.head_dim) if per_head else (c.width, c.kv_width)
+
+        def draw(shape: tuple[int, ...], seed: int) -> jax.Array:
+            values = jax.random.normal(jax.random.key(seed), (c.num_layers, *shape), dtype)
+            return values / jnp.sqrt(jnp.asarray(shape[-2], dtype))
+
+        return {side: {"down": draw(down, 1), "up": draw(up, 2)} for side in ("key", "value")}
+
+
+def step_model(config: ModelConfig) -> tuple[xq.Transformer, StepModel]:
+    transformer = xq.Transformer(config)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), tokens, method="score")["params"])
+    leaves, tree = jax.tree.flatten(shapes)
+    dtype = jnp.dtype(config.dtype)
+    drawn = [0.02 * jax.random.normal(jax.random.key(i), a.shape, dtype) for i, a in enumerate(leaves)]
+    return transformer, StepModel(config, jax.tree.unflatten(tree, drawn))
+
+
+def step_seconds(config: ModelConfig, spec: str, batch: int, context: int, implementation: str | None) -> float:
+    """Median time of a decode step with `context` tokens of random history."""
+    transformer, model = step_model(config)
+    transformer = dataclasses.replace(transformer, implementation=implementation)
+    cache_config = xq.CacheConfig.parse(spec)
+    factors = cache_config.factors(model)
+    cache = xq.allocate(cache_config, config, batch=batch, tokens=context + BLOCK)
+    filled = jnp.full(batch, context // BLOCK, jnp.int32)
+    cache = dataclasses.replace(cache, lengths=filled * BLOCK, flushed=filled)
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(params: Any, token: jax.Array, cache: xq.Cache) -> tuple[jax.Array, xq.Cache]:
+        logits, cache = forward(transformer, params, token, cache, factors, jnp.ones(batch, jnp.int32))
+        return logits.argmax(-1)[:, None].astype(jnp.int32), cache
+
+    token, times = jnp.ones((batch, 1), jnp.int32), []
+    for _ in range(12):  # fewer than fill a window
+        before = time.perf_counter()
+        token, cache = jax.block_until_ready(step(model.params, token, cache))
+        times.append(time.perf_counter() - before)
+    return statistics.median(times[2:])
+
+
+def step_rows(smoke: bool) -> tuple[ModelConfig, Sequence[tuple[str, int, int, str | None]]]:
+    """The model, and (cache, batch, context, implementation) where bf16 keys and values fill half of the memory."""
+    shape, layers, vocabulary, mlp = (TINY, 2, 64, 128) if smoke else (LLAMA_3, 32, 128256, 14336)
+    config = ModelConfig(
+        vocab_size=vocabulary,
+        width=shape.width,
+        num_layers=layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.dim,
+        mlp_width=mlp,
+        norm_eps=1e-5,
+        rope=Rope(theta=500_000.0),
+        sliding_windows=(None,) * layers,
+        dtype="float32" if smoke else "bfloat16",
+    )
+    if smoke:
+        return config, [("bf16", 2, 256, None), ("xquant:4", 2, 256, "triton")]
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 16e9)
+    context = int(limit / 2 / (8 * layers * 4 * shape.keys)) // BLOCK * BLOCK
+    return config, [(spec, 8, context, None) for spec in ("xquant:4", "int8", "xquant:2", "bf16")] + [
+        ("bf16", 8, BLOCK, None)
+    ]
+
+
+def measure(smoke: bool, deadline: float) -> dict[str, Any]:
+    """Checks, then times; `deadline` is of `time.monotonic`."""
+    device = jax.local_devices()[0]
+    result: dict[str, Any] = {
+        "device": device.device_kind,
+        "versions": {name: version for name in VERSIONS if (version := installed(name))},
+        "interpreted": smoke,
+        "ceilings": ceilings(256 if smoke else 8192),
+        "checks": [],
+        "layers": [],
+        "steps": [],
+        "skipped": [],
+    }
+    for row in checks(smoke):
+        found = error(row)
+        result["checks"].append({**named(row), "error": found})
+        if not found < ALLOWED:
+            raise SystemExit(f"{row.implementation} is wrong at {named(row)}: relative error {found:.3g} > {ALLOWED}")
+    config, steps = step_rows(smoke)
+    for spec, batch, context, implementation in steps:
+        attempt(
+            result,
+            "steps",
+            {"cache": spec, "batch": batch, "context": context},
+            functools.partial(step_seconds, config, spec, batch, context, implementation),
+            deadline,
+        )
+    rows = list(of_layers(smoke))
+    if not smoke:
+        rows.insert(0, Row(LLAMA_3, "bf16", 16, *steps[0][1:3], "cudnn"))
+    for row in rows:
+        attempt(result, "layers", named(row), functools.partial(seconds, row, smoke), deadline)
+    by_name = {json.dumps(named(row)): row for row in rows}
+    for entry in result["layers"]:
+        taken = entry["seconds"]
+        row = by_name[json.dumps({k: v for k, v in entry.items() if k != "seconds"})]
+        entry["bytes"], entry["flops"] = row.bytes(), row.flops()
+        entry["ns_per_token"] = 1e9 * taken / (row.batch * row.context)
+        entry["of_copy"] = row.bytes() / taken / result["ceilings"]["copy_bytes"]
+        entry["of_matrix"] = row.flops() / taken / result["ceilings"]["matrix_flops"]
+        best = best_bf16(result, entry["model"], row.batch, row.context)
+        entry["times_as_fast_as_bf16"] = best and best / taken
+    if not smoke:
+        _, batch, context, _ = steps[0]
+        empty = [e["seconds"] for e in result["steps"] if e["cache"] == "bf16" and e["context"] == BLOCK]
+        if empty and (layer := best_bf16(result, LLAMA_3.name, batch, context)):
+            name = "bf16, with the best attention: sum of a step without history and of its layers"
+            total = empty[0] + config.num_layers * layer
+            result["steps"].append({"cache": name, "batch": batch, "context": context, "seconds": total})
+    return result
+
+
+def best_bf16(result: dict[str, Any], model: str, batch: int, context: int) -> float | None:
+    """Seconds of the fastest attention to bf16 keys and values of this size."""
+    same = {"model": model, "method": "bf16", "batch": batch, "context": context}
+    return min((e["seconds"] for e in result["layers"] if same.items() <= e.items()), default=None)
+
+
+def attempt(result: dict[str, Any], part: str, name: dict[str, Any], f: Callable[[], float], deadline: float) -> None:
+    """Times a row, or notes why it has no time."""
+    if time.monotonic() > deadline:
+        result["skipped"].append({**name, "reason": "out of time"})
+        return
+    try:
+        entry = {**name, "seconds": f()}
+    except (ConfigError, ImportError, ValueError, TypeError, NotImplementedError, RuntimeError) as problem:
+        result["skipped"].append({**name, "reason": f"{type(problem).__name__}: {str(problem)[:200]}"})
+        return
+    result[part].append(entry)
+    print(json.dumps(entry), file=sys.stderr, flush=True)
+
+
+def named(row: Row) -> dict[str, Any]:
+    return {
+        "model": row.shape.name,
+        "method": row.method,
+        "implementation": row.implementation,
+        "batch": row.batch,
+        "context": row.context,
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def candidates(form: str) -> list[Tiles]:
+    """Tiles that are worth a try."""
+    if form == "dense":
+        cuts = itertools.product((32, 64, 128), ((2, 8, 1), (2, 8, 2), (2, 8, 3), (1, 4, 2), (1, 8, 2)))
+        return [Tiles(blocks, chunk, warps, stages) for chunk, (blocks, warps, stages) in cuts]
+    cuts = itertools.product(
+        (True, False), (0,) if form == "identity" else (0, 16, 64), ((1, 4, 2), (1, 4, 3), (1, 8, 2), (2, 8, 2))
+    )
+    return [Tiles(blocks, chunk, warps, stages, fused) for fused, chunk, (blocks, warps, stages) in cuts]
+
+
+def tune(smoke: bool, deadline: float, table: Path) -> None:
+    """Times tiles of the kernels that read keys, and writes the fastest of each shape into the table of this device."""
+    known = json.loads(table.read_text()) if table.exists() else {}
+    mine = known.setdefault(jax.local_devices()[0].device_kind, {})
+    if smoke:
+        rows = [Row(TINY, "per_head", 4, 2, 256, "triton")]
+    else:
+        forms = [("per_head", 4), ("dense", 4), ("per_head", 2), ("per_head", 3), ("identity", 8), ("identity", 4)]
+        rows = [Row(LLAMA_3, form, bits, 8, 65536, "triton") for form, bits in forms]
+    for number, row in enumerate(rows):
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(rows) - number)
+        best: tuple[float, Tiles] | None = None
+        shapes: set[str] = set()
+        for tiles in candidates(row.form)[: 2 if smoke else None]:
+            if time.monotonic() > until:
+                print(f"{row.method}: {tiles} and what follows was not tried, out of time", file=sys.stderr)
+                break
+
+            def choose(shape: triton_tiles.Shape, tiles: Tiles = tiles, shapes: set[str] = shapes) -> Tiles:
+                if shape.kernel != "decode":
+                    return triton_tiles.by_rule(shape, triton_tiles.capability() or 9.0)
+                shapes.add(str(shape))
+                return tiles
+
+            with mock.patch.object(triton_tiles, "choose", choose):
+                try:
+                    taken = seconds(row, smoke, repeats=3)
+                except Exception as problem:  # noqa: BLE001  tiles that do not compile or fit are no candidates
+                    print(f"{row.method}: {tiles} {type(problem).__name__}", file=sys.stderr)
+                    continue
+            if best is None or taken < best[0]:
+                best = taken, tiles
+        if best:
+            (shape,) = shapes
+            mine[shape] = dataclasses.asdict(best[1])
+            print(f"{shape}: {best[1]}, {1e3 * best[0]:.3f} ms a layer")
+    table.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Nanoseconds a token and layer takes against the tokens in the batch, a line for each method."""
+    from matplotlib.figure import Figure
+
+    models = sorted({e["model"] for e in result["layers"]})
+    figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
+    for axes, model in zip(np.atleast_1d(figure.subplots(1, len(models))), models, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for e in result["layers"]:
+            if e["model"] == model:
+                lines.setdefault(f"{e['method']} ({e['implementation']})", []).append(
+                    (e["batch"] * e["context"], e["ns_per_token"])
+                )
+        for label, points in lines.items():
+            axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axes.set(
+            title=f"{model}, {result['device']}", xlabel="cached tokens in the batch", ylabel="ns per token and layer"
+        )
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--plot", type=Path, help="write a picture here")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start no further row after this long")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, kernels on the interpreter")
+    parser.add_argument("--tune", action="store_true", help="measure tile sizes and write their table instead")
+    parser.add_argument("--table", type=Path, default=triton_tiles.TABLE, help="the table of tile sizes")
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    with target.interpreted() if args.smoke else contextlib.nullcontext():
+        if args.tune:
+            tune(args.smoke, deadline, args.table)
+            return
+        result = measure(args.smoke, deadline)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        draw(result, args.plot)
+    for e in result["layers"]:
+        name = f"{e['model']:13} {e['method']:24} {e['implementation']:8} {e['batch']:3} x {e['context']:6}"
+        shares = f"copy {e['of_copy']:.0%}, matrix {e['of_matrix']:.0%}"
+        print(f"{name} {1e3 * e['seconds']:9.3f} ms {e['ns_per_token']:7.3f} ns/token, {shares}")
+    for e in result["steps"]:
+        print(f"step {e['cache']:24} {e['batch']:3} x {e['context']:6} {1e3 * e['seconds']:9.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

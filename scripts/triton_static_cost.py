@@ -1,0 +1,100 @@
+"""What the Triton kernels cost by their machine code, for GPUs that need not be there. Needs no GPU.
+
+    python scripts/triton_static_cost.py [--json OUT] [--capability 9.0]
+
+Prints a table of markdown: cycles of a multiprocessor for 1024 cached tokens of one layer, all heads. `issue`: machine
+instructions of the loops, four a cycle; code that masks tiles at the end of a sequence is counted, though most tiles
+skip it. `matrix`: multiplications over what the matrix units do in a cycle. Nothing is faster than the larger of the
+two; if they did not overlap it would be their sum. Stalls are not in it. `spills`: instructions that move registers to
+memory and back, in the innermost loop, in the loop around it, and outside of loops.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.triton_ahead import MODELS, Launch, Machine, compiled, of_model
+
+MATRIX = {8.0: 1024, 8.9: 512, 9.0: 2048}  # bfloat16 products a cycle and multiprocessor: A100, L40S, H100 and H200
+ISSUED = 4  # instructions a cycle and multiprocessor
+MULTIPROCESSORS, CLOCK = 132, 1.755e9  # of an H200, for nanoseconds; its clock under load varies
+
+CASES = [
+    ("Llama-3.1-8B", "per_head"),
+    ("Llama-3.1-8B", "dense"),
+    ("Qwen3-8B", "per_head"),
+    ("Llama-2-7B", "dense"),
+]
+
+
+def products(launch: Launch, model: Any) -> int:
+    """Multiplications of a token, all programs, queries padded to what is computed."""
+    c = launch.constants
+    if launch.kernel == "decode_values":
+        return c["WIDTH"] * c["QUERIES"]
+    scores = model.kv_heads * model.dim * c["QUERIES"]
+    rebuild = (model.dim if c["FORM"] == "per_head" else model.width) * model.kv_heads * model.dim
+    values = c["VALUE_WIDTH"] * c["QUERIES"] if launch.kernel == "decode" else 0
+    return rebuild + scores + values
+
+
+def issued(launch: Launch, machine: Machine, model: Any) -> float:
+    """Instructions of all warps and programs for a token."""
+    c = launch.constants
+    inner, *outer = machine.loops
+    turns = 1
+    if outer:
+        turns = (model.dim if c["FORM"] == "per_head" else model.width) // c["CHUNK"]
+    a_tile = inner.instructions * turns + sum(loop.instructions for loop in outer)
+    programs = c["WIDTH"] // c["CHANNELS"] if launch.kernel == "decode_values" else model.kv_heads
+    return a_tile * launch.warps * programs / (128 * c["BLOCKS"])
+
+
+def rows(capability: float) -> list[dict[str, Any]]:
+    found = []
+    for name, form in CASES:
+        for bits in (2, 3, 4):
+            for launch in of_model(MODELS[name], bits, form, capability):
+                machine = compiled(launch, capability)
+                inner, *outer = machine.loops
+                around = sum(loop.spills for loop in outer)
+                found.append(
+                    {
+                        "kernel": launch.kernel,
+                        "capability": capability,
+                        "model": name,
+                        "bits": bits,
+                        "basis": {"per_head": "per_head", "dense": "joint"}[form] if name != "Llama-2-7B" else "x",
+                        "issue_per_1024": 1024 * issued(launch, machine, MODELS[name]) / ISSUED,
+                        "matrix_per_1024": 1024 * products(launch, MODELS[name]) / MATRIX[capability],
+                        "registers": machine.registers,
+                        "shared_bytes": machine.shared,
+                        "spills": [inner.spills, around, machine.spills - inner.spills - around],
+                    }
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--capability", type=float, default=9.0, choices=sorted(MATRIX), help="of the GPU")
+    args = parser.parse_args()
+    found = rows(args.capability)
+    print("| model | basis | bits | kernel | issue | matrix | ns per token at best | registers | shared | spills |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in found:
+        cycles = max(row["issue_per_1024"], row["matrix_per_1024"])
+        best = f"{1e9 * cycles / 1024 / (MULTIPROCESSORS * CLOCK):.2f}" if args.capability == 9.0 else "-"
+        print(
+            f"| {row['model']} | {row['basis']} | {row['bits']} | {row['kernel']} | {row['issue_per_1024']:,.0f} | "
+            f"{row['matrix_per_1024']:,.0f} | {best} | {row['registers']} | {row['shared_bytes']:,} | "
+            f"{', '.join(map(str, row['spills']))} |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

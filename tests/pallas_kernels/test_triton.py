@@ -1,0 +1,273 @@
+"""What only the Triton backend has: tiles and splits, refusals, its machine code for three GPU generations.
+
+That it agrees with the reference is for the most part a matter of `test_operations.py`.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import KeyRebuild, target, xla
+from xquant_jax.attention import Geometry
+from xquant_jax.quantization import Blocks, StreamSpec, quantize
+from xquant_jax.rope import Rope
+
+jax_triton = pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
+backend, ahead, triton_tiles = (
+    importlib.import_module(f"pallas_kernels.{name}") for name in ("triton", "triton_ahead", "triton_tiles")
+)
+Tiles = triton_tiles.Tiles
+
+LAYERS, BLOCKS, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 64
+FLUSHED = np.asarray([0, 1, 8, 9], np.int32)  # nothing, one block, one block short of everything, everything
+NO_WINDOW = 2**30
+ROOT = Path(__file__).parents[2]
+
+# Codes enter products as 128 + code and the 128 is taken back: that costs 7 of float32's 24 bits.
+TOLERANCE = 1e-3
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def stream(width: int, bits: int, axis: str, seed: int) -> Blocks:
+    values = random(LAYERS, len(FLUSHED), BLOCKS, 128, width, seed=seed)
+    return quantize(jnp.asarray(values), StreamSpec(width, bits, axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is attended to, and how."""
+
+    bits: int = 4
+    form: str = "per_head"
+    key_axis: str = "channel"
+    value_heads: int = KV_HEADS
+    new: int = 1
+    dim: int = DIM
+    sliding_window: int = NO_WINDOW
+    bias: bool = False
+    norm: bool = False
+    rotated: bool = False
+    shared_stream: bool = False
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        width = KV_HEADS * self.dim
+        matrix = {
+            "per_head": random(KV_HEADS, self.dim, self.dim) / 8,
+            "dense": random(width, width) / 8,
+            "identity": None,
+        }[self.form]
+        rebuild = KeyRebuild(
+            matrix=None if matrix is None else jnp.asarray(matrix),
+            bias=jnp.asarray(random(width, seed=3)) if self.bias else None,
+            norm=jnp.asarray(1 + random(self.dim, seed=4) / 4) if self.norm else None,
+            norm_eps=1e-5,
+        )
+        key = stream(width, self.bits, self.key_axis, seed=1)
+        value = key if self.shared_stream else stream(width, self.bits, "token", seed=2)
+        positions = jnp.asarray(128 * FLUSHED[:, None] + 40 + np.arange(self.new))
+        geometry = Geometry(
+            positions, self.sliding_window, jnp.asarray(Rope().frequencies(self.dim)), self.dim**-0.5, self.rotated
+        )
+        q = jnp.asarray(random(len(FLUSHED), self.new, HEADS, self.dim))
+        arguments = (q, key, rebuild, value, jnp.asarray(FLUSHED), geometry)
+        return arguments, {"num_kv_heads": KV_HEADS, "value_heads": self.value_heads}
+
+
+def check(case: Case, tolerance: float = TOLERANCE) -> None:
+    """The layer is a traced number, as in the scan over layers."""
+    arguments, static = case.arguments()
+    with target.interpreted():
+        assert backend.refuse_decode_attention(*arguments, layer=1, **static) is None
+        got = jax.jit(lambda layer: backend.decode_attention(*arguments, layer=layer, **static))(1)
+        out, lse = np.asarray(got.out), np.asarray(got.lse)
+    expected = xla.decode_attention(*arguments, layer=1, **static)
+    np.testing.assert_allclose(lse, expected.lse, atol=tolerance)
+    np.testing.assert_allclose(out, expected.out, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(value_heads=1),  # keys of each head's own basis, values of a joint one
+        Case(form="dense", key_axis="token", value_heads=1, shared_stream=True),  # X itself, as of Llama 2
+        Case(new=3, sliding_window=200, norm=True, bias=True),
+    ],
+    ids=str,
+)
+def test_both_ways_to_read_values_agree_with_the_reference(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 9])
+@pytest.mark.parametrize("tiles", [Tiles(fused=True), Tiles(blocks=2, chunk=16, fused=True), Tiles(blocks=4)], ids=str)
+def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 blocks over 2, 3 and 9 parts: lengths end within, at and one block next to the end of a part and of a tile."""
+    monkeypatch.setattr(triton_tiles, "choose", lambda shape: tiles)
+    monkeypatch.setattr(backend, "_splits", lambda *_: splits)
+    check(Case())
+
+
+def test_blocks_past_a_length_are_not_read() -> None:
+    arguments, static = Case().arguments()
+    q, key, rebuild, value, flushed, geometry = arguments
+
+    def spoiled(stream: Blocks) -> Blocks:
+        """NaN scales in every block that does not exist, and in all of the other layer."""
+        exists = (jnp.arange(BLOCKS) < flushed[:, None])[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
+        poison = jnp.where(exists[..., None, None], 1.0, jnp.nan).astype(jnp.bfloat16)
+        return stream.replace(scale=stream.scale * poison)
+
+    with target.interpreted():
+        part = backend.decode_attention(q, spoiled(key), rebuild, spoiled(value), flushed, geometry, layer=1, **static)
+        assert np.isfinite(part.out).all()
+        assert (np.isfinite(part.lse) == (FLUSHED > 0)[:, None, None]).all()
+
+
+def test_remat_project_of_partial_tiles_agrees_with_the_reference() -> None:
+    """3 blocks in tiles of 2, and 136 columns in tiles of 128."""
+    blocks = quantize(jnp.asarray(random(1, 3, 128, 128)), StreamSpec(128, 3))
+    weight = jnp.asarray(random(128, 136))
+    with target.interpreted():
+        assert backend.refuse_remat_project(blocks, weight) is None
+        got = np.asarray(jax.jit(backend.remat_project)(blocks, weight))
+    np.testing.assert_allclose(got, xla.remat_project(blocks, weight), atol=1e-4)
+
+
+def test_what_cannot_be_taken_is_refused_with_a_reason() -> None:
+    def reason(case: Case, **changes: Any) -> str | None:
+        arguments, static = case.arguments()
+        with target.interpreted():
+            return backend.refuse_decode_attention(*arguments, layer=0, **{**static, **changes})
+
+    def key_of(spec: StreamSpec) -> str | None:
+        (q, _, rebuild, value, *rest), static = Case(form="identity").arguments()
+        key = jax.eval_shape(lambda: quantize(jnp.zeros((1, 4, 1, 128, 128)), spec))
+        with target.interpreted():
+            return backend.refuse_decode_attention(q, key, rebuild, value, *rest, layer=0, **static)
+
+    assert reason(Case()) is None
+    assert reason(Case(dim=96)) == "a head dimension of 96 is not taken; 64, 128 and 256 are"
+    assert reason(Case(new=17)) == "17 new tokens are not taken; up to 16 are"
+    assert key_of(StreamSpec(128, 16)) == "the key stream is not quantized"
+    assert key_of(StreamSpec(128, 8, format="e4m3")) == "the key stream's format e4m3 is not taken; uniform is"
+    assert (
+        key_of(StreamSpec(128, 4, "channel", group=32))
+        == "the key stream's groups of 32 tokens are not taken; whole blocks of 128 are"
+    )
+    assert (
+        key_of(StreamSpec(128, 4, "token", group=16))
+        == "the key stream's groups of 16 channels are not taken; multiples of 32 are"
+    )
+
+
+def test_float32_is_for_the_interpreter_only() -> None:
+    arguments, static = Case().arguments()
+    reason = backend.refuse_decode_attention(*arguments, layer=0, **static)
+    assert reason == "float32 is not taken; bfloat16 and float16 are"
+
+
+def test_the_interpreter_leaves_the_language_as_it_was() -> None:
+    """Or else nothing could be compiled afterwards."""
+    import triton.language as tl
+
+    before = [dict(vars(thing)) for thing in (tl, tl.core, tl.math, tl.tensor, tl.dtype)]
+    blocks = quantize(jnp.asarray(random(1, 1, 128, 128)), StreamSpec(128, 4))
+    with target.interpreted():
+        jax.block_until_ready(backend.remat_project(blocks, jnp.asarray(random(128, 8))))
+    assert [dict(vars(thing)) for thing in (tl, tl.core, tl.math, tl.tensor, tl.dtype)] == before
+
+
+def test_kernels_lower_into_a_program_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but for the part of jaxlib that only its CUDA plugin has; in a scan over layers."""
+    plugin = mock.MagicMock()
+    plugin.get_compute_capability.return_value = 90
+    plugin.TritonKernelCall.return_value.to_proto.return_value = b""
+    monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
+    (q, key, rebuild, value, flushed, geometry), static = Case(dim=128).arguments()
+    q = q.astype(jnp.bfloat16)
+
+    def layers(q: jax.Array, key: Blocks, value: Blocks) -> jax.Array:
+        def layer(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            assert (
+                backend.refuse_decode_attention(q, key, rebuild, value, flushed, geometry, layer=number, **static)
+                is None
+            )
+            part = backend.decode_attention(q, key, rebuild, value, flushed, geometry, layer=number, **static)
+            return total + part.out, None
+
+        return jax.lax.scan(layer, jnp.zeros((*q.shape[:3], 128)), jnp.arange(LAYERS))[0]
+
+    with target.compiling_for("gpu"):
+        lowered = jax.jit(layers).trace(q, key, value).lower(lowering_platforms=("cuda",))
+    assert "triton_kernel_call" in lowered.as_text()
+    (name, warps, *_), _ = plugin.TritonKernel.call_args
+    assert (name, warps) == ("decode", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [("Llama-3.1-8B", "per_head"), ("Llama-3.1-8B", "dense"), ("Llama-2-7B", "dense"), ("Qwen3-8B", "per_head")],
+)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capability: float) -> None:
+    for launch in ahead.of_model(ahead.MODELS[model], bits, form, capability):
+        machine = ahead.compiled(launch, capability)
+        assert machine.loops[0].spills == 0, launch.kernel
+        assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
+        assert machine.shared < 100_000, launch.kernel  # bytes a program may have on Ada, the least of the three
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["per_head", "dense"])
+def test_kernels_compile_for_amd_without_spills(form: str) -> None:
+    for launch in ahead.of_model(ahead.MODELS["Llama-3.1-8B"], 4, form, 8.0, amd=True):
+        code = ahead.compiled_for_amd(launch, "gfx942")
+        assert re.findall(r"[vs]gpr_spill_count: *(\d+)", code) == ["0", "0"]
+        assert "v_mfma" in code
+
+
+def benchmark(*args: str | Path) -> None:
+    command = [sys.executable, ROOT / "scripts" / "bench_decode.py", "--smoke", *args]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_on_the_interpreter(tmp_path: Path) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    benchmark("--json", out, "--plot", plot)
+    result = json.loads(out.read_text())
+    assert not result["skipped"]
+    assert all(check["error"] < 0.03 for check in result["checks"])
+    kernels = {row["method"] for row in result["layers"] if row["implementation"] == "triton"}
+    assert kernels == {"xquant:4,basis=per_head", "xquant:2,basis=joint", "int8"}
+    assert {step["cache"] for step in result["steps"]} == {"bf16", "xquant:4"}
+    assert plot.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_tuning_writes_a_table_that_is_then_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "tiles.json"
+    benchmark("--tune", "--table", table)
+    monkeypatch.setattr(triton_tiles, "TABLE", table)
+    triton_tiles._table.cache_clear()
+    shape = triton_tiles.Shape("decode", "per_head", 64, 4, 8)
+    (written,) = json.loads(table.read_text()).values()
+    assert dataclasses.asdict(triton_tiles.choose(shape)) == written[str(shape)]
+    triton_tiles._table.cache_clear()
