@@ -46,6 +46,15 @@ class Plan:
         return min(TILE, self.num_blocks)
 
     @property
+    def splits(self) -> int:
+        """Pieces that each sequence's history is cut into, so that every core of a chip has one."""
+        return self.chip.cores if self.batch % self.chip.cores else 1
+
+    @property
+    def pieces(self) -> int:
+        return self.batch * self.splits
+
+    @property
     def chunks(self) -> tuple[int, int]:
         """Blocks that are worked on together: while there are enough of them, and where fewer are left."""
         small = math.gcd(SMALL_CHUNK, self.tile)
