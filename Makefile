@@ -6,6 +6,8 @@ INSTALLED := .venv/installed .venv/installed-test .venv/installed-plot .venv/ins
 GOLDEN_PACKAGES := torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
 MODELS := $(wildcard ../shared/models)
 PYTEST_FLAGS ?=
+# .venv holds the JAX for CPU; libtpu, which the tests compile with, would be asked for a TPU otherwise
+export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint style types format golden benchmark clean

@@ -103,7 +103,8 @@ class Row:
         tokens = self.batch * self.context
         if self.form == "bf16":
             return tokens * 4 * self.shape.keys
-        return tokens * sum(s.width * (s.bits + 32 / s.group) / 8 for s in self.streams() if s)
+        scales = 16 if self.form == "fp8" else 32  # bits a group: a scale, and a zero where there is one
+        return tokens * sum(s.width * (s.bits + scales / s.group) / 8 for s in self.streams() if s)
 
     def flops(self) -> float:
         """Of one call, values absorbed."""

@@ -31,7 +31,7 @@ from pallas_kernels.pallas_tpu.plan import Plan, make_plan
 from pallas_kernels.pallas_tpu.streams import LANES, by_block
 from pallas_kernels.xla import KeyRebuild
 from xquant_jax import rope
-from xquant_jax.attention import LOWEST, Geometry, Part
+from xquant_jax.attention import LOWEST, Geometry, Part, merge
 from xquant_jax.packing import BLOCK, PLANES
 from xquant_jax.quantization import Blocks
 
@@ -74,7 +74,12 @@ def _attend(
     oldest = jnp.maximum(positions.min(axis=1) - window + 1, 0)
     last = -(-flushed // plan.tile)  # one past the last tile
     first = jnp.minimum(oldest // tile_tokens, jnp.maximum(last - 1, 0))
-    steps = jnp.maximum((last - first).max(), 1)
+    steps = -(-(last - first) // plan.splits)
+    q, positions, flushed, first, share = (
+        jnp.repeat(x, plan.splits, axis=0) for x in (q, positions, flushed.astype(jnp.int32), first, steps)
+    )
+    first = first + share * (jnp.arange(plan.pieces) % plan.splits)
+    end = jnp.minimum(flushed, (first + share) * plan.tile)
 
     half_frequencies = jnp.zeros_like(geometry.frequencies) if plan.rotated else geometry.frequencies
     frequencies = jnp.tile(half_frequencies, 2 * plan.group)  # in the order of a group's columns
@@ -100,7 +105,9 @@ def _attend(
     if not plan.rotated:
         turns = -plan.turn * BLOCK * jnp.arange(plan.tile // plan.turn + 1)  # of a query; the last, to the next tile
         inputs["turn_cos"], inputs["turn_sin"] = (x[:, None] for x in _tables(plan, turns, frequencies))
-    return _call(plan, inputs, key_stream, value_stream, layer, flushed, first, window, steps)
+    out, lse = _call(plan, inputs, key_stream, value_stream, layer, end, first, window, jnp.maximum(steps.max(), 1))
+    part = _part(plan, out, lse)
+    return merge(*(Part(part.out[i :: plan.splits], part.lse[i :: plan.splits]) for i in range(plan.splits)))
 
 
 def _columns(plan: Plan, x: Array) -> Array:
@@ -126,21 +133,21 @@ def _matrix(plan: Plan, matrix: Array | None) -> Array:
 
 
 def _queries(plan: Plan, q: Array, relative: Array, frequencies: Array) -> Array:
-    """Rotated by their distance to the first tile, float32 [B, K/g, rows of a group, g d]: each row has its own head's
-    columns and zeros elsewhere."""
+    """Rotated by their distance to the first tile, float32 [pieces, K/g, rows of a group, g d]: each row has its own
+    head's columns and zeros elsewhere."""
     q = rope.rotate_heads(q.astype(jnp.float32), relative, frequencies)
-    q = q.reshape(plan.batch, plan.new, plan.groups, plan.group, -1, 2, plan.dim // 2)
+    q = q.reshape(plan.pieces, plan.new, plan.groups, plan.group, -1, 2, plan.dim // 2)
     q = jnp.einsum("btngqsc,gh->bngtqshc", q, jnp.eye(plan.group))
-    q = q.reshape(plan.batch, plan.groups, plan.group_rows, plan.width)
+    q = q.reshape(plan.pieces, plan.groups, plan.group_rows, plan.width)
     return jnp.pad(q, ((0, 0), (0, 0), (0, plan.padded_rows - plan.group_rows), (0, 0)))
 
 
 def _row_positions(plan: Plan, positions: Array) -> Array:
-    """The position of every query, int32 [B, rows, 128], the same in all lanes; -1 where there is none."""
+    """The position of every query, int32 [pieces, rows, 128], the same in all lanes; -1 where there is none."""
     per_head = jnp.repeat(positions, plan.heads // plan.kv_heads, axis=1)  # [B, T * H/K]
     rows = jnp.tile(per_head, (1, plan.kv_heads))
     rows = jnp.pad(rows, ((0, 0), (0, plan.rows - rows.shape[1])), constant_values=-1)
-    return jnp.broadcast_to(rows[..., None], (plan.batch, plan.rows, LANES))
+    return jnp.broadcast_to(rows[..., None], (plan.pieces, plan.rows, LANES))
 
 
 def _members(plan: Plan) -> Array:
@@ -163,11 +170,12 @@ def _call(
     key_stream: Blocks,
     value_stream: Blocks,
     layer: Array,
-    flushed: Array,
+    end: Array,
     first: Array,
     window: Array,
     steps: Array,
-) -> Part:
+) -> tuple[Array, Array]:
+    """The kernel: piece b attends to its tiles from `first[b]` up to block `end[b]`."""
     arrays, specs, names = [], [], []
 
     def add(name: str, array: Array, spec: pl.BlockSpec) -> None:
@@ -185,9 +193,9 @@ def _call(
             add(name, array, pl.BlockSpec(array.shape, lambda b, j, *_, zeros=zeros: zeros, pipeline_mode=once))
 
     def tile_of(rest: tuple[int, ...]) -> pl.BlockSpec:
-        def index(b: Array, j: Array, layer: Any, flushed: Any, first: Any, window: Any) -> tuple:
-            tile = jnp.minimum(first[b] + j, jnp.maximum(_tiles(flushed[b], plan.tile) - 1, 0))
-            return (layer[0], b, tile, *[0] * len(rest))
+        def index(b: Array, j: Array, layer: Any, end: Any, first: Any, window: Any) -> tuple:
+            tile = jnp.minimum(first[b] + j, jnp.maximum(_tiles(end[b], plan.tile) - 1, 0))
+            return (layer[0], lax.div(b, jnp.int32(plan.splits)), tile, *[0] * len(rest))
 
         return pl.BlockSpec((None, None, plan.tile, *rest), index)
 
@@ -223,28 +231,28 @@ def _call(
     if plan.norm_eps is not None:
         scratch["squares"] = scratch["keys"]
     outputs = [
-        jax.ShapeDtypeStruct((plan.batch, tiles, cover, plan.value_lanes), jnp.float32),
-        jax.ShapeDtypeStruct((plan.batch, rows, LANES), jnp.float32),
+        jax.ShapeDtypeStruct((plan.pieces, tiles, cover, plan.value_lanes), jnp.float32),
+        jax.ShapeDtypeStruct((plan.pieces, rows, LANES), jnp.float32),
     ]
     out_specs = [
         pl.BlockSpec((None, tiles, cover, plan.value_lanes), lambda b, j, *_: (b, 0, 0, 0)),
         pl.BlockSpec((None, rows, LANES), lambda b, j, *_: (b, 0, 0)),
     ]
 
-    def kernel(layer: Any, flushed: Any, first: Any, window: Any, *refs: Any) -> None:
+    def kernel(layer: Any, end: Any, first: Any, window: Any, *refs: Any) -> None:
         del layer
         split = iter(refs)
         named = {name: next(split) for name in (*names, "out", "lse", *scratch)}
         if plan.shared:
             named |= {name.replace("key", "value"): named[name] for name in names if name.startswith("key")}
-        _kernel(plan, flushed, first, window, named)
+        _kernel(plan, end, first, window, named)
 
-    out, lse = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         out_shape=outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(plan.batch, steps),
+            grid=(plan.pieces, steps),
             in_specs=specs,
             out_specs=out_specs,
             scratch_shapes=list(scratch.values()),
@@ -254,21 +262,20 @@ def _call(
         ),
         name="decode_attention",
         interpret=pltpu.InterpretParams() if target.current().interpret else False,
-    )(layer.reshape(1), flushed.astype(jnp.int32), first.astype(jnp.int32), window.reshape(1), *arrays)
-    return _part(plan, out, lse)
+    )(layer.reshape(1), end, first.astype(jnp.int32), window.reshape(1), *arrays)
 
 
 def _part(plan: Plan, out: Array, lse: Array) -> Part:
-    """The kernel's rows as [B, T, H, C] and [B, T, H]."""
+    """The kernel's rows as [pieces, T, H, C] and [pieces, T, H]."""
     count = plan.kv_heads * plan.head_rows
 
     def by_query(x: Array, rest: tuple[int, ...]) -> Array:
-        x = x.reshape(plan.batch, plan.kv_heads, plan.new, -1, *rest)
-        return jnp.moveaxis(x, 2, 1).reshape(plan.batch, plan.new, plan.heads, *rest)
+        x = x.reshape(plan.pieces, plan.kv_heads, plan.new, -1, *rest)
+        return jnp.moveaxis(x, 2, 1).reshape(plan.pieces, plan.new, plan.heads, *rest)
 
     lse = by_query(lse[:, :count, 0], ())
     if plan.value_heads == 1:
-        wide = jnp.moveaxis(out[:, :, :count], 1, 2).reshape(plan.batch, count, plan.value.width)
+        wide = jnp.moveaxis(out[:, :, :count], 1, 2).reshape(plan.pieces, count, plan.value.width)
         return Part(by_query(wide, (plan.value.width,)), lse)
     width = plan.value.width // plan.kv_heads
     heads = []
@@ -284,9 +291,9 @@ def _part(plan: Plan, out: Array, lse: Array) -> Part:
     return Part(by_query(jnp.concatenate(heads, axis=1), (width,)), lse)
 
 
-def _kernel(plan: Plan, flushed_ref: Any, first_ref: Any, window_ref: Any, refs: dict[str, Any]) -> None:
+def _kernel(plan: Plan, end_ref: Any, first_ref: Any, window_ref: Any, refs: dict[str, Any]) -> None:
     b, j = pl.program_id(0), pl.program_id(1)
-    flushed, tile = flushed_ref[b], first_ref[b] + j
+    end, tile = end_ref[b], first_ref[b] + j
 
     @pl.when(j == 0)
     def _start() -> None:
@@ -295,14 +302,14 @@ def _kernel(plan: Plan, flushed_ref: Any, first_ref: Any, window_ref: Any, refs:
         for name in ("total", "sums", "shifts"):
             refs[name][...] = jnp.zeros_like(refs[name])
 
-    count = jnp.minimum(flushed - tile * plan.tile, plan.tile)  # blocks of this tile that exist
+    count = jnp.minimum(end - tile * plan.tile, plan.tile)  # blocks of this tile that exist
 
     @pl.when(count > 0)
     def _tile() -> None:
         _read_scales(plan, count, refs)
 
         def chunk(size: int, number: Array) -> None:
-            _chunk(plan, size, number * size, tile * plan.tile, flushed, window_ref[0], refs)
+            _chunk(plan, size, number * size, tile * plan.tile, end, window_ref[0], refs)
 
         large, small = plan.chunks
         done = jnp.int32(0)
@@ -342,9 +349,7 @@ def _read_scales(plan: Plan, count: Array, refs: dict[str, Any]) -> None:
         refs[f"value_{what}s"][...] = jnp.where(block < count, ordered, 0.0)
 
 
-def _chunk(
-    plan: Plan, size: int, block: Array, tile: Array, flushed: Array, window: Array, refs: dict[str, Any]
-) -> None:
+def _chunk(plan: Plan, size: int, block: Array, tile: Array, end: Array, window: Array, refs: dict[str, Any]) -> None:
     """Attends to `size` blocks from `block` of the tile that begins with block `tile` of the sequence."""
     channels = plan.group_channels
 
@@ -370,7 +375,7 @@ def _chunk(
             _rebuild(plan, n, x, refs)
     for n in range(plan.groups):
         _score(plan, size, block, n, refs)
-    probability, shrunk = _softmax(plan, size, tile + block, flushed, window, refs)
+    probability, shrunk = _softmax(plan, size, tile + block, end, window, refs)
     for value_tile in range(plan.value_tiles):
         _weigh(plan, size, block, value_tile, probability, shrunk, refs)
 
@@ -465,7 +470,7 @@ def _turn(plan: Plan, q: Array, by: Array | int, refs: dict[str, Any]) -> Array:
 
 
 def _softmax(
-    plan: Plan, size: int, block: Array, flushed: Array, window: Array, refs: dict[str, Any]
+    plan: Plan, size: int, block: Array, end: Array, window: Array, refs: dict[str, Any]
 ) -> tuple[list[Array], Array]:
     """Probabilities relative to the running maximum, float32 [rows, 128] for each block of a chunk, and what the sums
     so far shrink by."""
@@ -474,7 +479,7 @@ def _softmax(
     scores = []
     for i in range(size):
         distance = refs["position"][...] - (token + (block + i) * BLOCK)
-        seen = (distance >= 0) & (distance < window) & (block + i < flushed)
+        seen = (distance >= 0) & (distance < window) & (block + i < end)
         score = refs["scores"][:, i * BLOCK : (i + 1) * BLOCK] * plan.scale
         scores.append(jnp.where(seen, score, -jnp.inf))
     largest = functools.reduce(jnp.maximum, scores)

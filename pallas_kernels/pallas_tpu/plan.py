@@ -46,6 +46,15 @@ class Plan:
         return min(TILE, self.num_blocks)
 
     @property
+    def splits(self) -> int:
+        """Pieces that each sequence's history is cut into, so that every core of a chip has one."""
+        return self.chip.cores if self.batch % self.chip.cores else 1
+
+    @property
+    def pieces(self) -> int:
+        return self.batch * self.splits
+
+    @property
     def chunks(self) -> tuple[int, int]:
         """Blocks that are worked on together: while there are enough of them, and where fewer are left."""
         small = math.gcd(SMALL_CHUNK, self.tile)
@@ -187,8 +196,8 @@ def refuse_decode_attention(
     dim, key, value = q.shape[3], key_stream.spec, value_stream.spec
     if q.shape[1] > MOST_NEW:
         return f"it takes up to {MOST_NEW} new tokens, and these are {q.shape[1]}"
-    if dim % 64:
-        return f"head dimension {dim} is no multiple of 64"
+    if dim != 64 and dim % LANES:
+        return f"head dimension {dim} is neither 64 nor a multiple of 128"
     if num_kv_heads * dim % LANES:
         return f"{num_kv_heads} key/value head of dimension {dim} is narrower than 128"
     for name, spec in {"key": key, "value": value}.items():
@@ -197,6 +206,8 @@ def refuse_decode_attention(
     if value.axis != "token":
         return "the value stream is quantized along the channel; it takes values along the token"
     matrix = key_rebuild.matrix
+    if (matrix is None or matrix.ndim == 3) and key.width != num_kv_heads * dim:
+        return f"the key stream is {key.width} wide, and {num_kv_heads} heads of dimension {dim} are rebuilt one by one"
     if matrix is not None and matrix.ndim == 2 and (needed := 2 * 2 * matrix.size) > chip.current().vmem:
         return f"the key rebuild matrix {matrix.shape} and its work take {needed:,} bytes of vector memory"
     return None

@@ -150,7 +150,7 @@ def test_what_the_kernel_cannot_take_is_said() -> None:
         return refuse_decode_attention(q, key, KeyRebuild(), value, jnp.zeros(1), geometry, **heads)
 
     assert refusal() is None
-    assert "head dimension 32 is no multiple of 64" in (refusal(dim=32) or "")
+    assert "head dimension 32 is neither 64 nor a multiple of 128" in (refusal(dim=32) or "")
     assert "up to 16 new tokens, and these are 17" in (refusal(new=17) or "")
     assert "groups of 32 tokens" in (refusal(group=32) or "")
     assert "groups of 64 channels" in (refusal(axis="token", group=64) or "")
