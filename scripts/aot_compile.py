@@ -146,6 +146,7 @@ def compile_for(
     capacity = int(CAPACITY[devices[0].device_kind] * 2**30)
     return {
         "fits": not problems and total <= capacity,
+        "context": context,
         "per_device": {
             "weights": weights,
             "cache": held,
@@ -158,6 +159,23 @@ def compile_for(
         "collectives": results,
         "does_not_compile": [name for name, _ in problems],
     }
+
+
+def largest_context(devices: Any, config: ModelConfig, cache_config: CacheConfig, **sizes: Any) -> dict[str, Any]:
+    """`compile_for` with as many tokens as fit; does not fit where not even the first try does."""
+    context = 8192
+    report = compile_for(devices, config, cache_config, context=context, **sizes)
+    parts = 128 * len(devices)  # whatever the mesh, every device has whole blocks
+    for share in (1.0, 0.97, 0.9, 0.8, 0.6):
+        free = report["per_device"]["capacity"] - report["per_device"]["total"]
+        if not report["fits"] or free < 0:
+            break
+        per_token = report["per_device"]["cache"] / report["context"]
+        more = int((report["context"] + share * free / per_token) // parts * parts)
+        larger = compile_for(devices, config, cache_config, context=more, **sizes)
+        if larger["fits"]:
+            return larger
+    return report
 
 
 def _bytes_of(cache: Cache, part: str, mesh: Mesh) -> int:
@@ -263,7 +281,8 @@ def show(report: dict[str, Any]) -> None:
     for c in report["collectives"]:
         table.add_row(c["program"], c["op"], c["when"], str(c["count"]), f"{c['bytes']:,}")
     console.print(table)
-    console.print("fits" if report["fits"] else "does not fit", style="bold")
+    verdict = "fit" if report["fits"] else "do not fit"
+    console.print(f"{report['context']:,} tokens per sequence {verdict}", style="bold", highlight=False)
 
 
 def main() -> int:
@@ -271,7 +290,7 @@ def main() -> int:
     parser.add_argument("--topology", required=True, help="v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
     parser.add_argument("--config", required=True, type=Path, help="a config.json")
     parser.add_argument("--cache", default="xquant:4")
-    parser.add_argument("--context", required=True, type=int, help="tokens per sequence")
+    parser.add_argument("--context", required=True, help="tokens per sequence, or largest: as many as fit")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mesh", default="", help="data=1,sequence=4,tensor=4 (default: all devices along sequence)")
     parser.add_argument("--prefill-chunk", type=int, default=512)
@@ -285,15 +304,18 @@ def main() -> int:
             windows = config.sliding_windows[:layers]
             config = dataclasses.replace(config, num_layers=layers, sliding_windows=windows)
         devices = topology_devices(arguments.topology)
-        report = compile_for(
-            devices,
-            config,
-            CacheConfig.parse(arguments.cache),
-            mesh_sizes=sharding.parse_mesh(arguments.mesh) if arguments.mesh else {"sequence": len(devices)},
-            context=arguments.context,
-            batch=arguments.batch,
-            prefill_chunk=arguments.prefill_chunk,
-        )
+        sizes: dict[str, Any] = {
+            "mesh_sizes": sharding.parse_mesh(arguments.mesh) if arguments.mesh else {"sequence": len(devices)},
+            "batch": arguments.batch,
+            "prefill_chunk": arguments.prefill_chunk,
+        }
+        model = (devices, config, CacheConfig.parse(arguments.cache))
+        if arguments.context == "largest":
+            report = largest_context(*model, **sizes)
+        elif arguments.context.isdigit():
+            report = compile_for(*model, context=int(arguments.context), **sizes)
+        else:
+            raise ConfigError(f"--context {arguments.context} is neither a number of tokens nor largest")
     except XQuantError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,12 +4,14 @@ The stacked history of all layers is never sliced as a whole: a tile is cut out,
 values, attended to and forgotten. Tiles past the longest sequence, or before every sliding window, cost nothing.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from xquant_jax import attention
@@ -41,7 +43,10 @@ def read_tile(
         at = (layer, 0, start, *[0] * (a.ndim - 3))
         return lax.dynamic_slice(a, at, (1, a.shape[1], size, *a.shape[3:]))[0]
 
-    return as_tokens(dequantize(jax.tree.map(cut, blocks), codebook))
+    tile = jax.tree.map(cut, blocks)
+    # left to itself, XLA for TPU prefers another layout for the products to come, and copies the whole history to it
+    rows = tuple(with_layout_constraint(a, Layout(tuple(range(a.ndim)))) for a in tile.words)
+    return as_tokens(dequantize(dataclasses.replace(tile, words=rows), codebook))
 
 
 def attend_history(
