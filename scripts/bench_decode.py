@@ -301,7 +301,11 @@ class StepModel:
     def layer_params(self) -> Any:
         return self.params["layers"]
 
-    def svd(self, kind: str, *, folded: bool = False) -> Any:
+    def calibrated(self, need: Any) -> Any:
+        """Nothing: no method that is timed here needs any."""
+        raise xq.ConfigError(f"{need.cache} needs calibration, and random weights have none")
+
+    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> Any:
         """Random factors: only their shapes matter here."""
         c, dtype = self.config, self.params["layers"]["key"]["kernel"].dtype
         per_head = kind == "per_head"
