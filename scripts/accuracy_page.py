@@ -132,7 +132,9 @@ def cell(result: dict[str, Any], option: str, bits: int, name: str) -> str:
 
 def cost(option: str) -> str:
     """MFLOP per cached token and layer, and scratch bytes per cached token."""
-    latent, per_head = "predict=latent" in option, "per_head" in option
+    if option in ("accumulator=bf16", "input=post_norm", "delta=channel", "input=residual"):
+        return "K = H | "
+    latent, per_head = "predict=paper" not in option, "per_head" in option
     width = 2 * R if latent else D
     rank = R // int(option.partition("rank=R/")[2] or 1) if "rank" in option else 0
     of_latent = 4 * width * rank if rank else 2 * width * width
@@ -140,8 +142,6 @@ def cost(option: str) -> str:
     keys = 2 * R * HEAD if per_head else 2 * width * R
     values = 2 * H * (HEAD if per_head else width)
     scratch = 2 * width if "accumulator=bf16" in option else width + width // 128 * 4
-    if option == "input=residual":
-        return "K = H | "
     return f"{(predict + keys + values) / 1e6:.1f} | {scratch:,}"
 
 
