@@ -10,9 +10,13 @@ from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
 from pallas_kernels.xla import KeyRebuild
 from xquant_jax.attention import Geometry
+from xquant_jax.packing import BLOCK
 from xquant_jax.quantization import Blocks, StreamSpec
 
 TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
+"""Blocks of a step of the grid; of them, blocks that are worked on together, and that the last few are."""
+WORKING_ROOM = 12 * 2**20
+"""Bytes of vector memory for everything but words and a dense rebuild matrix."""
 UNROLL_UP_TO = 2**20
 """Multiplications per token that are unrolled; what is more is a loop over groups."""
 MOST_NEW = 16
@@ -42,8 +46,15 @@ class Plan:
 
     @property
     def tile(self) -> int:
-        """Blocks of a step of the grid."""
-        return min(TILE, self.num_blocks)
+        """Blocks of a step of the grid: fewer than usual where vector memory has no room for two steps' words."""
+        matrix = 2 * self.key.width * self.kv_heads * self.dim if self.dense else 0
+        room = self.chip.vmem * 7 // 8 - matrix - WORKING_ROOM
+        streams = [self.key] if self.shared else [self.key, self.value]
+        words = sum(BLOCK * spec.width * spec.bits // 8 for spec in streams)
+        tile = TILE
+        while tile > 1 and 2 * tile * words > room:
+            tile //= 2
+        return min(tile, self.num_blocks)
 
     @property
     def splits(self) -> int:
@@ -208,8 +219,8 @@ def refuse_decode_attention(
     matrix = key_rebuild.matrix
     if (matrix is None or matrix.ndim == 3) and key.width != num_kv_heads * dim:
         return f"the key stream is {key.width} wide, and {num_kv_heads} heads of dimension {dim} are rebuilt one by one"
-    if matrix is not None and matrix.ndim == 2 and (needed := 2 * 2 * matrix.size) > chip.current().vmem:
-        return f"the key rebuild matrix {matrix.shape} and its work take {needed:,} bytes of vector memory"
+    if matrix is not None and matrix.ndim == 2 and 2 * matrix.size + 2 * WORKING_ROOM > chip.current().vmem * 7 // 8:
+        return f"the key rebuild matrix {matrix.shape} takes {2 * matrix.size:,} bytes of vector memory, too many"
     return None
 
 

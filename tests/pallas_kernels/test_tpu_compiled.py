@@ -60,6 +60,7 @@ def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         ("llama-3.1-8b", 2, "joint", 1),
         ("llama-3.1-8b", 8, "stored", 1),
         ("llama-2-7b", 4, "x", 1),
+        ("llama-2-7b", 8, "x", 1),
         ("qwen3-8b", 4, "per_head", 1),
     ],
 )
