@@ -9,6 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from converters import open_checkpoint
+from xquant_jax.config import ModelConfig
+from xquant_jax.evaluate import allocated
+from xquant_jax.methods import CacheConfig
+
 DOCS = Path(__file__).parents[1] / "docs"
 MODULES = "$LIB/argparse.py $LIB/inspect.py $LIB/subprocess.py $LIB/tarfile.py $LIB/typing.py"
 LIBRARY = "LIB=$(python -c 'import os; print(os.path.dirname(os.__file__))')"
@@ -43,15 +48,28 @@ def section(name: str, result: dict[str, Any]) -> str:
         "",
         f"![perplexity against size](accuracy/{name}.png)",
         "",
-        "| cache | size | allocated, bytes | perplexity | over 16 bit, 1/1000 nat |",
+        "| cache | size | real size | perplexity | over 16 bit, 1/1000 nat |",
         "|---|---|---|---|---|",
     ]
+    config = open_checkpoint(checkpoint(result["model"])).model_config
     lines += [
-        f"| `{row['cache']}` | {row['paper_ratio']:.1%} | {row['allocated_bytes']:,} | {row['perplexity']:.4f} "
-        f"| {1000 * row['delta_nll']:.1f} ± {1000 * row['stderr']:.1f} |"
+        f"| `{row['cache']}` | {row['paper_ratio']:.1%} | {real_size(row['cache'], config):.1%} "
+        f"| {row['perplexity']:.4f} | {1000 * row['delta_nll']:.1f} ± {1000 * row['stderr']:.1f} |"
         for row in sorted(result["rows"], key=lambda row: (row["paper_ratio"], row["perplexity"]), reverse=True)
     ]
     return "\n".join(lines) + "\n"
+
+
+def checkpoint(model: str) -> Path:
+    """Where the model lies."""
+    return Path(__file__).parents[1] / ("xquant_jax/demo" if model == "demo" else model)
+
+
+def real_size(cache: str, config: ModelConfig) -> float:
+    """Bytes that a long context's next token takes, scratch included, relative to keys and values of 16 bits."""
+    spec = CacheConfig.parse(cache)
+    short, long = (allocated(spec, config, tokens).total for tokens in (8192, 16384))
+    return (long - short) / 8192 / (config.num_layers * 4 * config.kv_width)
 
 
 def learned_by(cache: str) -> str:
@@ -114,7 +132,9 @@ def cell(result: dict[str, Any], option: str, bits: int, name: str) -> str:
 
 def cost(option: str) -> str:
     """MFLOP per cached token and layer, and scratch bytes per cached token."""
-    latent, per_head = "predict=latent" in option, "per_head" in option
+    if option in ("accumulator=bf16", "input=post_norm", "delta=channel", "input=residual"):
+        return "K = H | "
+    latent, per_head = "predict=paper" not in option, "per_head" in option
     width = 2 * R if latent else D
     rank = R // int(option.partition("rank=R/")[2] or 1) if "rank" in option else 0
     of_latent = 4 * width * rank if rank else 2 * width * width
@@ -122,8 +142,6 @@ def cost(option: str) -> str:
     keys = 2 * R * HEAD if per_head else 2 * width * R
     values = 2 * H * (HEAD if per_head else width)
     scratch = 2 * width if "accumulator=bf16" in option else width + width // 128 * 4
-    if option == "input=residual":
-        return "K = H | "
     return f"{(predict + keys + values) / 1e6:.1f} | {scratch:,}"
 
 

@@ -74,11 +74,14 @@ class ClosedLoop(Reference):
             x = rms(h, 1.0, self.c.norm_eps)
         if self.method.input == "residual":
             x = h
-        self.stored[i].setdefault("x", []).append(x @ f["basis"] if self.method.predict == "latent" else x)
+        self.stored[i].setdefault("x", []).append(x @ f["basis"] if self.latent(f) else x)
+
+    def latent(self, f: Any) -> bool:
+        return "basis" in f and self.method.predict != "paper"
 
     def predicted(self, f: Any, total: np.ndarray) -> np.ndarray:
         """M of the definition, computed here: A_below^+ A, on the directions that calibration found."""
-        if self.method.predict != "latent":
+        if not self.latent(f):
             return total
         return total @ f["down"] @ f["up"] if self.method.rank else total @ f["predict"]
 
@@ -98,7 +101,7 @@ class ClosedLoop(Reference):
     def add_layer(self, i: int, n: int, total: np.ndarray | None, theirs: np.ndarray | None) -> np.ndarray:
         """Quantizes block n of layer i (or takes `theirs` as what was read back) and returns x^ with it."""
         _, f = self.layer(i)
-        basis = f.get("basis") if self.method.predict != "latent" else None
+        basis = None if self.latent(f) else f.get("basis")
         below = None if total is None else self.predicted(f, total)
         if theirs is None:
             part = np.stack(self.stored[i]["x"][128 * n : 128 * (n + 1)]).astype(bf16).astype(np.float64)
@@ -153,9 +156,9 @@ class ClosedLoop(Reference):
         ("K=H", "xquant-cl:2,input=post_norm,accumulator=bf16"),
         ("K=H", "xquant-cl:3"),
         ("K=H", "xquant-cl:4,input=residual,delta=channel"),
-        ("K<H", "xquant-cl:2,input=post_norm,accumulator=bf16"),
-        ("K<H", "xquant-cl:4,delta=channel"),
-        ("K<H", "xquant-cl:3,predict=latent,input=post_norm"),
+        ("K<H", "xquant-cl:2,predict=paper,input=post_norm,accumulator=bf16"),
+        ("K<H", "xquant-cl:4,predict=paper,delta=channel"),
+        ("K<H", "xquant-cl:3,input=post_norm"),
         ("K<H", "xquant-cl:2,predict=latent,basis=per_head,accumulator=bf16"),
         ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,delta=channel,input=post_norm"),
     ],
@@ -210,7 +213,8 @@ def test_the_running_sum_is_counted_as_scratch() -> None:
         ("K=H", "xquant-cl:2,first=4@4", "first=4@4: the model has 4 layers"),
         ("K=H", "xquant-cl:2,input=pre_norm", "input=pre_norm is not supported; choose post_norm or unit_norm or"),
         ("K=H", "xquant-cl:5", "bits=5 is not supported"),
-        ("K<H", "xquant-cl:2,rank=8", "rank=8 applies to predict=latent; leave it out or add predict=latent"),
+        ("K<H", "xquant-cl:2,predict=paper,rank=8", "rank=8 applies to predict=latent; leave one of them out"),
+        ("K=H", "xquant-cl:2,rank=8", "rank=8 applies to grouped-query models"),
         ("K<H", "xquant-cl:2,predict=paper,basis=per_head", "basis=per_head applies to predict=latent"),
         ("K<H", "xquant-cl:2,predict=latent,rank=33", "rank=33: the latent has 32 directions"),
         ("K<H", "xquant-cl:2,predict=latent,rank=-1", "rank=-1 is not possible"),

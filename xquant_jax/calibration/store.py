@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from xquant_jax.calibration.needs import Directions, Need
 from xquant_jax.errors import CheckpointError, ConfigError
@@ -51,8 +51,9 @@ class Calibration:
         partial = path.with_name(f".{path.name}.partial")
         metadata = {"format": _FORMAT, "fingerprint": self.fingerprint}
         metadata |= {f"source:{name}": text for name, text in self.source.items()}
-        save_file(self.arrays, partial, metadata)
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:  # save_file would leave it readable by its owner only
+            file.write(save(self.arrays, metadata))
+            file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
 

@@ -49,7 +49,7 @@ class XQuantCL(Method):
     input: which X: after the norm (`post_norm`), after the norm without its weight, which is folded into the
         projections (`unit_norm`), or before the norm (`residual`, K = H only)
     delta: quantize differences along the `token` or the `channel`
-    predict: K < H only, see above
+    predict: K < H only, see above: `latent` by default, or `paper`
     basis, rank: of `predict=latent`, see above; rank=0: all directions, without calibration
     accumulator: how the running sum of the history is held: `bf16` or `int8`
     """
@@ -59,7 +59,7 @@ class XQuantCL(Method):
     bits: int = 2
     input: str = "unit_norm"
     delta: str = "token"
-    predict: str | None = None  # None: paper where K < H
+    predict: str | None = None  # None: latent where K < H
     basis: str | None = None  # None: joint
     rank: int = 0
     accumulator: str = "int8"
@@ -69,9 +69,9 @@ class XQuantCL(Method):
             value = getattr(self, option)
             if value not in choices and not (option in ("predict", "basis") and value is None):
                 raise ConfigError(f"{option}={value} is not supported; choose {' or '.join(choices)}")
-        if self.predict != "latent" and (self.basis or self.rank):
+        if self.predict == "paper" and (self.basis or self.rank):
             option = f"basis={self.basis}" if self.basis else f"rank={self.rank}"
-            raise ConfigError(f"{option} applies to predict=latent; leave it out or add predict=latent")
+            raise ConfigError(f"{option} applies to predict=latent; leave one of them out")
         if self.rank < 0:
             raise ConfigError(f"rank={self.rank} is not possible; choose 1 or more, or 0 for all directions")
 
@@ -109,7 +109,7 @@ class XQuantCL(Method):
         params, config = source.layer_params(), source.config
         folded = self.input != "post_norm"
         weights = projections(params, folded, number)
-        if self.predict == "latent":
+        if self._latent(config):
             basis = latent_basis(source, self.basis or "joint", folded=folded, number=number)
             factors: dict[str, Any] = {"basis": basis} | self._rebuilding(source, weights, basis)
             if self.rank:
@@ -149,7 +149,7 @@ class XQuantCL(Method):
                 x = unit_norm(new.h, new.norm_eps)
             case _:
                 x = new.h
-        return {"x": x @ factors["basis"] if self.predict == "latent" else x}
+        return {"x": x @ factors["basis"] if "predict" in factors else x}
 
     def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
         assert running is not None
@@ -188,8 +188,10 @@ class XQuantCL(Method):
         )
 
     def _check(self, config: ModelConfig) -> None:
-        if config.is_multi_head and self.predict is not None:
-            raise ConfigError(f"predict={self.predict} applies to grouped-query models; leave it out for this one")
+        options = {"predict": self.predict, "basis": self.basis, "rank": self.rank}
+        given = [f"{option}={value}" for option, value in options.items() if value]
+        if config.is_multi_head and given:
+            raise ConfigError(f"{given[0]} applies to grouped-query models; leave it out for this one")
         if not config.is_multi_head and self.input == "residual":
             raise ConfigError("input=residual applies to models with a key/value head per query head only (K = H)")
         if self.rank > self._stored_width(config):
@@ -203,10 +205,14 @@ class XQuantCL(Method):
         return min(config.width, 2 * config.kv_width)
 
     def _running_width(self, config: ModelConfig) -> int:
-        return self._stored_width(config) if self.predict == "latent" else config.width
+        return self._stored_width(config) if self._latent(config) else config.width
+
+    def _latent(self, config: ModelConfig) -> bool:
+        """Whether the running sum is that of latents."""
+        return not config.is_multi_head and self.predict != "paper"
 
     def _predicted(self, factors: Any, running: Array) -> Array:
-        for matrix in factors["predict"] if self.predict == "latent" else ():
+        for matrix in factors.get("predict", ()):
             running = _times(running, matrix)
         return running
 
@@ -218,7 +224,7 @@ class XQuantCL(Method):
         return _times(z, factors["basis"].T) if self._has_basis(factors) else z.astype(jnp.float32)
 
     def _has_basis(self, factors: Any) -> bool:
-        return self.predict != "latent" and "basis" in factors
+        return "basis" in factors and "predict" not in factors
 
 
 class Base(XQuantCL):
