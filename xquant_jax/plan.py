@@ -332,19 +332,20 @@ class _OneLayer:
 
     config: ModelConfig
     params: dict[str, Any]
-    _svd: dict[tuple[str, bool], Any] = dataclasses.field(default_factory=dict)
+    _svd: dict[tuple[str, bool, int], Any] = dataclasses.field(default_factory=dict)
 
     def layer_params(self) -> dict[str, Any]:
         return self.params
 
     def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
-        if (kind, folded) not in self._svd:
+        key = (kind, folded, number or self.config.num_layers)  # by layers too, as a loaded model has them
+        if key not in self._svd:
             tree: dict[str, Any] = {}
             for path, shape in factor_shapes(kind, self.config).items():  # pyright: ignore[reportArgumentType]
                 side, _, name = path.rpartition(".")
                 (tree.setdefault(side, {}) if side else tree)[name] = jnp.zeros((1, *shape), self.config.dtype)
-            self._svd[kind, folded] = tree
-        return self._svd[kind, folded]
+            self._svd[key] = tree
+        return self._svd[key]
 
     def calibrated(self, need: Need) -> dict[str, Any]:
         c = self.config
@@ -371,11 +372,14 @@ def factors_of_one_layer(config: ModelConfig, cache_config: CacheConfig) -> tupl
 def _factor_bytes(config: ModelConfig, cache_config: CacheConfig) -> tuple[int, int]:
     """Bytes of all factors, and of those that a step reads; what is a parameter too is not counted."""
     factors, known = factors_of_one_layer(config, cache_config)
-    new = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(factors) if id(leaf) not in known}
-    read = 0
+    held: dict[int, int] = {}
+    read = end = 0
     for (_, layers), tree in zip(cache_config.segments(config), factors, strict=True):
-        read += layers * sum(new.get(id(leaf), 0) for leaf in jax.tree.leaves(tree))
-    return config.num_layers * sum(new.values()), read
+        end += layers
+        new = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(tree) if id(leaf) not in known}
+        held |= {leaf: end * size for leaf, size in new.items()}  # from layer 0 on, see `CacheConfig.factors`
+        read += layers * sum(new.values())
+    return sum(held.values()), read
 
 
 @lru_cache(maxsize=256)
