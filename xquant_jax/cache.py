@@ -85,38 +85,38 @@ def allocate(cache_config: "CacheConfig", config: ModelConfig, *, batch: int, to
     Longer inputs may be appended too; `max_step` only bounds what the window holds between `append` and `flush`. On a
     mesh blocks and window are rounded up to what divides, and every device allocates its own share only.
     """
-    segments = cache_config.segments(config)
     lies = sharding.layout(cache_config, config)
     blocks = sharding.round_up(max(1, tokens // BLOCK), sharding.devices_along(lies.blocks))
-    room = _window_room(max_step, lies)
+    create = jax.jit(_empty, static_argnums=range(6)) if sharding.active() else _empty
+    return create(cache_config, config, lies, batch, blocks, max_step)
 
-    def empty() -> Cache:
-        filled, running = [], None
-        for method, layers in segments:
-            history = {
-                name: allocate_blocks(spec, (layers, batch, blocks)) for name, spec in method.streams(config).items()
-            }
-            window = {
-                name: jnp.zeros((layers, batch, room, width), dtype)
-                for name, (width, dtype) in method.window(config).items()
-            }
-            sink = {name: w[:, :, : method.sink_tokens] for name, w in window.items() if method.sink_tokens}
-            filled.append(Segment(history, window, sink, method, layers))
-            if (spec := method.running(config)) is not None:
-                running = allocate_blocks(spec, (batch, blocks))
-        return Cache(
-            lengths=jnp.zeros(batch, jnp.int32),
-            flushed=jnp.zeros(batch, jnp.int32),
-            segments=tuple(filled),
-            running=running,
-            layout=lies,
-            capacity=blocks * BLOCK + BLOCK - 1,
-            max_step=max_step,
-        )
 
-    if not sharding.active():
-        return empty()
-    return jax.jit(lambda: sharding.constrain_cache(empty()))()
+def _empty(
+    cache_config: "CacheConfig", config: ModelConfig, lies: Layout, batch: int, blocks: int, max_step: int
+) -> Cache:
+    segments, running = [], None
+    for method, layers in cache_config.segments(config):
+        history = {
+            name: allocate_blocks(spec, (layers, batch, blocks)) for name, spec in method.streams(config).items()
+        }
+        window = {
+            name: jnp.zeros((layers, batch, _window_room(max_step, lies), width), dtype)
+            for name, (width, dtype) in method.window(config).items()
+        }
+        sink = {name: w[:, :, : method.sink_tokens] for name, w in window.items() if method.sink_tokens}
+        segments.append(Segment(history, window, sink, method, layers))
+        if (spec := method.running(config)) is not None:
+            running = allocate_blocks(spec, (batch, blocks))
+    cache = Cache(
+        lengths=jnp.zeros(batch, jnp.int32),
+        flushed=jnp.zeros(batch, jnp.int32),
+        segments=tuple(segments),
+        running=running,
+        layout=lies,
+        capacity=blocks * BLOCK + BLOCK - 1,
+        max_step=max_step,
+    )
+    return sharding.constrain_cache(cache)
 
 
 def _window_room(step: int, lies: Layout) -> int:

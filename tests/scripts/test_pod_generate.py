@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -116,6 +117,17 @@ def test_a_killed_job_goes_on_where_it_stopped(
     check(results, 400)
     after = records(results)
     assert all(after[line] == record for line, record in before.items())
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
+    (commands,) = re.findall(r"```sh\n(for i in .*?)```", (ROOT / "docs" / "pods.md").read_text(), re.S)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def main():"}\n{"prompt": "class Stack:"}\n')
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("XLA_FLAGS", None)
+    subprocess.run(["bash", "-c", commands], cwd=tmp_path, env=environment, check=True, timeout=SECONDS)
+    assert all(len(r["tokens"]) == 16 for r in records(tmp_path / "results.jsonl").values())
 
 
 def test_a_host_that_never_joins_is_an_error(model: Path, prompts: Path, tmp_path: Path) -> None:
