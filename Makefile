@@ -26,7 +26,7 @@ demo: .venv/installed
 	@$(PYTHON) scripts/demo.py
 
 test: .venv/installed-test
-	@$(PYTHON) -m pytest $(PYTEST_FLAGS)
+	@$(PYTHON) -m pytest --numprocesses=2 --dist=worksteal $(PYTEST_FLAGS)
 
 lint: style types
 
