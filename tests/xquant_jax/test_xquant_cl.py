@@ -1,18 +1,24 @@
 """XQuant-CL in prefill and decode equals an independent computation: numpy, one sequence, one token at a time."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference, assert_neighbours, bf16, fake_quantize_block, read_block, rms
 from tests.xquant_jax.test_xquant import PROMPTS, STEPS, run_library
+from xquant_jax import attention
 from xquant_jax import history as tiles
-from xquant_jax.cache import allocate, cache_bytes
+from xquant_jax.attention import Geometry
+from xquant_jax.cache import allocate, append, cache_bytes, flush
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods import CacheConfig
+from xquant_jax.methods.base import Stored
+from xquant_jax.quantization import allocate_blocks
 
 TOLERANCE = 4e-4  # of the logits' range: float32 against float64, over four layers
 SLACK = 1e-4  # of the largest value: what float32 sums are off by after four layers
@@ -223,3 +229,60 @@ def test_the_running_sum_is_counted_as_scratch() -> None:
 def test_what_does_not_apply_is_an_error(kind: str, spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CacheConfig.parse(spec).segments(MODELS[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("K=H", "xquant-cl:2"),
+        ("K=H", "xquant-cl:3,input=residual,accumulator=bf16"),
+        ("K<H", "xquant-cl:2"),
+        ("K<H", "xquant-cl:3,predict=paper,accumulator=bf16"),
+        ("K<H", "xquant-cl:2,basis=per_head,rank=16,delta=channel"),
+    ],
+)
+def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: str) -> None:
+    """The same vectors through windows, two flushes and the tile loop, and through `store_and_read` at once: attention
+    to them is the same in every layer. Ragged rows, one shorter than a block."""
+    model = random_model(MODELS[kind])
+    c, cache_config = model.config, CacheConfig.parse(f"{spec},first=2@4")
+    factors = cache_config.factors(model)
+    counts = np.asarray([400, 256, 90])
+    rng = np.random.default_rng(0)
+    cache = allocate(cache_config, c, batch=3, tokens=400, max_step=200)
+    vectors = [
+        {
+            n: rng.standard_normal((s.num_layers, 3, 400, w.shape[3])).astype(bf16).astype(np.float32)
+            for n, w in s.window.items()
+        }
+        for s in cache.segments
+    ]
+    for start in (0, 200):
+        piece = tuple({n: jnp.asarray(v[:, :, start : start + 200]) for n, v in part.items()} for part in vectors)
+        cache = flush(append(cache, piece, jnp.asarray(np.clip(counts - start, 0, 200))), factors)
+    q = jnp.asarray(rng.standard_normal((3, 1, c.num_heads, c.head_dim)), jnp.float32)
+    frequencies = jnp.asarray(c.rope.frequencies(c.head_dim))
+    geometry = Geometry(jnp.asarray(counts)[:, None], 2**30, frequencies, c.head_dim**-0.5)
+    running, sums, start = cache.running, [None] * 3, 0
+    for segment, part, own_factors in zip(cache.segments, vectors, factors, strict=True):
+        method, specs = segment.method, segment.method.streams(c)
+        for i in range(segment.num_layers):
+            own = jax.tree.map(lambda a, i=i, start=start: a[start + i], own_factors)
+            stored = Stored(segment, jnp.int32(i), cache.flushed, cache.in_window, running)
+            got, running = method.attend(own, q, stored, geometry, c)
+            for row, count in enumerate(counts.tolist()):
+                whole = count // 128 * 128
+                window = {n: jnp.asarray(v[i, row : row + 1, :count]) for n, v in part.items()}
+                read = window
+                if whole:
+                    if sums[row] is None and (spec_of := method.running(c)) is not None:
+                        sums[row] = allocate_blocks(spec_of, (1, whole // 128))
+                    blocks = {n: v[:, :whole] for n, v in window.items()}
+                    _, old, sums[row] = method.store_and_read(own, blocks, sums[row], specs)
+                    read = {n: jnp.concatenate([old[n], window[n][:, whole:]], axis=1) for n in window}
+                k, v = method.rebuild(own, read, c)
+                at = dataclasses.replace(geometry, positions=geometry.positions[row : row + 1])
+                expected = attention.attend(q[row : row + 1], k, v, at, origin=jnp.zeros(1, jnp.int32), count=count)
+                np.testing.assert_allclose(got.out[row], expected.out[0], atol=2e-4 * float(np.abs(expected.out).max()))
+                np.testing.assert_allclose(got.lse[row], expected.lse[0], atol=1e-3)
+        start += segment.num_layers
