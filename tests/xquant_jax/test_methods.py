@@ -81,7 +81,7 @@ def test_layers_may_be_named_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("h2o", "cache method 'h2o' is not known; choose one of bf16, int8, fp8, kivi, xquant"),
+        ("h2o", "cache method 'h2o' is not known; choose one of bf16, int8, fp8, kivi, kvquant, xquant"),
         ("xquant:5", "bits=5 is not supported; choose 2, 3, 4 or 8"),
         ("xquant:four", "bits=four is not a whole number"),
         ("xquant:4,basis", "option 'basis' .* has no value"),

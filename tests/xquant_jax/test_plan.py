@@ -79,7 +79,7 @@ def test_operations_of_rebuilding_from_x_and_of_differences(grouped: ModelConfig
     assert per_token(multi_head, "xquant:4") == 32 * from_x
     joint = 2 * R * R + attention + 2 * 32 * R
     summed = 2 * D * 2 * R + 2 * D * R + attention + 2 * 32 * D
-    assert per_token(grouped, "xquant-cl:2") == 2 * joint + 30 * summed
+    assert per_token(grouped, "xquant-cl:2,predict=paper") == 2 * joint + 30 * summed
 
 
 def test_loops_of_known_length_count_and_others_are_kept_apart() -> None:
