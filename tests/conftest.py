@@ -123,3 +123,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared folder with trained models beside the project")
     return SHARED
+
+
+MOST_MAPS = 25_000
+"""Memory maps of a process from which on compiled programs are forgotten: every program has dozens to hundreds, and
+Linux allows 65,530; beyond, the compiler crashes."""
+
+
+def forget_programs() -> None:
+    """Frees compiled programs if there are many."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    yield
+    forget_programs()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import xquant_jax as xq
 from converters import convert
 from converters.shards import Tensor
 from tests.checkpoints import write_checkpoint
-from tests.conftest import counted_compilations, random_tokens
+from tests.conftest import counted_compilations, forget_programs, random_tokens
 from xquant_jax import batch, sharding
 from xquant_jax.cache import Cache, allocate, append, cache_bytes, flush, flush_when_due
 from xquant_jax.loading import Model
@@ -37,6 +38,12 @@ LENGTHS = (300, 5, 131, 127, 128, 250, 17, 60)
 def eight_devices() -> None:
     if jax.device_count() < 8:
         pytest.skip(f"{jax.device_count()} {jax.default_backend()} devices; these tests simulate eight on CPU")
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    yield
+    forget_programs()
 
 
 @pytest.fixture(scope="module")
