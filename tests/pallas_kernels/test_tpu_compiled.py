@@ -95,7 +95,7 @@ def test_decode_attention_compiles_and_copies_no_history(
     matrix = None if matrix is None else shape(*matrix)
     memory = compiled(attend, device, shape(1, new, heads, dim), key, matrix, norm, value, *numbers).memory_analysis()
     permuted = 0 if form != "x" else matrix.size * 2
-    assert memory.temp_size_in_bytes < permuted + 2**21  # queries and results, not a layer of the history
+    assert memory.temp_size_in_bytes < permuted + 3 * 2**20  # queries and results, not a layer of the history
 
 
 @pytest.mark.slow

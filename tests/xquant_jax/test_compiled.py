@@ -20,9 +20,8 @@ BATCH, NEW, CHUNK = 2, 64, 16
 )
 def test_temporaries_stay_below_a_tenth_of_the_cache(spec: str) -> None:
     """Prefill and decode in one program with a donated cache of 64 k tokens; nothing is allocated but shapes."""
-    layers = (
-        24 if spec.startswith("xquant-cl") else 6
-    )  # XLA inlines the loop over one base layer and copies its history
+    # XLA inlines the loop over one base layer and copies its history
+    layers = 32 if spec.startswith("xquant-cl") else 6
     sizes = {"width": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "num_layers": layers}
     config = tiny_config(**sizes, sliding_windows=(None,) * layers)
     model = random_model(config)
