@@ -52,8 +52,8 @@ def test_a_slice_that_is_not_there(tmp_path: Path, topology: str, model: str, ca
     assert sizes["cache"] == pytest.approx((history + window) / DEVICES[topology], rel=1e-4)
     whole = sizes["cache"] * {LLAMA_8B: 32, LLAMA_70B: 80}[model] / layers  # of all layers; temporaries are of one
     assert sizes["temporaries_by_program"]["decode"] < 0.1 * whole
-    # a decode step exchanges activations and logits, never the history
-    assert 0 < exchanged(report, "decode", "step") < 0.1 * sizes["cache"]
+    # a decode step exchanges activations and logits (most of it, beside two layers), never the history
+    assert 0 < exchanged(report, "decode", "step") < 0.3 * sizes["cache"]
     assert exchanged(report, "prefill", "step") > exchanged(report, "decode", "step")
 
 
