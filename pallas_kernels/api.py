@@ -7,14 +7,14 @@ import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, xla
-from pallas_kernels.xla import KeyRebuild
+from pallas_kernels.xla import Accumulation, KeyRebuild
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.errors import ConfigError
 from xquant_jax.quantization import Blocks
@@ -57,14 +57,25 @@ def choose(implementation: str | None, operation: str, *args: Any, **kwargs: Any
 
     A name raises `ConfigError` if it cannot; None warns, once for each reason, if no kernel of this platform can.
     """
+    return _choose(implementation, operation, lambda name: _refusal(name, operation, *args, **kwargs))
+
+
+def decode_without_kernel(implementation: str | None, reason: str) -> None:
+    """What `choose` does, for decoding that no backend but plain XLA has a form of: `reason` says why."""
+    name = _choose(implementation, "decode_attention", lambda name: None if name == "xla" else reason)
+    for names in _recorded:
+        names.add(name)
+
+
+def _choose(implementation: str | None, operation: str, refusal: Callable[[str], str | None]) -> str:
     check(implementation)
     if implementation is not None:
-        if reason := _refusal(implementation, operation, *args, **kwargs):
+        if reason := refusal(implementation):
             raise ConfigError(f"implementation={implementation!r} cannot run {operation}: {reason}")
         return implementation
     reasons = []
     for name in CHOSEN.get(target.current().platform, ()):
-        if (reason := _refusal(name, operation, *args, **kwargs)) is None:
+        if (reason := refusal(name)) is None:
             return name
         reasons.append(f"{name}: {reason}")
     if reasons:
@@ -125,6 +136,32 @@ def decode_attention(
     args = (q, key_stream, key_rebuild, value_stream, flushed, geometry)
     kwargs = {"layer": layer, "num_kv_heads": num_kv_heads, "value_heads": value_heads}
     return _backend(implementation, "decode_attention", *args, **kwargs).decode_attention(*args, **kwargs)
+
+
+def accumulate(
+    running: Blocks,
+    stream: Blocks,
+    accumulation: Accumulation,
+    flushed: Int[Array, " B"],
+    *,
+    layer: Int[Array, ""] | int,
+    implementation: str | None = None,
+) -> Blocks:
+    """The running sum of the history with one layer in it (paper, section 3.3): read, added to, quantized again.
+
+    running: the sum of the layers below [B, N, ...], along the token; ignored where `accumulation.predict` is None
+    stream: what the layers store, of all layers, unsliced, leading axes [L, B, N]
+    flushed: whole blocks of each sequence that exist; what the others hold afterwards means nothing
+    layer: which layer of the stream
+
+    Raises `ConfigError` if the widths differ or the implementation cannot be had.
+    """
+    widths = [stream.spec.width if accumulation.lift is None else accumulation.lift.shape[1]]
+    widths += [matrix.shape[1] for matrix in (accumulation.predict or ())[-1:]]
+    if any(width != running.spec.width for width in widths):
+        raise ConfigError(f"a sum of width {running.spec.width} cannot be had from parts of width {widths}")
+    args, kwargs = (running, stream, accumulation, flushed), {"layer": layer}
+    return _backend(implementation, "accumulate", *args, **kwargs).accumulate(*args, **kwargs)
 
 
 def _backend(implementation: str | None, operation: str, *args: Any, **kwargs: Any) -> ModuleType:

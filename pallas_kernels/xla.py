@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from xquant_jax.attention import Geometry, Part
-from xquant_jax.history import attend_history
+from xquant_jax.history import accumulate_history, attend_history
 from xquant_jax.quantization import Blocks, Leaf, dequantize
 
 
@@ -32,6 +32,32 @@ class KeyRebuild:
             mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
             k = (wide * lax.rsqrt(mean_square + self.norm_eps) * self.norm).astype(z.dtype)
         return k
+
+
+@struct.dataclass
+class Accumulation:
+    """How a running sum x^ goes from a layer to the next: x^ <- x^ P_1 P_2 ... + d^ L, d being what the layer stores.
+
+    predict: the matrices P [C, n], ..., [n, C]; an empty tuple: the sum stays as it is. None: a new sum begins
+    lift: L [c, C], or None where d is as wide as the sum
+    """
+
+    predict: tuple[Leaf, ...] | None = ()
+    lift: Leaf | None = None
+
+    def __call__(self, below: Float[Array, "B S C"], stored: Float[Array, "B S c"]) -> Float[Array, "B S C"]:
+        total = stored.astype(jnp.float32) if self.lift is None else times(stored, self.lift)
+        return total if self.predict is None else self.predicted(below) + total
+
+    def predicted(self, below: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
+        for matrix in self.predict or ():
+            below = times(below, matrix)
+        return below
+
+
+def times(x: Float[Array, "... C"], matrix: Float[Array, "C N"]) -> Float[Array, "... N"]:
+    """x in the matrix' type times the matrix, summed in float32: the same in decode and at a flush."""
+    return jnp.matmul(x.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
 
 
 def expand(z: Float[Array, "B S C"], matrix: Array | None, num_kv_heads: int) -> Float[Array, "B S K d"]:
@@ -64,10 +90,21 @@ def decode_attention(
 ) -> Part:
     """See `pallas_kernels.api.decode_attention`."""
 
-    def read(vectors: dict[str, Array], running: Blocks | None) -> tuple[Array, Array, Blocks | None]:
+    def read(vectors: dict[str, Array]) -> tuple[Array, Array]:
         z = vectors["value"]
-        return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1), running
+        return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1)
 
     streams = {"key": key_stream, "value": value_stream}
-    part, _ = attend_history(q, streams, layer, flushed, read, geometry)
-    return part
+    return attend_history(q, streams, layer, flushed, read, geometry)
+
+
+def accumulate(
+    running: Blocks,
+    stream: Blocks,
+    accumulation: Accumulation,
+    flushed: Int[Array, " B"],
+    *,
+    layer: Int[Array, ""] | int,
+) -> Blocks:
+    """See `pallas_kernels.api.accumulate`."""
+    return accumulate_history(running, stream, layer, flushed, accumulation)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from xquant_jax import attention
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, as_tokens, dequantize
+from xquant_jax.quantization import Blocks, as_blocks, as_tokens, dequantize, quantize
 
 TILE_BLOCKS = 8
 """Blocks of history dequantized at once: bounds the temporaries to 1024 tokens of one layer."""
@@ -25,9 +25,8 @@ TILE_BLOCKS = 8
 SCORES_AT_ONCE = 2**17
 """Scores of a head and tile, new tokens times history tokens: makes tiles smaller in prefill."""
 
-Read = Callable[[dict[str, Array], Blocks | None], tuple[Array, Array, Blocks | None]]
-"""Dequantized streams [B, S, C] by name and the running sum of the same blocks [B, S/128, ...] -> keys [B, S, K, d],
-values [B, S, K or 1, C] and the running sum with this layer in it."""
+Read = Callable[[dict[str, Array]], tuple[Array, Array]]
+"""Dequantized streams [B, S, C] by name -> keys [B, S, K, d] and values [B, S, K or 1, C]."""
 
 
 def read_tile(
@@ -56,55 +55,70 @@ def attend_history(
     flushed: Int[Array, " B"],
     read: Read,
     geometry: Geometry,
-    running: Blocks | None = None,
     *,
     codebooks: Mapping[str, Float[Array, " levels"]] = MappingProxyType({}),
     skip: Int[Array, ""] | int = 0,
-) -> tuple[Part, Blocks | None]:
+) -> Part:
     """Attends to the first `flushed` blocks of each sequence, but for their first `skip` tokens.
 
-    A method that stores differences between layers hands the running sum of the history from layer to layer.
     `codebooks`: of the streams that have one.
     """
     num_blocks = next(iter(history.values())).words[0].shape[2]
     size = min(TILE_BLOCKS, num_blocks, max(1, SCORES_AT_ONCE // (BLOCK * q.shape[1])))
     batch = q.shape[0]
 
-    def tile(number: Array, running: Blocks | None) -> tuple[Part, Blocks | None]:
+    def tile(number: Array) -> Part:
         start = jnp.minimum(number * size, num_blocks - size)  # the last tile may overlap the one before
         stale = number * size - start
         vectors = {
             name: read_tile(blocks, layer, start, size, codebooks.get(name)).astype(q.dtype)
             for name, blocks in history.items()
         }
-        before = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), running)
-        k, v, after = read(vectors, before)
-        fresh = jnp.arange(size) >= stale
-
-        def write(whole: Array, old: Array, new: Array) -> Array:
-            kept = jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 2)), new, old)
-            return lax.dynamic_update_slice_in_dim(whole, kept, start, axis=1)
-
-        part = attention.attend(
+        return attention.attend(
             q,
-            k,
-            v,
+            *read(vectors),
             geometry,
             origin=jnp.full(batch, start * BLOCK),
             first=jnp.maximum(stale * BLOCK, skip - start * BLOCK),
             count=(flushed - start) * BLOCK,
         )
-        return part, jax.tree.map(write, running, before, after)
 
-    # layers above need the running sum of every tile, whatever this one looks back at
     oldest = jnp.maximum(geometry.positions.min() - geometry.sliding_window + 1, 0)
-    first = oldest // (size * BLOCK) if running is None else jnp.zeros_like(oldest)
-    last = -(-flushed.max() // size)
-    shape, _ = jax.eval_shape(tile, jnp.int32(0), running)
+    shape = jax.eval_shape(tile, jnp.int32(0))
     nothing = Part(jnp.zeros(shape.out.shape), jnp.full(shape.lse.shape, -jnp.inf))
+    return lax.fori_loop(
+        oldest // (size * BLOCK),
+        -(-flushed.max() // size),
+        lambda number, part: attention.merge(part, tile(number)),
+        nothing,
+    )
 
-    def body(number: Array, carry: tuple[Part, Blocks | None]) -> tuple[Part, Blocks | None]:
-        part, running = tile(number, carry[1])
-        return attention.merge(carry[0], part), running
 
-    return lax.fori_loop(first, last, body, (nothing, running))
+def accumulate_history(
+    running: Blocks,
+    history: Blocks,
+    layer: Int[Array, ""] | int,
+    flushed: Int[Array, " B"],
+    add: Callable[[Array, Array], Array],
+) -> Blocks:
+    """Adds one layer's differences to the running sum [B, N, ...] of the blocks that exist in any sequence.
+
+    add: the sum below and what the layer stores, float32 [B, S, C] -> the sum with this layer in it
+    """
+    num_blocks = history.words[0].shape[2]
+    size = min(TILE_BLOCKS, num_blocks)
+
+    def tile(number: Array, running: Blocks) -> Blocks:
+        start = jnp.minimum(number * size, num_blocks - size)
+        before = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), running)
+        total = add(as_tokens(dequantize(before)).astype(jnp.float32), read_tile(history, layer, start, size))
+        after = quantize(as_blocks(total), running.spec)
+        fresh = jnp.arange(size) >= number * size - start  # the last tile may overlap the one before
+
+        def write(whole: Array, old: Array, new: Array) -> Array:
+            kept = jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 2)), new, old)
+            return lax.dynamic_update_slice_in_dim(whole, kept, start, axis=1)
+
+        return jax.tree.map(write, running, before, after)
+
+    return lax.fori_loop(0, -(-flushed.max() // size), tile, running)

@@ -1,9 +1,18 @@
 """Pallas Mosaic kernels for TPU v5e, v5p and v6e."""
 
+from pallas_kernels.pallas_tpu.accumulate import accumulate, refuse_accumulate
 from pallas_kernels.pallas_tpu.attention import decode_attention
 from pallas_kernels.pallas_tpu.plan import refuse_decode_attention
 from pallas_kernels.pallas_tpu.project import refuse_remat_project, remat_project
 
 PLATFORM = "tpu"
 
-__all__ = ["PLATFORM", "decode_attention", "refuse_decode_attention", "refuse_remat_project", "remat_project"]
+__all__ = [
+    "PLATFORM",
+    "accumulate",
+    "decode_attention",
+    "refuse_accumulate",
+    "refuse_decode_attention",
+    "refuse_remat_project",
+    "remat_project",
+]

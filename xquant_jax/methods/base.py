@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -80,6 +81,11 @@ class Stored:
     first_block: Int[Array, ""] | int = 0
     first_place: Int[Array, ""] | int = 0
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks of a sequence this device has room for."""
+        return next(iter(self.segment.history.values())).words[0].shape[2]
+
     def window(self) -> dict[str, Array]:
         """The newest vectors of this layer, [B, W, C] by name."""
         return self._pick(self.segment.window)
@@ -101,7 +107,7 @@ class Absorbed:
     value: str  # vectors that probabilities are multiplied with
     value_heads: int  # K: each head reads its own part of them; 1: all of it
     project: Callable[[Array], Array] = lambda out: out  # [B, T, H, C] -> [B, T, H, d]
-    prepare: Callable[[dict[str, Array]], dict[str, Array]] = lambda vectors: vectors  # before anything else
+    prepare: Callable[[dict[str, Array]], dict[str, Array]] | None = None  # before anything else; no kernel has it
 
 
 class Method(abc.ABC):
@@ -109,8 +115,8 @@ class Method(abc.ABC):
 
     New tokens are *encoded* to the vectors of the window. At a flush the window's vectors are turned into what is
     *stored*; most methods store them as they are. *Reading* the history gives back vectors like those of the window,
-    and from them keys and values are *rebuilt*. Methods that store differences between layers also say how the
-    running sum is *accumulated*; it is the vector that they rebuild from.
+    and from them keys and values are *rebuilt*. Methods that store differences between layers have one stream
+    and one vector in the window, and say how the running sum is *accumulated*; that is what they rebuild from.
     """
 
     name: ClassVar[str]
@@ -178,8 +184,8 @@ class Method(abc.ABC):
         """Stream vectors [B, S, C] from the window's; `running` is the sum of the layers below, [B, S, C]."""
         return window
 
-    def accumulate(self, factors: Any, stored: dict[str, Array], running: Array) -> dict[str, Array]:
-        """The running sum with this layer in it, under the window's name, from streams as they are read back."""
+    def accumulation(self, factors: Any) -> pallas_kernels.Accumulation:
+        """How the running sum goes from the layer below to this one."""
         raise NotImplementedError(f"{self.name} keeps no running sum")
 
     @abc.abstractmethod
@@ -192,19 +198,6 @@ class Method(abc.ABC):
         """The same attention with values absorbed, if the method has such a form."""
         return None
 
-    def read(
-        self, factors: Any, stored: dict[str, Array], running: Blocks | None
-    ) -> tuple[dict[str, Array], Blocks | None]:
-        """Vectors like the window's from streams as they are read back, and the running sum [B, n, 128, ...]."""
-        if not self.accumulates:
-            return stored, running
-        assert running is not None
-        dtype = next(iter(stored.values())).dtype
-        below = as_tokens(dequantize(running)).astype(jnp.float32)
-        ((name, total),) = self.accumulate(factors, stored, below).items()
-        running = quantize(as_blocks(total), running.spec)
-        return {name: as_tokens(dequantize(running)).astype(dtype)}, running
-
     def store_and_read(
         self,
         factors: Any,
@@ -214,13 +207,20 @@ class Method(abc.ABC):
     ) -> tuple[dict[str, Blocks], dict[str, Array], Blocks | None]:
         """Quantizes whole blocks of one layer's window vectors [B, S, C], and reads them back.
 
-        The only place where streams are written. Returns them packed, [B, S/128, ...], then what `read` returns.
+        The only place where streams are written. Returns them packed, [B, S/128, ...], vectors like the window's, and
+        the running sum with this layer in it.
         """
         below = None if running is None else as_tokens(dequantize(running)).astype(jnp.float32)
         vectors, books = self.store(factors, window, below), self.codebooks(factors)
         blocks = {name: quantize(as_blocks(v), specs[name], books.get(name)) for name, v in vectors.items()}
         stored = {name: as_tokens(dequantize(b, books.get(name))) for name, b in blocks.items()}
-        return blocks, *self.read(factors, stored, running)
+        if not self.accumulates:
+            return blocks, stored, running
+        assert running is not None
+        assert below is not None
+        total = self.accumulation(factors)(below, next(iter(stored.values())))
+        running = quantize(as_blocks(total), running.spec)
+        return blocks, dict.fromkeys(window, as_tokens(dequantize(running))), running
 
     def without_sink(self, window: dict[str, Array], begins: Bool[Array, " B"]) -> dict[str, Array]:
         """Where a sequence begins, the next token in place of those that are kept: they shall widen no group."""
@@ -249,14 +249,10 @@ class Method(abc.ABC):
         def keys_values(vectors: dict[str, Array]) -> tuple[Array, Array]:
             if absorbed is None:
                 return self.rebuild(factors, vectors, config)
-            vectors = absorbed.prepare(vectors)
+            vectors = absorbed.prepare(vectors) if absorbed.prepare else vectors
             z = vectors[absorbed.value]
             k = absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads)
             return k, z.reshape(*z.shape[:2], absorbed.value_heads, -1)
-
-        def read(streams: dict[str, Array], running: Blocks | None) -> tuple[Array, Array, Blocks | None]:
-            vectors, running = self.read(factors, streams, running)
-            return *keys_values(vectors), running
 
         window = {name: vectors.astype(q.dtype) for name, vectors in stored.window().items()}
         recent = attention.attend(
@@ -271,24 +267,19 @@ class Method(abc.ABC):
             count = jnp.where((stored.flushed > 0) & (stored.first_block == 0), self.sink_tokens, 0)
             first = attention.attend(q, *keys_values(sink), geometry, origin=jnp.zeros_like(count), count=count)
             recent = attention.merge(recent, first)
-        history, running = stored.segment.history, stored.running
-        blocks = next(iter(history.values())).words[0].shape[2]
-        flushed = jnp.clip(stored.flushed - stored.first_block, 0, blocks)
+        history, layer, running = stored.segment.history, stored.layer, stored.running
+        flushed = jnp.clip(stored.flushed - stored.first_block, 0, stored.blocks)
         geometry = dataclasses.replace(geometry, positions=geometry.positions - BLOCK * stored.first_block)
-        if self.accumulates or absorbed is None:
-            old, summed = attend_history(
-                q,
-                history,
-                stored.layer,
-                flushed,
-                read,
-                geometry,
-                running if self.accumulates else None,
-                codebooks=self.codebooks(factors),
-                skip=self.sink_tokens - BLOCK * stored.first_block,
+        if self.accumulates:
+            assert running is not None
+            (stream,) = history.values()
+            accumulation = self.accumulation(factors)
+            running = pallas_kernels.accumulate(
+                running, stream, accumulation, flushed, layer=layer, implementation=implementation
             )
-            running = summed if self.accumulates else running
-        else:
+            total: Blocks = jax.tree.map(lambda a: a[None], running)
+            history, layer = dict.fromkeys(window, total), 0
+        if absorbed is not None and absorbed.prepare is None:
             old = pallas_kernels.decode_attention(
                 q,
                 history[absorbed.key],
@@ -296,10 +287,25 @@ class Method(abc.ABC):
                 history[absorbed.value],
                 flushed,
                 geometry,
-                layer=stored.layer,
+                layer=layer,
                 num_kv_heads=config.num_kv_heads,
                 value_heads=absorbed.value_heads,
                 implementation=implementation,
+            )
+        else:
+            if q.shape[1] <= ABSORB_UP_TO:
+                pallas_kernels.decode_without_kernel(
+                    implementation, f"it has no form of {self.name} with these options"
+                )
+            old = attend_history(
+                q,
+                history,
+                layer,
+                flushed,
+                keys_values,
+                geometry,
+                codebooks=self.codebooks(factors),
+                skip=self.sink_tokens - BLOCK * stored.first_block,
             )
         both = attention.merge(recent, old)
         return (both if absorbed is None else Part(absorbed.project(both.out), both.lse)), running

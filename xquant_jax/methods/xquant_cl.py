@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 from threadpoolctl import threadpool_limits
 
-from pallas_kernels import KeyRebuild
-from pallas_kernels.xla import expand
+from pallas_kernels import Accumulation, KeyRebuild
+from pallas_kernels.xla import expand, times
 from xquant_jax.calibration.needs import Directions, Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -153,15 +153,15 @@ class XQuantCL(Method):
 
     def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
         assert running is not None
-        difference = window["x"].astype(jnp.float32) - self._predicted(factors, running)
+        difference = window["x"].astype(jnp.float32) - self.accumulation(factors).predicted(running)
         return {"delta": self._project(factors, difference)}
 
-    def accumulate(self, factors: Any, stored: dict[str, Array], running: Array) -> dict[str, Array]:
-        return {"x": self._predicted(factors, running) + self._lift(factors, stored["delta"])}
+    def accumulation(self, factors: Any) -> Accumulation:
+        return Accumulation(factors.get("predict", ()), self._lift(factors))
 
     def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
         absorbed = self.absorbed(factors, config)
-        vectors = absorbed.prepare(vectors)
+        vectors = absorbed.prepare(vectors) if absorbed.prepare else vectors
         v = expand(vectors[absorbed.value], factors["value"]["up"], config.num_kv_heads)
         if config.qkv_bias:
             v = v + factors["value"]["bias"].reshape(config.num_kv_heads, config.head_dim)
@@ -170,12 +170,11 @@ class XQuantCL(Method):
     def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
         key, value = factors["key"], factors["value"]
 
-        def prepare(vectors: dict[str, Array]) -> dict[str, Array]:
-            if self.input == "residual":
-                return {"x": unit_norm(vectors["x"], config.norm_eps)}
-            if self.basis == "per_head":
-                return dict(zip(("key", "value"), jnp.split(vectors["x"], 2, axis=-1), strict=True))
-            return vectors
+        def normed(vectors: dict[str, Array]) -> dict[str, Array]:
+            return {"x": unit_norm(vectors["x"], config.norm_eps)}
+
+        def halves(vectors: dict[str, Array]) -> dict[str, Array]:
+            return dict(zip(("key", "value"), jnp.split(vectors["x"], 2, axis=-1), strict=True))
 
         per_head = self.basis == "per_head"
         return Absorbed(
@@ -184,7 +183,7 @@ class XQuantCL(Method):
             value="value" if per_head else "x",
             value_heads=config.num_kv_heads if per_head else 1,
             project=lambda out: project_values(out, value["up"], value.get("bias"), config),
-            prepare=prepare,
+            prepare=normed if self.input == "residual" else halves if per_head else None,
         )
 
     def _check(self, config: ModelConfig) -> None:
@@ -211,17 +210,12 @@ class XQuantCL(Method):
         """Whether the running sum is that of latents."""
         return not config.is_multi_head and self.predict != "paper"
 
-    def _predicted(self, factors: Any, running: Array) -> Array:
-        for matrix in factors.get("predict", ()):
-            running = _times(running, matrix)
-        return running
-
     def _project(self, factors: Any, x: Array) -> Array:
         """From the running sum's space to that of the stream."""
-        return _times(x, factors["basis"]) if self._has_basis(factors) else x
+        return times(x, factors["basis"]) if self._has_basis(factors) else x
 
-    def _lift(self, factors: Any, z: Array) -> Array:
-        return _times(z, factors["basis"].T) if self._has_basis(factors) else z.astype(jnp.float32)
+    def _lift(self, factors: Any) -> Array | None:
+        return factors["basis"].T if self._has_basis(factors) else None
 
     def _has_basis(self, factors: Any) -> bool:
         return "basis" in factors and "predict" not in factors
@@ -237,8 +231,8 @@ class Base(XQuantCL):
     def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
         return {"base": self._project(factors, window["x"].astype(jnp.float32))}
 
-    def accumulate(self, factors: Any, stored: dict[str, Array], running: Array) -> dict[str, Array]:
-        return {"x": self._lift(factors, stored["base"])}
+    def accumulation(self, factors: Any) -> Accumulation:
+        return Accumulation(None, self._lift(factors))
 
 
 def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int | None = None) -> Float[Array, "L D C"]:
@@ -258,11 +252,6 @@ def prediction(basis: Float[Array, "L D C"], orthonormal: bool) -> Float64[np.nd
         return np.swapaxes(below, 1, 2) @ wide
     with threadpool_limits(1, user_api="blas"):  # BLAS threads spin while they wait
         return np.stack([np.linalg.lstsq(b, a, WEAKEST)[0] for b, a in zip(below, wide, strict=True)])
-
-
-def _times(x: Array, matrix: Array) -> Array:
-    """x in the matrix' type times the matrix, summed in float32: the same in decode and at a flush."""
-    return jnp.matmul(x.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
 
 
 def _options(method: XQuantCL) -> dict[str, Any]:

@@ -1,0 +1,317 @@
+"""`accumulate` for TPU: the running sum of the history read, added to and quantized again, in place.
+
+A step of the grid takes a *tile* of blocks of one sequence, with the matrices whole in vector memory, and within it
+*chunks* of blocks. For each chunk: what is multiplied with a matrix -> bfloat16 in vector memory; then, strip by strip
+of as many channels as the matrix unit is wide: products, sum, and for each group of 128 channels and block minimum,
+maximum and codes. Rows are tokens in their own order, so that packing is shifts of whole registers.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from pallas_kernels import target
+from pallas_kernels.pallas_tpu import chip, unpack
+from pallas_kernels.pallas_tpu.streams import LANES, by_block, refuse_stream
+from pallas_kernels.xla import Accumulation
+from xquant_jax.packing import BLOCK, PLANES
+from xquant_jax.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
+
+TILE, CHUNK = 8, 2
+"""Blocks of a step of the grid; of them, blocks that are worked on together."""
+
+LEVELS = 255
+MAGIC = 2.0**23
+"""Added to a number below it, rounds it to the nearest integer, which the last bits of the mantissa then are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static side of a call."""
+
+    stream: StreamSpec
+    sum: StreamSpec
+    num_blocks: int
+    predict: tuple[tuple[int, int], ...] | None  # shapes of the matrices
+    lift: tuple[int, int] | None
+    chip: chip.Chip
+
+    @property
+    def tile(self) -> int:
+        return min(TILE, self.num_blocks)
+
+    @property
+    def chunk(self) -> int:
+        return CHUNK if self.tile % CHUNK == 0 else 1
+
+    @property
+    def strip(self) -> int:
+        """Channels of the sum that are worked on together."""
+        return self.chip.mxu if self.sum.width % self.chip.mxu == 0 else LANES
+
+    @property
+    def left(self) -> dict[str, int]:
+        """What is multiplied with a matrix, and how wide it is: `sum`, `between0` ..., `stored`."""
+        widths = {}
+        for number, (width, _) in enumerate(self.predict or ()):
+            widths["sum" if number == 0 else f"between{number - 1}"] = width
+        if self.lift is not None:
+            widths["stored"] = self.lift[0]
+        return widths
+
+    @property
+    def bytes(self) -> int:
+        """Of vector memory: matrices, left operands, words of a step and of the next, as they come and as they go."""
+        matrices = [*(self.predict or ()), *([self.lift] if self.lift else [])]
+        words = BLOCK * (self.stream.width * self.stream.bits + 2 * self.sum.width * self.sum.bits) // 8
+        scales = 3 * 8 * self.sum.width
+        return (
+            sum(2 * a * b for a, b in matrices)
+            + 2 * self.chunk * BLOCK * sum(self.left.values())
+            + 2 * self.tile * (words + scales)
+        )
+
+
+def make_plan(running: Blocks, stream: Blocks, accumulation: Accumulation) -> Plan:
+    predict, lift = accumulation.predict, accumulation.lift
+    return Plan(
+        stream=stream.spec,
+        sum=running.spec,
+        num_blocks=running.words[0].shape[1],
+        predict=None if predict is None else tuple(matrix.shape for matrix in predict),
+        lift=None if lift is None else lift.shape,
+        chip=chip.current(),
+    )
+
+
+def refuse_accumulate(
+    running: Blocks, stream: Blocks, accumulation: Accumulation, flushed: Array, *, layer: Any
+) -> str | None:
+    """Why the kernel cannot take these arguments; None if it can."""
+    for name, spec in {"sum": running.spec, "stream": stream.spec}.items():
+        if reason := refuse_stream(spec):
+            return f"the {name} {reason}"
+        if spec.axis == "token" and spec.group != LANES:
+            return f"the {name} has groups of {spec.group} channels; it takes 128"
+    if running.spec.bits != 8 or running.spec.axis != "token":
+        return f"the sum has {running.spec.bits} bits along the {running.spec.axis}; it takes 8 along the token"
+    plan = make_plan(running, stream, accumulation)
+    narrow = [width for width in plan.left.values() if width % LANES]
+    if narrow:
+        return f"a matrix has {narrow[0]} rows, which is no multiple of 128"
+    if plan.bytes > plan.chip.vmem * 3 // 4:
+        return f"its matrices and words take {plan.bytes:,} bytes of vector memory, too many"
+    return None
+
+
+def accumulate(
+    running: Blocks,
+    stream: Blocks,
+    accumulation: Accumulation,
+    flushed: Int[Array, " B"],
+    *,
+    layer: Int[Array, ""] | int,
+) -> Blocks:
+    """See `pallas_kernels.api.accumulate`."""
+    plan = make_plan(running, stream, accumulation)
+    batch, tile = len(flushed), plan.tile
+    names, arrays, specs = [], [], []
+
+    def add(name: str, array: Array, spec: pl.BlockSpec) -> None:
+        names.append(name)
+        arrays.append(array)
+        specs.append(spec)
+
+    def of_tile(rest: tuple[int, ...], *, layered: bool) -> pl.BlockSpec:
+        def index(b: Array, j: Array, layer: Any, flushed: Any) -> tuple:
+            last = jnp.maximum(lax.div(flushed[b] + (tile - 1), jnp.int32(tile)) - 1, 0)
+            at = (b, jnp.minimum(j, last), *[0] * len(rest))
+            return (layer[0], *at) if layered else at
+
+        return pl.BlockSpec((None, None, tile, *rest) if layered else (None, tile, *rest), index)
+
+    once = pl.Buffered(1)
+    matrices = {f"predict{n}": matrix for n, matrix in enumerate(accumulation.predict or ())}
+    if accumulation.lift is not None:
+        matrices["lift"] = accumulation.lift
+    for name, matrix in matrices.items():
+        spec = pl.BlockSpec(matrix.shape, lambda b, j, *_: (0, 0), pipeline_mode=once)
+        add(name, matrix.astype(jnp.bfloat16), spec)
+    for number, words in enumerate(stream.words):
+        add(f"stored_words{number}", words, of_tile(words.shape[3:], layered=True))
+    for what in ("scale", "zero"):
+        array = by_block(getattr(stream, what), plan.stream.axis, leading=2)
+        add(f"stored_{what}", array, of_tile(array.shape[3:], layered=True))
+    sums = {f"sum_words{number}": words for number, words in enumerate(running.words)}
+    sums |= {f"sum_{what}": by_block(getattr(running, what), "token", leading=1) for what in ("scale", "zero")}
+    aliases = {}
+    for number, (name, array) in enumerate(sums.items()):
+        aliases[2 + len(arrays)] = number
+        spec = of_tile(array.shape[2:], layered=False)
+        add(name, array, spec if plan.predict is not None else pl.BlockSpec(memory_space=pl.ANY))
+
+    scratch = {name: pltpu.VMEM((plan.chunk, BLOCK, width), jnp.bfloat16) for name, width in plan.left.items()}
+    rows = (tile, plan.sum.width // LANES, 1, LANES)
+    scratch |= {
+        f"{which}_{what}s": pltpu.VMEM(rows, jnp.float32) for which in ("sum", "new") for what in ("scale", "zero")
+    }
+    by_row = (plan.stream.width // LANES, 1, LANES)
+    scratch |= {f"stored_{what}s": pltpu.VMEM((tile, *by_row), jnp.float32) for what in ("scale", "zero")}
+
+    def kernel(layer: Any, flushed: Any, *refs: Any) -> None:
+        del layer
+        split = iter(refs)
+        _kernel(plan, flushed, {name: next(split) for name in (*names, *(f"out_{name}" for name in sums), *scratch)})
+
+    interpret = target.current().interpret
+    if interpret and plan.num_blocks % tile:  # which cannot alias what it pads to whole tiles
+        aliases = {}
+    flushed = flushed.astype(jnp.int32)
+    steps = jnp.maximum(lax.div(flushed.max() + (tile - 1), jnp.int32(tile)), 1)
+    out = pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in sums.values()],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, steps),
+            in_specs=specs,
+            out_specs=[of_tile(array.shape[2:], layered=False) for array in sums.values()],
+            scratch_shapes=list(scratch.values()),
+        ),
+        input_output_aliases=aliases,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.chip.vmem * 7 // 8
+        ),
+        name="accumulate",
+        interpret=pltpu.InterpretParams() if interpret else False,
+    )(jnp.asarray(layer, jnp.int32).reshape(1), flushed, *arrays)
+    *words, scale, zero = out
+    return Blocks(tuple(words), jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2), running.spec)
+
+
+def _kernel(plan: Plan, flushed: Any, refs: dict[str, Any]) -> None:
+    b, j = pl.program_id(0), pl.program_id(1)
+    count = jnp.clip(flushed[b] - j * plan.tile, 0, plan.tile)
+
+    @pl.when((count > 0) | (j == 0))
+    def _tile() -> None:
+        for what in ("scales", "zeros"):
+            refs[f"new_{what}"][...] = jnp.zeros_like(refs[f"new_{what}"])
+            for name, spec in {"sum": plan.sum, "stored": plan.stream}.items():
+                if name == "sum" and plan.predict is None:
+                    continue
+                given = refs[f"{name}_{what[:-1]}"][...].astype(jnp.float32)
+                rows = given.reshape(plan.tile, -1, LANES) if spec.axis == "channel" else given
+                refs[f"{name}_{what}"][...] = rows[:, :, None]
+        lax.fori_loop(0, pl.cdiv(count, plan.chunk), lambda i, _: _chunk(plan, i * plan.chunk, refs), None)
+        for what in ("scale", "zero"):
+            refs[f"out_sum_{what}"][...] = jnp.squeeze(refs[f"new_{what}s"][...], 2).astype(jnp.bfloat16)
+
+
+def _chunk(plan: Plan, first: Array, refs: dict[str, Any]) -> None:
+    for name in ("sum", "stored"):
+        if name in plan.left:
+            _dequantize(plan, name, first, refs)
+    products = [name for name in plan.left if name != "stored"]
+    for number, (name, between) in enumerate(itertools.pairwise(products)):
+        _multiply(plan, name, f"predict{number}", between, refs)
+
+    def strip(number: Array, _: None) -> None:
+        lanes = _lanes(number, plan.strip)
+        total = jnp.zeros((plan.chunk * BLOCK, plan.strip), jnp.float32)
+        if products:
+            total = _product(plan, products[-1], f"predict{len(products) - 1}", lanes, refs)
+        if plan.lift is not None:
+            total = total + _product(plan, "stored", "lift", lanes, refs)
+        for group in range(plan.strip // LANES):
+            at = number * (plan.strip // LANES) + group
+            for i in range(plan.chunk):
+                part = total[i * BLOCK : (i + 1) * BLOCK, group * LANES : (group + 1) * LANES]
+                if plan.predict == ():
+                    part = part + _numbers(plan, "sum", first + i, at, refs)
+                if plan.lift is None:
+                    part = part + _numbers(plan, "stored", first + i, at, refs)
+                _quantize(part, first + i, at, refs)
+
+    lax.fori_loop(0, plan.sum.width // plan.strip, strip, None)
+
+
+def _lanes(number: Array, size: int) -> Any:
+    return pl.ds(pl.multiple_of(number * size, size), size)
+
+
+def _numbers(plan: Plan, name: str, block: Array, group: Array, refs: dict[str, Any]) -> Array:
+    """128 channels of a block of the sum or the stream, float32 [128, 128]."""
+    spec = plan.sum if name == "sum" else plan.stream
+    lanes = _lanes(group, LANES)
+    planes = [refs[f"{name}_words{n}"][block, :, lanes] for n in range(len(PLANES[spec.bits]))]
+    scale, zero = (refs[f"{name}_{what}"][block, group] for what in ("scales", "zeros"))
+    if spec.axis == "token":
+        scale, zero = scale.T, zero.T
+    codes = jnp.concatenate(unpack.halves(unpack.pairs(planes, spec.bits), spec.bits), axis=0)
+    return (codes - unpack.offset(spec.bits)) * scale + zero
+
+
+def _dequantize(plan: Plan, name: str, first: Array, refs: dict[str, Any]) -> None:
+    """A chunk of the sum or the stream to vector memory, as a left operand."""
+
+    def strip(number: Array, _: None) -> None:
+        for i in range(plan.chunk):
+            numbers = _numbers(plan, name, first + i, number, refs)
+            refs[name][i, :, _lanes(number, LANES)] = numbers.astype(jnp.bfloat16)
+
+    lax.fori_loop(0, plan.left[name] // LANES, strip, None)
+
+
+def _multiply(plan: Plan, name: str, matrix: str, into: str, refs: dict[str, Any]) -> None:
+    def strip(number: Array, _: None) -> None:
+        lanes = _lanes(number, LANES)
+        product = _product(plan, name, matrix, lanes, refs).astype(jnp.bfloat16)
+        refs[into][:, :, lanes] = product.reshape(plan.chunk, BLOCK, LANES)
+
+    lax.fori_loop(0, plan.left[into] // LANES, strip, None)
+
+
+def _product(plan: Plan, name: str, matrix: str, lanes: Any, refs: dict[str, Any]) -> Array:
+    left = refs[name][...].reshape(plan.chunk * BLOCK, plan.left[name])
+    return jnp.dot(left, refs[matrix][:, lanes], preferred_element_type=jnp.float32)
+
+
+def _quantize(x: Array, block: Array, group: Array, refs: dict[str, Any]) -> None:
+    """`xquant_jax.quantization.quantize` of 128 channels [128, 128] at 8 bits along the token."""
+    zero = _round_away(x.min(axis=1, keepdims=True), up=False)
+    scale = _round_away((x.max(axis=1, keepdims=True) - zero) / LEVELS, up=True)
+    scale = jnp.maximum(scale, SMALLEST_NORMAL)
+    unit = jnp.clip((x - zero) * (1 / scale), 0.0, float(LEVELS))
+    codes = pltpu.bitcast(unit + MAGIC, jnp.uint32) & jnp.uint32(LEVELS)
+    lanes = _lanes(group, LANES)
+    for plane in range(2):
+        nibbles = codes >> (4 * plane) & jnp.uint32(15)
+        words = nibbles[:16]
+        for field in range(1, 8):
+            words = words | nibbles[16 * field : 16 * (field + 1)] << (4 * field)
+        refs[f"out_sum_words{plane}"][block, :, lanes] = words
+    for what, column in {"scales": scale, "zeros": zero}.items():
+        refs[f"new_{what}"][block, group] = _as_row(column)
+
+
+def _round_away(x: Array, *, up: bool) -> Array:
+    """Float32 to the next number that bfloat16 can hold, upwards (x >= 0) or downwards."""
+    bits = pltpu.bitcast(x, jnp.uint32)
+    inexact = (bits & jnp.uint32(0xFFFF)) != 0
+    away = inexact if up else inexact & (x < 0)
+    bits = bits + jnp.where(away, jnp.uint32(0x10000), jnp.uint32(0))
+    return pltpu.bitcast(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def _as_row(column: Array) -> Array:
+    """[128, 1] -> [1, 128]: off the diagonal there is nothing to add."""
+    row, lane = (lax.broadcasted_iota(jnp.int32, (BLOCK, LANES), axis) for axis in (0, 1))
+    return jnp.sum(jnp.where(row == lane, column, 0.0), axis=0, keepdims=True)
