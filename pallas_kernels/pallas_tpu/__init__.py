@@ -1,9 +1,9 @@
 """Pallas Mosaic kernels for TPU v5e, v5p and v6e."""
 
-from pallas_kernels.pallas_tpu.accumulate import accumulate, refuse_accumulate
 from pallas_kernels.pallas_tpu.attention import decode_attention
 from pallas_kernels.pallas_tpu.plan import refuse_decode_attention
 from pallas_kernels.pallas_tpu.project import refuse_remat_project, remat_project
+from pallas_kernels.pallas_tpu.running_sum import accumulate, refuse_accumulate
 
 PLATFORM = "tpu"
 

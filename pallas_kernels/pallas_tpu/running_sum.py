@@ -24,6 +24,7 @@ from pallas_kernels.xla import Accumulation
 from xquant_jax.packing import BLOCK, PLANES
 from xquant_jax.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
 
+UNROLL=1
 TILE, CHUNK = 8, 2
 """Blocks of a step of the grid; of them, blocks that are worked on together."""
 
@@ -157,7 +158,7 @@ def accumulate(
         spec = of_tile(array.shape[2:], layered=False)
         add(name, array, spec if plan.predict is not None else pl.BlockSpec(memory_space=pl.ANY))
 
-    scratch = {name: pltpu.VMEM((plan.chunk, BLOCK, width), jnp.bfloat16) for name, width in plan.left.items()}
+    scratch = {name: pltpu.VMEM((plan.chunk, BLOCK // 2, width), jnp.uint32) for name, width in plan.left.items()}
     rows = (tile, plan.sum.width // LANES, 1, LANES)
     scratch |= {
         f"{which}_{what}s": pltpu.VMEM(rows, jnp.float32) for which in ("sum", "new") for what in ("scale", "zero")
@@ -240,7 +241,7 @@ def _chunk(plan: Plan, first: Array, refs: dict[str, Any]) -> None:
                     part = part + _numbers(plan, "stored", first + i, at, refs)
                 _quantize(part, first + i, at, refs)
 
-    lax.fori_loop(0, plan.sum.width // plan.strip, strip, None)
+    lax.fori_loop(0, plan.sum.width // plan.strip, strip, None, unroll=UNROLL)
 
 
 def _lanes(number: Array, size: int) -> Any:
@@ -254,7 +255,7 @@ def _numbers(plan: Plan, name: str, block: Array, group: Array, refs: dict[str, 
     planes = [refs[f"{name}_words{n}"][block, :, lanes] for n in range(len(PLANES[spec.bits]))]
     scale, zero = (refs[f"{name}_{what}"][block, group] for what in ("scales", "zeros"))
     if spec.axis == "token":
-        scale, zero = scale.T, zero.T
+        scale, zero = _as_columns(scale), _as_columns(zero)
     codes = jnp.concatenate(unpack.halves(unpack.pairs(planes, spec.bits), spec.bits), axis=0)
     return (codes - unpack.offset(spec.bits)) * scale + zero
 
@@ -265,7 +266,7 @@ def _dequantize(plan: Plan, name: str, first: Array, refs: dict[str, Any]) -> No
     def strip(number: Array, _: None) -> None:
         for i in range(plan.chunk):
             numbers = _numbers(plan, name, first + i, number, refs)
-            refs[name][i, :, _lanes(number, LANES)] = numbers.astype(jnp.bfloat16)
+            refs[name][i, :, _lanes(number, LANES)] = _in_pairs(numbers)
 
     lax.fori_loop(0, plan.left[name] // LANES, strip, None)
 
@@ -273,45 +274,62 @@ def _dequantize(plan: Plan, name: str, first: Array, refs: dict[str, Any]) -> No
 def _multiply(plan: Plan, name: str, matrix: str, into: str, refs: dict[str, Any]) -> None:
     def strip(number: Array, _: None) -> None:
         lanes = _lanes(number, LANES)
-        product = _product(plan, name, matrix, lanes, refs).astype(jnp.bfloat16)
-        refs[into][:, :, lanes] = product.reshape(plan.chunk, BLOCK, LANES)
+        product = _product(plan, name, matrix, lanes, refs)
+        for i in range(plan.chunk):
+            refs[into][i, :, lanes] = _in_pairs(product[i * BLOCK : (i + 1) * BLOCK])
 
     lax.fori_loop(0, plan.left[into] // LANES, strip, None)
 
 
 def _product(plan: Plan, name: str, matrix: str, lanes: Any, refs: dict[str, Any]) -> Array:
-    left = refs[name][...].reshape(plan.chunk * BLOCK, plan.left[name])
+    left = jnp.concatenate([pltpu.bitcast(refs[name][i], jnp.bfloat16) for i in range(plan.chunk)], axis=0)
     return jnp.dot(left, refs[matrix][:, lanes], preferred_element_type=jnp.float32)
+
+
+def _in_pairs(x: Array) -> Array:
+    """Float32 [128, W] as bfloat16, two rows in a word, uint32 [64, W]: memory's tiles of words are registers."""
+    return pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32)
 
 
 def _quantize(x: Array, block: Array, group: Array, refs: dict[str, Any]) -> None:
     """`xquant_jax.quantization.quantize` of 128 channels [128, 128] at 8 bits along the token."""
-    zero = _round_away(x.min(axis=1, keepdims=True), up=False)
-    scale = _round_away((x.max(axis=1, keepdims=True) - zero) / LEVELS, up=True)
-    scale = jnp.maximum(scale, SMALLEST_NORMAL)
-    unit = jnp.clip((x - zero) * (1 / scale), 0.0, float(LEVELS))
-    codes = pltpu.bitcast(unit + MAGIC, jnp.uint32) & jnp.uint32(LEVELS)
+    low, high = _as_row(x.min(axis=1, keepdims=True)), _as_row(x.max(axis=1, keepdims=True))
+    zero = _round_down(low)
+    scale = jnp.maximum(_round_up((high - zero) * (1 / LEVELS)), SMALLEST_NORMAL)
+    unit = (x - _as_columns(zero)) * _as_columns(1 / scale)  # from 0 to 255, but for rounding
+    bits = pltpu.bitcast(unit + MAGIC, jnp.uint32)
     lanes = _lanes(group, LANES)
     for plane in range(2):
-        nibbles = codes >> (4 * plane) & jnp.uint32(15)
+        nibbles = bits >> (4 * plane) & jnp.uint32(15)
         words = nibbles[:16]
         for field in range(1, 8):
             words = words | nibbles[16 * field : 16 * (field + 1)] << (4 * field)
         refs[f"out_sum_words{plane}"][block, :, lanes] = words
-    for what, column in {"scales": scale, "zeros": zero}.items():
-        refs[f"new_{what}"][block, group] = _as_row(column)
+    refs["new_scales"][block, group], refs["new_zeros"][block, group] = scale, zero
 
 
-def _round_away(x: Array, *, up: bool) -> Array:
-    """Float32 to the next number that bfloat16 can hold, upwards (x >= 0) or downwards."""
-    bits = pltpu.bitcast(x, jnp.uint32)
-    inexact = (bits & jnp.uint32(0xFFFF)) != 0
-    away = inexact if up else inexact & (x < 0)
-    bits = bits + jnp.where(away, jnp.uint32(0x10000), jnp.uint32(0))
-    return pltpu.bitcast(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+def _round_up(x: Array) -> Array:
+    """Float32 away from zero to the next number that bfloat16 can hold."""
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) + jnp.uint32(0xFFFF) & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def _round_down(x: Array) -> Array:
+    """Downwards: towards zero if that is below."""
+    towards_zero = pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(x < 0, _round_up(x), towards_zero)
+
+
+def _as_columns(row: Array) -> Array:
+    """[1, 128] -> [128, 128], the same in all lanes: off the diagonal there is nothing to add."""
+    columns = jnp.sum(jnp.where(_diagonal(), row, 0.0), axis=1, keepdims=True)
+    return jnp.broadcast_to(columns, (BLOCK, LANES))
 
 
 def _as_row(column: Array) -> Array:
-    """[128, 1] -> [1, 128]: off the diagonal there is nothing to add."""
+    """[128, 1] -> [1, 128], likewise."""
+    return jnp.sum(jnp.where(_diagonal(), column, 0.0), axis=0, keepdims=True)
+
+
+def _diagonal() -> Array:
     row, lane = (lax.broadcasted_iota(jnp.int32, (BLOCK, LANES), axis) for axis in (0, 1))
-    return jnp.sum(jnp.where(row == lane, column, 0.0), axis=0, keepdims=True)
+    return row == lane
