@@ -2,12 +2,14 @@
 
 A step of the grid takes a *tile* of blocks of one sequence, with the matrices whole in vector memory, and within it
 *chunks* of blocks. For each chunk: what is multiplied with a matrix -> bfloat16 in vector memory; then, strip by strip
-of as many channels as the matrix unit is wide: products, sum, and for each group of 128 channels and block minimum,
-maximum and codes. Rows are tokens in their own order, so that packing is shifts of whole registers.
+of as many channels as the matrix unit is wide: products, while those of the strip before are added to and, in every
+block and group of 128 channels, quantized. Rows are tokens in their own order, so that packing is shifts of whole
+registers; what is known for each token (minimum, maximum, scale, zero) lies along the lanes, one register for a block.
 """
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -24,9 +26,10 @@ from pallas_kernels.xla import Accumulation
 from xquant_jax.packing import BLOCK, PLANES
 from xquant_jax.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
 
-UNROLL=1
-TILE, CHUNK = 8, 2
-"""Blocks of a step of the grid; of them, blocks that are worked on together."""
+TILE = 8
+"""Blocks of a step of the grid."""
+AT_ONCE = 2**16
+"""Values of the sum that are worked on together: those that registers and their spills can be had for."""
 
 LEVELS = 255
 MAGIC = 2.0**23
@@ -50,7 +53,8 @@ class Plan:
 
     @property
     def chunk(self) -> int:
-        return CHUNK if self.tile % CHUNK == 0 else 1
+        """Blocks of a tile that are worked on together."""
+        return math.gcd(AT_ONCE // (BLOCK * self.strip), self.tile)
 
     @property
     def strip(self) -> int:
@@ -159,6 +163,7 @@ def accumulate(
         add(name, array, spec if plan.predict is not None else pl.BlockSpec(memory_space=pl.ANY))
 
     scratch = {name: pltpu.VMEM((plan.chunk, BLOCK // 2, width), jnp.uint32) for name, width in plan.left.items()}
+    scratch["products"] = pltpu.VMEM((2, plan.chunk * BLOCK, plan.strip), jnp.float32)
     rows = (tile, plan.sum.width // LANES, 1, LANES)
     scratch |= {
         f"{which}_{what}s": pltpu.VMEM(rows, jnp.float32) for which in ("sum", "new") for what in ("scale", "zero")
@@ -224,38 +229,54 @@ def _chunk(plan: Plan, first: Array, refs: dict[str, Any]) -> None:
     for number, (name, between) in enumerate(itertools.pairwise(products)):
         _multiply(plan, name, f"predict{number}", between, refs)
 
-    def strip(number: Array, _: None) -> None:
+    def multiply(number: Array | int) -> None:
         lanes = _lanes(number, plan.strip)
-        total = jnp.zeros((plan.chunk * BLOCK, plan.strip), jnp.float32)
+        terms = []
         if products:
-            total = _product(plan, products[-1], f"predict{len(products) - 1}", lanes, refs)
+            terms.append(_product(plan, products[-1], f"predict{len(products) - 1}", lanes, refs))
         if plan.lift is not None:
-            total = total + _product(plan, "stored", "lift", lanes, refs)
+            terms.append(_product(plan, "stored", "lift", lanes, refs))
+        if terms:
+            refs["products"][number % 2] = sum(terms[1:], terms[0])
+
+    def quantize(number: Array | int) -> None:
         for group in range(plan.strip // LANES):
             at = number * (plan.strip // LANES) + group
             for i in range(plan.chunk):
-                part = total[i * BLOCK : (i + 1) * BLOCK, group * LANES : (group + 1) * LANES]
+                terms = []
+                if plan.left:
+                    rows, lanes = slice(i * BLOCK, (i + 1) * BLOCK), slice(group * LANES, (group + 1) * LANES)
+                    terms.append(refs["products"][number % 2, rows, lanes])
                 if plan.predict == ():
-                    part = part + _numbers(plan, "sum", first + i, at, refs)
+                    terms.append(_numbers(plan, "sum", first + i, at, refs))
                 if plan.lift is None:
-                    part = part + _numbers(plan, "stored", first + i, at, refs)
-                _quantize(part, first + i, at, refs)
+                    terms.append(_numbers(plan, "stored", first + i, at, refs))
+                _quantize(sum(terms[1:], terms[0]), first + i, at, refs)
 
-    lax.fori_loop(0, plan.sum.width // plan.strip, strip, None, unroll=UNROLL)
+    def both(number: Array, _: None) -> None:
+        quantize(number - 1)  # first, so that its loads wait for no store
+        multiply(number)
+
+    strips = plan.sum.width // plan.strip
+    multiply(0)
+    lax.fori_loop(1, strips, both, None)
+    quantize(strips - 1)
 
 
-def _lanes(number: Array, size: int) -> Any:
-    return pl.ds(pl.multiple_of(number * size, size), size)
+def _lanes(number: Array | int, size: int) -> Any:
+    return pl.ds(number * size, size) if isinstance(number, int) else pl.ds(pl.multiple_of(number * size, size), size)
 
 
-def _numbers(plan: Plan, name: str, block: Array, group: Array, refs: dict[str, Any]) -> Array:
+def _numbers(plan: Plan, name: str, block: Array, group: Array | int, refs: dict[str, Any]) -> Array:
     """128 channels of a block of the sum or the stream, float32 [128, 128]."""
     spec = plan.sum if name == "sum" else plan.stream
     lanes = _lanes(group, LANES)
     planes = [refs[f"{name}_words{n}"][block, :, lanes] for n in range(len(PLANES[spec.bits]))]
     scale, zero = (refs[f"{name}_{what}"][block, group] for what in ("scales", "zeros"))
     if spec.axis == "token":
-        scale, zero = _as_columns(scale), _as_columns(zero)
+        both = pltpu.bitcast(scale, jnp.uint32) >> 16 | pltpu.bitcast(zero, jnp.uint32)  # bfloat16 in value
+        both = _as_columns(both)
+        scale, zero = (pltpu.bitcast(x, jnp.float32) for x in (both << 16, both & jnp.uint32(0xFFFF0000)))
     codes = jnp.concatenate(unpack.halves(unpack.pairs(planes, spec.bits), spec.bits), axis=0)
     return (codes - unpack.offset(spec.bits)) * scale + zero
 
@@ -268,7 +289,7 @@ def _dequantize(plan: Plan, name: str, first: Array, refs: dict[str, Any]) -> No
             numbers = _numbers(plan, name, first + i, number, refs)
             refs[name][i, :, _lanes(number, LANES)] = _in_pairs(numbers)
 
-    lax.fori_loop(0, plan.left[name] // LANES, strip, None)
+    lax.fori_loop(0, plan.left[name] // LANES, strip, None, unroll=2 - plan.left[name] // LANES % 2)
 
 
 def _multiply(plan: Plan, name: str, matrix: str, into: str, refs: dict[str, Any]) -> None:
@@ -291,9 +312,10 @@ def _in_pairs(x: Array) -> Array:
     return pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32)
 
 
-def _quantize(x: Array, block: Array, group: Array, refs: dict[str, Any]) -> None:
+def _quantize(x: Array, block: Array, group: Array | int, refs: dict[str, Any]) -> None:
     """`xquant_jax.quantization.quantize` of 128 channels [128, 128] at 8 bits along the token."""
-    low, high = _as_row(x.min(axis=1, keepdims=True)), _as_row(x.max(axis=1, keepdims=True))
+    turned = x.T
+    low, high = turned.min(axis=0, keepdims=True), turned.max(axis=0, keepdims=True)
     zero = _round_down(low)
     scale = jnp.maximum(_round_up((high - zero) * (1 / LEVELS)), SMALLEST_NORMAL)
     unit = (x - _as_columns(zero)) * _as_columns(1 / scale)  # from 0 to 255, but for rounding
@@ -320,16 +342,5 @@ def _round_down(x: Array) -> Array:
 
 
 def _as_columns(row: Array) -> Array:
-    """[1, 128] -> [128, 128], the same in all lanes: off the diagonal there is nothing to add."""
-    columns = jnp.sum(jnp.where(_diagonal(), row, 0.0), axis=1, keepdims=True)
-    return jnp.broadcast_to(columns, (BLOCK, LANES))
-
-
-def _as_row(column: Array) -> Array:
-    """[128, 1] -> [1, 128], likewise."""
-    return jnp.sum(jnp.where(_diagonal(), column, 0.0), axis=0, keepdims=True)
-
-
-def _diagonal() -> Array:
-    row, lane = (lax.broadcasted_iota(jnp.int32, (BLOCK, LANES), axis) for axis in (0, 1))
-    return row == lane
+    """[1, 128] -> [128, 128], the same in all lanes."""
+    return jnp.broadcast_to(row, (BLOCK, LANES)).T

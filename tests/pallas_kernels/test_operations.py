@@ -1,10 +1,11 @@
-"""`remat_project` and `decode_attention`: every backend against attention computed plainly from what is stored.
+"""The operations: every backend against the same computed plainly, in float64, from what is stored.
 
 Kernels run on their interpreters. They multiply in bfloat16, so queries and matrices are numbers that bfloat16 can
 hold, and what is left is rounded keys and probabilities: 2^-8 of a few products.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import KeyRebuild, api, target
+from pallas_kernels import Accumulation, KeyRebuild, api, target
 from xquant_jax.attention import Geometry
 from xquant_jax.errors import ConfigError
 from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
@@ -189,7 +190,87 @@ def test_remat_project(implementation: str, bits: int, axis) -> None:
     np.testing.assert_allclose(got, expected, atol=TOLERANCE.get(implementation, KERNEL_TOLERANCE))
 
 
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """One call of `accumulate`. predict: widths of what the sum below becomes, one matrix after the other."""
+
+    bits: int
+    axis: str = "token"
+    width: int = 256  # of the sum
+    stored: int = 256  # width of the stream
+    predict: tuple[int, ...] | None = ()
+    lift: bool = False
+    flushed: tuple[int, ...] = (0, 1, 3, 8)
+    blocks: int = 8
+
+
+SUMS = [
+    Sum(2, predict=(256,)),
+    Sum(4, predict=(128, 256)),
+    Sum(3, axis="channel", predict=(256,), flushed=(0, 5, 8), blocks=11),  # the last tile is not whole
+    Sum(2, width=384, stored=384),
+    Sum(4, width=384, stored=256, lift=True),
+    Sum(4, predict=None, flushed=(15, 16), blocks=16),
+    Sum(4, width=512, stored=256, predict=None, lift=True, blocks=3, flushed=(3, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [  # a v6e differs from a v5e in how many channels it works on together
+        (run, case)
+        for run in sorted(RUNS.keys() - {"pallas_tpu-v5p"})
+        for case in (SUMS[:2] if run == "pallas_tpu-v6e" else SUMS)
+    ],
+    indirect=["implementation"],
+)
+def test_accumulate(implementation: str, case: Sum) -> None:
+    batch = len(case.flushed)
+    below = quantize(jnp.asarray(random(batch, case.blocks, 128, case.width)), StreamSpec(case.width, 8))
+    difference = random(2, batch, case.blocks, 128, case.stored, seed=1) / 4
+    stream = quantize(jnp.asarray(difference), StreamSpec(case.stored, case.bits, case.axis))
+    predict = lift = None
+    expected = np.asarray(dequantize(stream))[1].astype(np.float64)
+    if case.lift:
+        lift = random(case.stored, case.width, seed=2) / 16
+        expected = expected @ lift
+    if case.predict is not None:
+        widths = (case.width, *case.predict)
+        predict = [random(a, b, seed=3) / 16 for a, b in itertools.pairwise(widths)]
+        x = np.asarray(dequantize(below)).astype(np.float64)
+        for matrix in predict:
+            x = x @ matrix
+        expected = expected + x
+    accumulation = Accumulation(
+        None if predict is None else tuple(jnp.asarray(matrix) for matrix in predict),
+        None if lift is None else jnp.asarray(lift),
+    )
+    total = pallas_kernels.accumulate(
+        below, stream, accumulation, jnp.asarray(case.flushed), layer=jnp.int32(1), implementation=implementation
+    )
+    assert total.spec == below.spec
+    scale = np.repeat(np.asarray(total.scale, np.float64), 128, axis=-1)
+    for row, flushed in enumerate(case.flushed):
+        # half a step of the grid, and of the products that bfloat16 rounds
+        error = np.abs(np.asarray(dequantize(total))[row, :flushed] - expected[row, :flushed])
+        assert (error <= 0.51 * scale[row, :flushed] + TOLERANCE.get(implementation, KERNEL_TOLERANCE)).all()
+        # as fine a grid as the reference has
+        spread = expected[row, :flushed].reshape(flushed, 128, case.width // 128, 128)
+        finest = (spread.max(-1) - spread.min(-1)) / 255
+        assert (np.asarray(total.scale, np.float64)[row, :flushed] <= 1.05 * finest + 1e-4).all()
+
+
 def test_widths_that_do_not_fit_are_an_error() -> None:
     blocks = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 4))
     with pytest.raises(ConfigError, match=r"width 32 cannot be multiplied by a .16, 8. weight"):
         pallas_kernels.remat_project(blocks, jnp.zeros((16, 8)))
+
+
+def test_sums_that_do_not_fit_are_an_error() -> None:
+    wide, narrow = (quantize(jnp.zeros((1, 1, 1, 128, n)), StreamSpec(n, 4)) for n in (32, 16))
+    below = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 8))
+    flushed = jnp.ones(1, jnp.int32)
+    with pytest.raises(ConfigError, match=r"a sum of width 32 cannot be had from parts of width .16."):
+        pallas_kernels.accumulate(below, narrow, Accumulation(), flushed, layer=0)
+    with pytest.raises(ConfigError, match=r"a sum of width 32 cannot be had from parts of width .32, 8."):
+        pallas_kernels.accumulate(below, wide, Accumulation((jnp.zeros((32, 8)),)), flushed, layer=0)
