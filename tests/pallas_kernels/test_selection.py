@@ -98,12 +98,24 @@ def test_loading_refuses_a_backend_that_the_device_cannot_run() -> None:
 
 
 @pytest.mark.slow
-def test_generate_says_which_implementation_ran() -> None:
+@pytest.mark.parametrize("cache", ["xquant:4", "xquant-cl:4"])
+def test_generate_says_which_implementation_ran(cache: str) -> None:
     prompt = [5 + i % 250 for i in range(300)]  # two blocks of history
-    reference = xq.generate(xq.load("demo"), [prompt], max_new_tokens=3)
+    reference = xq.generate(xq.load("demo"), [prompt], cache=cache, max_new_tokens=3)
     assert reference.implementation == "xla"
     with target.interpreted():
         model = xq.load("demo", implementation="pallas_tpu")
-        result = xq.generate(model, [prompt], max_new_tokens=3)
+        result = xq.generate(model, [prompt], cache=cache, max_new_tokens=3)
     assert result.implementation == "pallas_tpu"
     assert result.results[0].tokens == reference.results[0].tokens
+
+
+def test_a_method_that_no_kernel_has_a_form_of_is_an_error_by_name_and_a_warning_else() -> None:
+    prompt = [5 + i % 250 for i in range(300)]
+    with target.interpreted():
+        model = xq.load("demo", implementation="pallas_tpu")
+        with pytest.raises(ConfigError, match=r"cannot run decode_attention: it has no form of kvquant"):
+            xq.generate(model, [prompt], cache="kvquant:4", max_new_tokens=3)
+    api._warn_once.cache_clear()
+    with target.compiling_for("tpu"), pytest.warns(UserWarning, match=r"pallas_tpu: it has no form of xquant-cl"):
+        api.decode_without_kernel(None, "it has no form of xquant-cl with these options")

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
-from pallas_kernels import KeyRebuild, target
+from pallas_kernels import Accumulation, KeyRebuild, target
 from pallas_kernels.pallas_tpu import refuse_decode_attention
 from tests.conftest import random_model, tiny_config
 from xquant_jax.attention import Geometry
@@ -42,9 +42,14 @@ def history(width: int, bits: int, axis: Any) -> Blocks:
     return jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, bits, axis), (LAYERS, 1, BLOCKS)))
 
 
-def compiled(function: Any, device: Any, *args: Any) -> Any:
+def compiled(function: Any, device: Any, *args: Any, donate: Any = ()) -> Any:
     with target.compiling_for("tpu", device.device_kind):
-        return jax.jit(function).trace(*shapes(args, device)).lower(lowering_platforms=("tpu",)).compile()
+        return (
+            jax.jit(function, donate_argnums=donate)
+            .trace(*shapes(args, device))
+            .lower(lowering_platforms=("tpu",))
+            .compile()
+        )
 
 
 def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -107,15 +112,47 @@ def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int
 
 
 @pytest.mark.slow
-def test_a_decode_loop_for_a_tpu_runs_the_kernel_and_copies_no_cache() -> None:
-    """The whole of `generate`, prefill and decode with a donated cache of 64 k tokens, compiled for a v5e."""
+@pytest.mark.parametrize(
+    ("width", "stored", "predict", "lift"),
+    [
+        (2048, 2048, ((2048, 2048),), None),  # xquant-cl of llama-3.1-8b
+        (2048, 2048, ((2048, 256), (256, 2048)), None),  # with rank=256
+        (4096, 2048, (), (2048, 4096)),  # with predict=paper
+        (4096, 4096, (), None),  # of llama-2-7b
+        (4096, 4096, None, None),  # its base
+    ],
+)
+def test_accumulate_compiles_and_adds_in_place(device: Any, width: int, stored: int, predict: Any, lift: Any) -> None:
+    running = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 8), (1, BLOCKS)))
+    accumulation = Accumulation(
+        None if predict is None else tuple(shape(*size) for size in predict), None if lift is None else shape(*lift)
+    )
+
+    def run(running, stream, accumulation, flushed, layer):
+        return pallas_kernels.accumulate(
+            running, stream, accumulation, flushed, layer=layer, implementation="pallas_tpu"
+        )
+
+    numbers = [shape(1, dtype=jnp.int32), shape(dtype=jnp.int32)]
+    args = (running, history(stored, 2, "token"), accumulation, *numbers)
+    memory = compiled(run, device, *args, donate=0).memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(running))
+    assert memory.temp_size_in_bytes < 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cache", "kernels"), [("xquant:4", ("decode_attention",)), ("xquant-cl:2", ("decode_attention", "accumulate"))]
+)
+def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str, kernels: tuple[str, ...]) -> None:
+    """The whole of `generate`, prefill and decode with a donated cache of 128 k tokens, compiled for a v5e."""
     device = topologies.get_topology_desc(TOPOLOGIES["v5e"], "tpu").devices[0]
     layers = 6
     sizes = {"width": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "num_layers": layers}
     config = tiny_config(**sizes, sliding_windows=(None,) * layers, dtype="bfloat16")
     model = random_model(config)
-    cache_config = CacheConfig.parse("xquant:4")
-    cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=65_536))
+    cache_config = CacheConfig.parse(cache)
+    cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=131_072))
     integers = {"dtype": jnp.int32}
     state = Decoding(
         prompts=shape(2, 128, **integers),
@@ -134,7 +171,8 @@ def test_a_decode_loop_for_a_tpu_runs_the_kernel_and_copies_no_cache() -> None:
     with target.compiling_for("tpu", device.device_kind):
         lowered = advance.trace(model.transformer, *args, chunk=128).lower(lowering_platforms=("tpu",))
         done = lowered.compile()
-    assert "decode_attention" in done.as_text()
+    text = done.as_text()
+    assert all(f"%{kernel}." in text for kernel in kernels)
     memory = done.memory_analysis()
     size = cache_bytes(cache).total
     assert memory.alias_size_in_bytes >= size
