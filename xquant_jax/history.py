@@ -4,7 +4,6 @@ The stacked history of all layers is never sliced as a whole: a tile is cut out,
 values, attended to and forgotten. Tiles past the longest sequence, or before every sliding window, cost nothing.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -43,10 +42,17 @@ def read_tile(
         at = (layer, 0, start, *[0] * (a.ndim - 3))
         return lax.dynamic_slice(a, at, (1, a.shape[1], size, *a.shape[3:]))[0]
 
-    tile = jax.tree.map(cut, blocks)
-    # left to itself, XLA for TPU prefers another layout for the products to come, and copies the whole history to it
-    rows = tuple(with_layout_constraint(a, Layout(tuple(range(a.ndim)))) for a in tile.words)
-    return as_tokens(dequantize(dataclasses.replace(tile, words=rows), codebook))
+    return as_tokens(dequantize(jax.tree.map(lambda a: _as_it_lies(cut(a)), blocks), codebook))
+
+
+def _as_it_lies(tile: Array) -> Array:
+    """The tile in the layout that XLA for TPU gives arrays of its kind: the longer of the last two axes innermost.
+
+    Left to itself it prefers another one for the products to come, and copies the whole history to it.
+    """
+    *outer, rows, columns = range(tile.ndim)
+    inner = (rows, columns) if tile.shape[columns] >= tile.shape[rows] else (columns, rows)
+    return with_layout_constraint(tile, Layout((*outer, *inner)))
 
 
 def attend_history(
