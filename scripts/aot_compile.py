@@ -3,9 +3,12 @@
     python scripts/aot_compile.py --topology v5e:4x4 --config scripts/configs/llama-3.1-8b.json \
         --cache xquant:4 --context 131072 --batch 16 --mesh data=1,sequence=4,tensor=4
 
-The compiler is the real one, out of `libtpu` (`pip install 'xquant-jax[tpu]'`); no TPU is touched. Bytes are those
-that it assigns to one device; collectives are read from the program that it wrote, with the bytes that a device
-receives for one. What fits by this count fits the chip.
+The compiler is the real one, out of `libtpu` (`pip install 'xquant-jax[tpu]'`); no TPU is touched. Temporaries are
+what it assigns to one device; weights and cache are that device's shards, which it lays out without padding (under
+`compiled` the JSON has its own sums: arguments, and the cache among them, which is updated in place). Collectives are
+read from the program that it wrote, with the bytes that a device receives for one. What fits by this count fits the
+chip. The history is read with what `generate` would choose there: the TPU kernels, where they take the cache's
+streams; `--implementation xla` compiles plain XLA instead.
 """
 
 import argparse
@@ -16,12 +19,13 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may compile at the same time
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # any will do: it would be looked for otherwise
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -34,6 +38,7 @@ from rich.table import Table
 
 from converters.families import model_config
 from converters.shards import read_json
+from pallas_kernels import api, target
 from xquant_jax import sharding
 from xquant_jax.cache import Cache, allocate, cache_bytes, flush, flush_when_due
 from xquant_jax.config import ModelConfig
@@ -105,9 +110,10 @@ def compile_for(
     context: int,
     batch: int,
     prefill_chunk: int = 512,
-    implementation: str | None = "xla",
+    implementation: str | None = None,
 ) -> dict[str, Any]:
-    """What `--json` writes. Raises `ConfigError` where model, batch or mesh do not divide."""
+    """What `--json` writes. Raises `ConfigError` where model, batch or mesh do not divide, and where an
+    `implementation` that is named cannot read the cache."""
     mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
     sharding.check_model(config, mesh)
     sharding.check_batch(batch, mesh)
@@ -116,12 +122,14 @@ def compile_for(
     factors, shared = factor_shapes(config, cache_config)
     params = parameter_shapes(config)
     params = lie(params, parameter_specs(params), mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), target.compiling_for("tpu", devices[0].device_kind):
+        api.check(implementation)
         cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=batch, tokens=context))
         parts = {part: _bytes_of(cache, part, mesh) for part in ("codes", "scales", "window", "scratch")}
         cache = lie(cache, sharding.cache_specs(cache), mesh)
         factors = lie(factors, cache.layout.stacked_factors(factors), mesh)
         programs, results, memory, problems = Programs(Transformer(config, implementation)), [], {}, []
+        reads_with = programs.model.implementation_of(cache, factors, config.dtype)
         for name, length in (("prefill", prefill_chunk), ("decode", 1)):
             inputs = (jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32))
             jitted = jax.jit(getattr(programs, name), donate_argnames="cache")
@@ -147,14 +155,22 @@ def compile_for(
     return {
         "fits": not problems and total <= capacity,
         "context": context,
+        "implementation": reads_with,
         "per_device": {
             "weights": weights,
             "cache": held,
             "cache_parts": parts,
             "temporaries": temporaries,
-            "temporaries_by_program": {name: m.temp_size_in_bytes for name, m in memory.items()},
             "total": total,
             "capacity": capacity,
+        },
+        "compiled": {
+            name: {
+                "arguments": m.argument_size_in_bytes,
+                "updated_in_place": m.alias_size_in_bytes,
+                "temporaries": m.temp_size_in_bytes,
+            }
+            for name, m in memory.items()
         },
         "collectives": results,
         "does_not_compile": [name for name, _ in problems],
@@ -282,10 +298,14 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(c["program"], c["op"], c["when"], str(c["count"]), f"{c['bytes']:,}")
     console.print(table)
     verdict = "fit" if report["fits"] else "do not fit"
-    console.print(f"{report['context']:,} tokens per sequence {verdict}", style="bold", highlight=False)
+    console.print(
+        f"{report['context']:,} tokens per sequence {verdict}; decoding reads them with {report['implementation']}",
+        style="bold",
+        highlight=False,
+    )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", required=True, help="v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
     parser.add_argument("--config", required=True, type=Path, help="a config.json")
@@ -295,8 +315,9 @@ def main() -> int:
     parser.add_argument("--mesh", default="", help="data=1,sequence=4,tensor=4 (default: all devices along sequence)")
     parser.add_argument("--prefill-chunk", type=int, default=512)
     parser.add_argument("--layers", type=int, help="compile so many layers only")
+    parser.add_argument("--implementation", help="xla or pallas_tpu (default: what generate would choose)")
     parser.add_argument("--json", type=Path, metavar="OUT")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         config = model_config(read_json(arguments.config))
         if arguments.layers:
@@ -308,6 +329,7 @@ def main() -> int:
             "mesh_sizes": sharding.parse_mesh(arguments.mesh) if arguments.mesh else {"sequence": len(devices)},
             "batch": arguments.batch,
             "prefill_chunk": arguments.prefill_chunk,
+            "implementation": arguments.implementation,
         }
         model = (devices, config, CacheConfig.parse(arguments.cache))
         if arguments.context == "largest":
