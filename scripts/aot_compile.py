@@ -13,7 +13,6 @@ streams; `--implementation xla` compiles plain XLA instead.
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import re
@@ -36,16 +35,15 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from converters.families import model_config
-from converters.shards import read_json
 from pallas_kernels import api, target
 from xquant_jax import sharding
 from xquant_jax.cache import Cache, allocate, cache_bytes, flush, flush_when_due
+from xquant_jax.cli.json_file import check_folder, write_json
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError, XQuantError
 from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer, forward
-from xquant_jax.plan import factors_of_one_layer, parameter_shapes
+from xquant_jax.plan import factors_of_one_layer, parameter_shapes, read_config
 from xquant_jax.sharding import P
 from xquant_jax.weights import parameter_specs
 
@@ -117,6 +115,8 @@ def compile_for(
     mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
     sharding.check_model(config, mesh)
     sharding.check_batch(batch, mesh)
+    if batch < 1:
+        raise ConfigError(f"batch={batch} is not possible; choose 1 or more")
     if context < 1 or not 1 <= prefill_chunk <= context:
         raise ConfigError(f"prefill_chunk={prefill_chunk} and context={context}: choose 1 <= prefill_chunk <= context")
     factors, shared = factor_shapes(config, cache_config)
@@ -143,11 +143,10 @@ def compile_for(
                 continue
             memory[name] = compiled.memory_analysis()
             results += [{"program": name, **c} for c in collectives(compiled.as_text() or "")]
-    if mesh.shape["tensor"] == 1:  # where they lie as the parameters do they are the same arrays
-        factors = [
-            a for a, is_parameter in zip(*map(jax.tree.leaves, (factors, shared)), strict=True) if not is_parameter
-        ]
-    weights, held = per_device(params) + per_device(factors), per_device(cache)
+    # factors that are parameters are the same arrays where they lie as these do: held once, but two arguments
+    again = jax.tree.map(lambda a, is_parameter: a if is_parameter else None, factors, shared)
+    twice = per_device(again) if mesh.shape["tensor"] == 1 else 0
+    weights, held = per_device(params) + per_device(factors) - twice, per_device(cache)
     temporaries = max((m.temp_size_in_bytes for m in memory.values()), default=0)
     temporaries = max([temporaries, *(_needed(message) for _, message in problems)])
     total = weights + held + temporaries
@@ -166,7 +165,7 @@ def compile_for(
         },
         "compiled": {
             name: {
-                "arguments": m.argument_size_in_bytes,
+                "arguments": m.argument_size_in_bytes - twice,
                 "updated_in_place": m.alias_size_in_bytes,
                 "temporaries": m.temp_size_in_bytes,
             }
@@ -275,13 +274,23 @@ def _received(line: str, op: str, started: bool) -> int:
     return sum(sizes)
 
 
+def shortened(config: ModelConfig, layers: int) -> ModelConfig:
+    """The model with its first layers only. Raises `ConfigError` where it does not have so many."""
+    if not 1 <= layers <= config.num_layers:
+        raise ConfigError(f"--layers {layers} is not possible; this model has 1 to {config.num_layers}")
+    return dataclasses.replace(config, num_layers=layers, sliding_windows=config.sliding_windows[:layers])
+
+
 def topology_devices(name: str) -> Any:
-    """The devices of a slice such as v5e:4x4. Raises `ConfigError` for one that does not exist."""
+    """The devices of a slice such as v5e:4x4. Raises `ConfigError` for one that does not exist or is not known."""
+    ways_out = "write v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ..."
     try:
-        return topologies.get_topology_desc(name, "tpu").devices
+        devices = topologies.get_topology_desc(name, "tpu").devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--topology {name}: {reason}; write v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ...") from error
+        raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}; {ways_out}") from error
+    if devices[0].device_kind not in CAPACITY:
+        raise ConfigError(f"--topology {name}: the memory of a {devices[0].device_kind} is not known; {ways_out}")
+    return devices
 
 
 def show(report: dict[str, Any]) -> None:
@@ -319,11 +328,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args(argv)
     try:
-        config = model_config(read_json(arguments.config))
-        if arguments.layers:
-            layers = arguments.layers
-            windows = config.sliding_windows[:layers]
-            config = dataclasses.replace(config, num_layers=layers, sliding_windows=windows)
+        check_folder("--json", arguments.json)
+        config = read_config(arguments.config)
+        if arguments.layers is not None:
+            config = shortened(config, arguments.layers)
         devices = topology_devices(arguments.topology)
         sizes: dict[str, Any] = {
             "mesh_sizes": sharding.parse_mesh(arguments.mesh) if arguments.mesh else {"sequence": len(devices)},
@@ -342,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, report)
     show(report)
     return 0
 
