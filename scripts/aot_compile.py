@@ -50,6 +50,9 @@ from xquant_jax.weights import parameter_specs
 CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
 """GiB of a device's memory that programs can use, as the compiler states it when one does not fit."""
 
+TRIES = 6
+"""Compilations to find the largest context, at most."""
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -177,20 +180,20 @@ def compile_for(
 
 
 def largest_context(devices: Any, config: ModelConfig, cache_config: CacheConfig, **sizes: Any) -> dict[str, Any]:
-    """`compile_for` with as many tokens as fit; does not fit where not even the first try does."""
-    context = 8192
-    report = compile_for(devices, config, cache_config, context=context, **sizes)
+    """`compile_for` with as many tokens as fit, within a hundredth; does not fit where not even the first try does."""
+    best = compile_for(devices, config, cache_config, context=8192, **sizes)
     parts = 128 * len(devices)  # whatever the mesh, every device has whole blocks
-    for share in (1.0, 0.97, 0.9, 0.8, 0.6):
-        free = report["per_device"]["capacity"] - report["per_device"]["total"]
-        if not report["fits"] or free < 0:
+    slope = best["per_device"]["cache"] / best["context"]
+    for _ in range(TRIES):
+        free = best["per_device"]["capacity"] - best["per_device"]["total"]
+        more = int((best["context"] + free / slope) // parts * parts)
+        if not best["fits"] or more < 1.01 * best["context"]:
             break
-        per_token = report["per_device"]["cache"] / report["context"]
-        more = int((report["context"] + share * free / per_token) // parts * parts)
-        larger = compile_for(devices, config, cache_config, context=more, **sizes)
-        if larger["fits"]:
-            return larger
-    return report
+        other = compile_for(devices, config, cache_config, context=more, **sizes)
+        grown = other["per_device"]["total"] - best["per_device"]["total"]
+        slope = max(slope, 1.001 * grown / (more - best["context"]))  # temporaries may grow too
+        best = other if other["fits"] else best
+    return best
 
 
 def _bytes_of(cache: Cache, part: str, mesh: Mesh) -> int:
