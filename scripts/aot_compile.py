@@ -3,25 +3,28 @@
     python scripts/aot_compile.py --topology v5e:4x4 --config scripts/configs/llama-3.1-8b.json \
         --cache xquant:4 --context 131072 --batch 16 --mesh data=1,sequence=4,tensor=4
 
-The compiler is the real one, out of `libtpu` (`pip install 'xquant-jax[tpu]'`); no TPU is touched. Bytes are those
-that it assigns to one device; collectives are read from the program that it wrote, with the bytes that a device
-receives for one. What fits by this count fits the chip.
+The compiler is the real one, out of `libtpu` (`pip install 'xquant-jax[tpu]'`); no TPU is touched. Temporaries are
+what it assigns to one device; weights and cache are that device's shards, which it lays out without padding (under
+`compiled` the JSON has its own sums: arguments, and the cache among them, which is updated in place). Collectives are
+read from the program that it wrote, with the bytes that a device receives for one. What fits by this count fits the
+chip. The history is read with what `generate` would choose there: the TPU kernels, where they take the cache's
+streams; `--implementation xla` compiles plain XLA instead.
 """
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may compile at the same time
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # any will do: it would be looked for otherwise
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -32,20 +35,23 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from converters.families import model_config
-from converters.shards import read_json
+from pallas_kernels import api, target
 from xquant_jax import sharding
 from xquant_jax.cache import Cache, allocate, cache_bytes, flush, flush_when_due
+from xquant_jax.cli.json_file import check_folder, write_json
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError, XQuantError
 from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer, forward
-from xquant_jax.plan import factors_of_one_layer, parameter_shapes
+from xquant_jax.plan import factors_of_one_layer, parameter_shapes, read_config
 from xquant_jax.sharding import P
 from xquant_jax.weights import parameter_specs
 
 CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
 """GiB of a device's memory that programs can use, as the compiler states it when one does not fit."""
+
+TRIES = 6
+"""Compilations to find the largest context, at most."""
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -105,23 +111,28 @@ def compile_for(
     context: int,
     batch: int,
     prefill_chunk: int = 512,
-    implementation: str | None = "xla",
+    implementation: str | None = None,
 ) -> dict[str, Any]:
-    """What `--json` writes. Raises `ConfigError` where model, batch or mesh do not divide."""
+    """What `--json` writes. Raises `ConfigError` where model, batch or mesh do not divide, and where an
+    `implementation` that is named cannot read the cache."""
     mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
     sharding.check_model(config, mesh)
     sharding.check_batch(batch, mesh)
+    if batch < 1:
+        raise ConfigError(f"batch={batch} is not possible; choose 1 or more")
     if context < 1 or not 1 <= prefill_chunk <= context:
         raise ConfigError(f"prefill_chunk={prefill_chunk} and context={context}: choose 1 <= prefill_chunk <= context")
     factors, shared = factor_shapes(config, cache_config)
     params = parameter_shapes(config)
     params = lie(params, parameter_specs(params), mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), target.compiling_for("tpu", devices[0].device_kind):
+        api.check(implementation)
         cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=batch, tokens=context))
         parts = {part: _bytes_of(cache, part, mesh) for part in ("codes", "scales", "window", "scratch")}
         cache = lie(cache, sharding.cache_specs(cache), mesh)
         factors = lie(factors, cache.layout.stacked_factors(factors), mesh)
         programs, results, memory, problems = Programs(Transformer(config, implementation)), [], {}, []
+        reads_with = programs.model.implementation_of(cache, factors, config.dtype)
         for name, length in (("prefill", prefill_chunk), ("decode", 1)):
             inputs = (jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32))
             jitted = jax.jit(getattr(programs, name), donate_argnames="cache")
@@ -135,11 +146,10 @@ def compile_for(
                 continue
             memory[name] = compiled.memory_analysis()
             results += [{"program": name, **c} for c in collectives(compiled.as_text() or "")]
-    if mesh.shape["tensor"] == 1:  # where they lie as the parameters do they are the same arrays
-        factors = [
-            a for a, is_parameter in zip(*map(jax.tree.leaves, (factors, shared)), strict=True) if not is_parameter
-        ]
-    weights, held = per_device(params) + per_device(factors), per_device(cache)
+    # factors that are parameters are the same arrays where they lie as these do: held once, but two arguments
+    again = jax.tree.map(lambda a, is_parameter: a if is_parameter else None, factors, shared)
+    twice = per_device(again) if mesh.shape["tensor"] == 1 else 0
+    weights, held = per_device(params) + per_device(factors) - twice, per_device(cache)
     temporaries = max((m.temp_size_in_bytes for m in memory.values()), default=0)
     temporaries = max([temporaries, *(_needed(message) for _, message in problems)])
     total = weights + held + temporaries
@@ -147,14 +157,22 @@ def compile_for(
     return {
         "fits": not problems and total <= capacity,
         "context": context,
+        "implementation": reads_with,
         "per_device": {
             "weights": weights,
             "cache": held,
             "cache_parts": parts,
             "temporaries": temporaries,
-            "temporaries_by_program": {name: m.temp_size_in_bytes for name, m in memory.items()},
             "total": total,
             "capacity": capacity,
+        },
+        "compiled": {
+            name: {
+                "arguments": m.argument_size_in_bytes - twice,
+                "updated_in_place": m.alias_size_in_bytes,
+                "temporaries": m.temp_size_in_bytes,
+            }
+            for name, m in memory.items()
         },
         "collectives": results,
         "does_not_compile": [name for name, _ in problems],
@@ -162,20 +180,20 @@ def compile_for(
 
 
 def largest_context(devices: Any, config: ModelConfig, cache_config: CacheConfig, **sizes: Any) -> dict[str, Any]:
-    """`compile_for` with as many tokens as fit; does not fit where not even the first try does."""
-    context = 8192
-    report = compile_for(devices, config, cache_config, context=context, **sizes)
+    """`compile_for` with as many tokens as fit, within a hundredth; does not fit where not even the first try does."""
+    best = compile_for(devices, config, cache_config, context=8192, **sizes)
     parts = 128 * len(devices)  # whatever the mesh, every device has whole blocks
-    for share in (1.0, 0.97, 0.9, 0.8, 0.6):
-        free = report["per_device"]["capacity"] - report["per_device"]["total"]
-        if not report["fits"] or free < 0:
+    slope = best["per_device"]["cache"] / best["context"]
+    for _ in range(TRIES):
+        free = best["per_device"]["capacity"] - best["per_device"]["total"]
+        more = int((best["context"] + free / slope) // parts * parts)
+        if not best["fits"] or more < 1.01 * best["context"]:
             break
-        per_token = report["per_device"]["cache"] / report["context"]
-        more = int((report["context"] + share * free / per_token) // parts * parts)
-        larger = compile_for(devices, config, cache_config, context=more, **sizes)
-        if larger["fits"]:
-            return larger
-    return report
+        other = compile_for(devices, config, cache_config, context=more, **sizes)
+        grown = other["per_device"]["total"] - best["per_device"]["total"]
+        slope = max(slope, 1.001 * grown / (more - best["context"]))  # temporaries may grow too
+        best = other if other["fits"] else best
+    return best
 
 
 def _bytes_of(cache: Cache, part: str, mesh: Mesh) -> int:
@@ -259,13 +277,23 @@ def _received(line: str, op: str, started: bool) -> int:
     return sum(sizes)
 
 
+def shortened(config: ModelConfig, layers: int) -> ModelConfig:
+    """The model with its first layers only. Raises `ConfigError` where it does not have so many."""
+    if not 1 <= layers <= config.num_layers:
+        raise ConfigError(f"--layers {layers} is not possible; this model has 1 to {config.num_layers}")
+    return dataclasses.replace(config, num_layers=layers, sliding_windows=config.sliding_windows[:layers])
+
+
 def topology_devices(name: str) -> Any:
-    """The devices of a slice such as v5e:4x4. Raises `ConfigError` for one that does not exist."""
+    """The devices of a slice such as v5e:4x4. Raises `ConfigError` for one that does not exist or is not known."""
+    ways_out = "write v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ..."
     try:
-        return topologies.get_topology_desc(name, "tpu").devices
+        devices = topologies.get_topology_desc(name, "tpu").devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--topology {name}: {reason}; write v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ...") from error
+        raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}; {ways_out}") from error
+    if devices[0].device_kind not in CAPACITY:
+        raise ConfigError(f"--topology {name}: the memory of a {devices[0].device_kind} is not known; {ways_out}")
+    return devices
 
 
 def show(report: dict[str, Any]) -> None:
@@ -282,10 +310,14 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(c["program"], c["op"], c["when"], str(c["count"]), f"{c['bytes']:,}")
     console.print(table)
     verdict = "fit" if report["fits"] else "do not fit"
-    console.print(f"{report['context']:,} tokens per sequence {verdict}", style="bold", highlight=False)
+    console.print(
+        f"{report['context']:,} tokens per sequence {verdict}; decoding reads them with {report['implementation']}",
+        style="bold",
+        highlight=False,
+    )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", required=True, help="v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
     parser.add_argument("--config", required=True, type=Path, help="a config.json")
@@ -295,19 +327,20 @@ def main() -> int:
     parser.add_argument("--mesh", default="", help="data=1,sequence=4,tensor=4 (default: all devices along sequence)")
     parser.add_argument("--prefill-chunk", type=int, default=512)
     parser.add_argument("--layers", type=int, help="compile so many layers only")
+    parser.add_argument("--implementation", help="xla or pallas_tpu (default: what generate would choose)")
     parser.add_argument("--json", type=Path, metavar="OUT")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
-        config = model_config(read_json(arguments.config))
-        if arguments.layers:
-            layers = arguments.layers
-            windows = config.sliding_windows[:layers]
-            config = dataclasses.replace(config, num_layers=layers, sliding_windows=windows)
+        check_folder("--json", arguments.json)
+        config = read_config(arguments.config)
+        if arguments.layers is not None:
+            config = shortened(config, arguments.layers)
         devices = topology_devices(arguments.topology)
         sizes: dict[str, Any] = {
             "mesh_sizes": sharding.parse_mesh(arguments.mesh) if arguments.mesh else {"sequence": len(devices)},
             "batch": arguments.batch,
             "prefill_chunk": arguments.prefill_chunk,
+            "implementation": arguments.implementation,
         }
         model = (devices, config, CacheConfig.parse(arguments.cache))
         if arguments.context == "largest":
@@ -320,7 +353,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, report)
     show(report)
     return 0
 

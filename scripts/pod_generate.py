@@ -12,8 +12,10 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,12 @@ from xquant_jax.loading import load
 
 def join(arguments: argparse.Namespace) -> None:
     """Makes this process one of the job. Ends it with an error if the others are not there within --join-timeout."""
+    for option in ("processes", "join_timeout", "heartbeat_timeout"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {value} is not possible; choose 1 or more")
+    if arguments.coordinator is not None and not re.fullmatch(r".+:\d+", arguments.coordinator):
+        raise ConfigError(f"--coordinator {arguments.coordinator} must be HOST:PORT, as 10.0.0.1:12355")
     if arguments.processes == 1:
         return
     named = {
@@ -69,6 +77,18 @@ def join(arguments: argparse.Namespace) -> None:
         waiting.cancel()
 
 
+def check_same_options(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` in all processes if they were not all started with the same options."""
+    own = {"process", "coordinator", "model", "prompts", "results", "join_timeout", "heartbeat_timeout"}
+    shared = {name: str(value) for name, value in sorted(vars(arguments).items()) if name not in own and value}
+    checksums = np.atleast_1d(multihost_utils.process_allgather(np.uint32(zlib.crc32(json.dumps(shared).encode()))))
+    if differing := np.flatnonzero(checksums != checksums[0]).tolist():
+        raise ConfigError(
+            f"processes {differing} were started with other options than process 0 (this is process "
+            f"{jax.process_index()}, with {shared}); start the same command on every host"
+        )
+
+
 def from_process_0(value: Any) -> Any:
     """What process 0 has, ready for JSON, in all processes."""
     if jax.process_count() == 1:
@@ -96,6 +116,7 @@ def on_process_0(function: Any) -> Any:
 
 def run(arguments: argparse.Namespace) -> None:
     leads = jax.process_index() == 0
+    check_same_options(arguments)
     options, size = options_of(arguments)
     sizes = sharding.parse_mesh(arguments.mesh) if arguments.mesh else {"data": jax.device_count()}
     mesh = sharding.make_mesh(**sizes)
@@ -125,10 +146,11 @@ def run(arguments: argparse.Namespace) -> None:
                 pass
             return
         results = opened[0]
-        for line in pending:
-            if line.request is None:
-                results.write(line.record())
-        with progress(len(lines), len(lines) - len(asked)) as report:
+        with progress(len(lines), len(done)) as report:
+            for line in pending:
+                if line.request is None:
+                    results.write(line.record())
+                    report(line.record())
             for answer in answers:
                 record = asked[answer.index].record(answer)
                 results.write(record)

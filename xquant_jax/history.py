@@ -49,6 +49,9 @@ def _as_it_lies(tile: Array) -> Array:
 
     Left to itself it prefers another one for the products to come, and copies the whole history to it.
     """
+    if 1 in tile.shape[-2:]:  # where there is no second of them, the blocks are
+        flat = tile.reshape(*tile.shape[:-2], -1)
+        return with_layout_constraint(flat, Layout(tuple(range(flat.ndim)))).reshape(tile.shape)
     *outer, rows, columns = range(tile.ndim)
     inner = (rows, columns) if tile.shape[columns] >= tile.shape[rows] else (columns, rows)
     return with_layout_constraint(tile, Layout((*outer, *inner)))

@@ -205,6 +205,8 @@ def _call(
             add(f"{name}_words{number}", words, tile_of(words.shape[3:]))
         for what in ("scale", "zero"):
             array = by_block(getattr(stream, what), stream.spec.axis, leading=2)
+            if array.shape[3] == 1:  # one group of channels: XLA would copy all of it to pad that axis
+                array = array[:, :, :, 0]
             add(f"{name}_{what}", array, tile_of(array.shape[3:]))
 
     rows, cover, tiles = plan.rows, plan.cover, plan.value_tiles
@@ -341,8 +343,9 @@ def _read_scales(plan: Plan, count: Array, refs: dict[str, Any]) -> None:
             for block in range(plan.tile):
                 refs[f"key_{what}s"][block] = refs[f"key_{what}"][block : block + 1].astype(jnp.float32)
         else:
-            refs[f"key_{what}s"][...] = refs[f"key_{what}"][...].astype(jnp.float32)[:, :, None]
-        given = refs[f"value_{what}"][...].astype(jnp.float32)
+            by_group = refs[f"key_{what}"][...].astype(jnp.float32)
+            refs[f"key_{what}s"][...] = by_group.reshape(plan.tile, -1, 1, LANES)
+        given = refs[f"value_{what}"][...].astype(jnp.float32).reshape(plan.tile, -1, LANES)
         flat = given.reshape(-1, LANES).astype(jnp.bfloat16)
         ordered = jnp.dot(flat, order, preferred_element_type=jnp.float32).reshape(given.shape)
         block = lax.broadcasted_iota(jnp.int32, given.shape, 0)

@@ -1,4 +1,4 @@
-"""`scripts/aot_compile.py` with the real TPU compiler: two layers of each model, at the slices that the docs name."""
+"""`scripts/aot_compile.py` with the real TPU compiler: few layers of each model, at the slices that the docs name."""
 
 import json
 import subprocess
@@ -8,20 +8,34 @@ from typing import Any
 
 import pytest
 
+from scripts import aot_compile
+from tests.conftest import forget_programs
+from xquant_jax.methods import CacheConfig
+from xquant_jax.plan import Costs
+
+pytest.importorskip("libtpu", reason="no libtpu here, the compiler for TPUs")
+pytestmark = pytest.mark.filterwarnings("ignore:decode_attention runs without a kernel")
+
 ROOT = Path(__file__).parents[2]
-LLAMA_8B, LLAMA_70B = "llama-3.1-8b", "llama-3.1-70b"
-DEVICES = {"v5e:2x2": 4, "v5e:4x4": 16, "v5p:2x2x4": 16}
+LLAMA_8B, LLAMA_70B, LLAMA_2 = "llama-3.1-8b", "llama-3.1-70b", "llama-2-7b"
+CHIPS = {"v5e:2x2": 4, "v5e:4x4": 16, "v5p:2x2x4": 16}
+LAYERS, CONTEXT, BATCH = 2, 16_384, 8
 
 
-def compiled(out: Path, topology: str, model: str, *options: str, code: int = 0) -> Any:
-    """The report of two layers, or the error."""
-    pytest.importorskip("libtpu", reason="no libtpu here, the compiler for TPUs")
-    command = [sys.executable, "scripts/aot_compile.py", "--config", f"scripts/configs/{model}.json", "--layers", "2"]
-    command += ["--topology", topology, "--json", str(out), *options]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(out.parent)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stderr
-    return json.loads(out.read_text()) if code == 0 else done.stderr
+def config_of(model: str) -> Path:
+    return ROOT / "scripts" / "configs" / f"{model}.json"
+
+
+def compiled(out: Path, topology: str, config: Path, *options: str, layers: int = LAYERS) -> Any:
+    """The report of a few layers."""
+    command = ["--topology", topology, "--config", str(config), "--layers", str(layers), "--json", str(out)]
+    assert aot_compile.main([*command, *options]) == 0
+    forget_programs()
+    return json.loads(out.read_text())
+
+
+def planned(config: Path, cache: str, layers: int = LAYERS) -> Costs:
+    return Costs(aot_compile.shortened(aot_compile.read_config(config), layers), CacheConfig.parse(cache))
 
 
 def exchanged(report: Any, program: str, when: str) -> int:
@@ -30,49 +44,106 @@ def exchanged(report: Any, program: str, when: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "model", "cache", "mesh"),
+    ("topology", "model", "cache", "mesh", "reads_with"),
     [
-        ("v5e:2x2", LLAMA_8B, "xquant:4", "tensor=4"),
-        ("v5e:4x4", LLAMA_8B, "xquant:4,basis=joint", "sequence=4,tensor=4"),
-        ("v5p:2x2x4", LLAMA_70B, "bf16", "sequence=2,tensor=8"),
+        ("v5e:2x2", LLAMA_8B, "xquant:4", "tensor=4", "pallas_tpu"),
+        ("v5e:2x2", LLAMA_2, "xquant:4", "sequence=2,tensor=2", "pallas_tpu"),
+        ("v5e:4x4", LLAMA_8B, "xquant:4,basis=joint", "sequence=4,tensor=4", "pallas_tpu"),
+        ("v5p:2x2x4", LLAMA_70B, "bf16", "sequence=2,tensor=8", "xla"),
     ],
 )
-def test_a_slice_that_is_not_there(tmp_path: Path, topology: str, model: str, cache: str, mesh: str) -> None:
+def test_a_slice_that_is_not_there(
+    tmp_path: Path, topology: str, model: str, cache: str, mesh: str, reads_with: str
+) -> None:
     """Sizes are computed another way: from the model's and the method's own numbers."""
-    context, batch = 16_384, 8
-    options = ("--cache", cache, "--mesh", mesh, "--context", str(context), "--batch", str(batch))
-    report = compiled(tmp_path / "report.json", topology, model, *options)
-    sizes = report["per_device"]
+    options = ("--cache", cache, "--mesh", mesh, "--context", str(CONTEXT), "--batch", str(BATCH))
+    report = compiled(tmp_path / "report.json", topology, config_of(model), *options)
+    sizes, decode = report["per_device"], report["compiled"]["decode"]
     assert report["fits"]
+    assert report["implementation"] == reads_with
     assert sizes["total"] == sizes["weights"] + sizes["cache"] + sizes["temporaries"] < sizes["capacity"]
-    key_width, layers = 1024, 2
+    stored = 4096 if model == LLAMA_2 else 2 * 1024  # X, or keys and values
     per_value = 2 if cache == "bf16" else (4 + 0.25) / 8
-    history = layers * batch * context * 2 * key_width * per_value
-    window = layers * batch * 128 * 2 * key_width * 2
-    assert sizes["cache"] == pytest.approx((history + window) / DEVICES[topology], rel=1e-4)
-    whole = sizes["cache"] * {LLAMA_8B: 32, LLAMA_70B: 80}[model] / layers  # of all layers; temporaries are of one
-    assert sizes["temporaries_by_program"]["decode"] < 0.1 * whole
+    history = LAYERS * BATCH * CONTEXT * stored * per_value
+    window = LAYERS * BATCH * 128 * stored * 2
+    assert sizes["cache"] == pytest.approx((history + window) / CHIPS[topology], rel=1e-4)
+    in_plan = planned(config_of(model), cache).cache(BATCH, CONTEXT).total / CHIPS[topology]
+    assert in_plan == pytest.approx(decode["updated_in_place"], rel=0.001)
+    layers = {LLAMA_8B: 32, LLAMA_70B: 80, LLAMA_2: 32}[model]
+    assert decode["temporaries"] < 0.1 * sizes["cache"] * layers / LAYERS  # temporaries are those of one layer
     # a decode step exchanges activations and logits (most of it, beside two layers), never the history
     assert 0 < exchanged(report, "decode", "step") < 0.3 * sizes["cache"]
     assert exchanged(report, "prefill", "step") > exchanged(report, "decode", "step")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kv_heads", "cache"), [(2, "bf16"), (2, "kivi:2"), (2, "xquant:4"), (2, "xquant-cl:2"), (4, "xquant:4")]
+)
+def test_plan_and_the_compiler_agree(tmp_path: Path, kv_heads: int, cache: str) -> None:
+    """What `xquant plan` says of one device, against what the compiler gives to each of four with `data=4`."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 4096}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    config, layers = tmp_path / "config.json", 4
+    config.write_text(json.dumps(json.loads(config_of(LLAMA_8B).read_text()) | sizes | heads | {"head_dim": 128}))
+    options = ("--cache", cache, "--mesh", "data=4", "--context", str(CONTEXT), "--batch", str(BATCH))
+    report = compiled(tmp_path / "out.json", "v5e:2x2", config, *options, "--prefill-chunk", "1", layers=layers)
+    costs, decode = planned(config, cache, layers), report["compiled"]["decode"]
+    stored, weights = costs.cache(BATCH, CONTEXT).total / 4, costs.weights + costs.factors
+    assert stored == pytest.approx(report["per_device"]["cache"], rel=0.001)
+    assert stored == pytest.approx(decode["updated_in_place"], rel=0.001)
+    assert weights == pytest.approx(report["per_device"]["weights"], rel=0.001)
+    assert weights == pytest.approx(decode["arguments"] - decode["updated_in_place"], rel=0.05)
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     options = ("--cache", "bf16", "--mesh", "tensor=4", "--context", "1048576", "--batch", "32")
-    report = compiled(tmp_path / "report.json", "v5e:2x2", LLAMA_8B, *options)
+    report = compiled(tmp_path / "report.json", "v5e:2x2", config_of(LLAMA_8B), *options, "--prefill-chunk", "1")
     assert not report["fits"]
     assert report["per_device"]["total"] > report["per_device"]["capacity"]
+
+
+@pytest.mark.slow
+def test_plain_xla_can_be_asked_for_from_a_shell(tmp_path: Path) -> None:
+    """In an environment that says nothing of TPUs."""
+    out = tmp_path / "report.json"
+    command = [sys.executable, "scripts/aot_compile.py", "--config", str(config_of(LLAMA_8B)), "--layers", "1"]
+    command += ["--topology", "v5e:2x2", "--cache", "xquant:4", "--mesh", "tensor=4", "--context", "1024"]
+    command += ["--prefill-chunk", "1", "--implementation", "xla", "--json", str(out)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "1,024 tokens per sequence fit; decoding reads them with xla" in done.stdout
+    assert json.loads(out.read_text())["implementation"] == "xla"
 
 
 @pytest.mark.parametrize(
     ("topology", "options", "message"),
     [
-        ("v5e:2x2", ("--mesh", "tensor=8", "--context", "1024"), "takes 8 devices, and there are 4"),
-        ("v5e:2x2", ("--mesh", "data=4", "--context", "1024", "--batch", "6"), "6 prompts cannot be split over data=4"),
-        ("v5e:2x2", ("--mesh", "tensor=4", "--context", "lots"), "--context lots is neither"),
-        ("v9:2x2", ("--context", "1024"), "--topology v9:2x2"),
+        ("v5e:2x2", "--mesh tensor=8 --context 1024", "takes 8 devices, and there are 4"),
+        ("v5e:2x2", "--mesh data=4 --context 1024 --batch 6", "6 prompts cannot be split over data=4"),
+        ("v5e:2x2", "--mesh tensor=4 --context lots", "--context lots is neither"),
+        ("v5e:2x2", "--mesh tensor=4 --context 0", "context=0"),
+        ("v5e:2x2", "--mesh tensor=4 --context 1024 --batch 0", "batch=0"),
+        ("v5e:2x2", "--mesh tensor=4 --context 1024 --layers 0", "--layers 0"),
+        ("v5e:2x2", "--mesh tensor=4 --context 1024 --implementation cuda", "implementation='cuda' is not available"),
+        ("v5e:2x2", "--mesh tensor=4 --context 1024 --implementation triton", "runs on gpu, and this device is a tpu"),
+        ("v5e:2x2", "--mesh tensor=4 --context 1024 --json nowhere/a.json", "there is no directory nowhere"),
+        ("v9:2x2", "--context 1024", "--topology v9:2x2"),
     ],
 )
-def test_bad_input_is_a_clear_error(tmp_path: Path, topology: str, options: tuple[str, ...], message: str) -> None:
-    assert message in compiled(tmp_path / "report.json", topology, LLAMA_8B, *options, code=2)
+def test_bad_input_is_a_clear_error(
+    tmp_path: Path, topology: str, options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["--config", str(config_of(LLAMA_8B)), "--topology", topology, *options.split()]
+    assert aot_compile.main(command) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_config_that_is_not_there_is_a_clear_error(capsys: Any) -> None:
+    assert aot_compile.main(["--config", "nowhere.json", "--topology", "v5e:2x2", "--context", "1024"]) == 2
+    assert "nowhere.json" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from scripts import pod_generate
 from tests.checkpoints import write_checkpoint
 from tests.conftest import random_tokens, tiny_config
 
@@ -151,6 +152,45 @@ def test_results_of_another_run_are_refused_by_all(model: Path, prompts: Path, t
     errors = ends(processes)
     assert [process.returncode for process in processes] == [2, 2]
     assert all("is from another run: weights was 'of another model'" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_options_that_differ_between_hosts_are_an_error_on_all(model: Path, prompts: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", "2"]
+    command = [sys.executable, "scripts/pod_generate.py", str(model), str(prompts), str(tmp_path / "results.jsonl")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [*command, *shared, "--process", str(i), "--max-new-tokens", str(3 + i)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = ends(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("processes [1] were started with other options than process 0" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--coordinator localhost --processes 2 --process 0", "--coordinator localhost must be HOST:PORT"),
+        ("--coordinator localhost:1 --processes 2", "belong together"),
+        ("--processes 0", "--processes 0 is not possible"),
+        ("--processes 1 --join-timeout 0", "--join-timeout 0 is not possible"),
+    ],
+)
+def test_a_process_that_is_named_wrongly_is_an_error(
+    options: str, message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pod_generate.py", "demo", "prompts.jsonl", "results.jsonl", *options.split()])
+    assert pod_generate.main() == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_mesh_of_other_devices_is_an_error(model: Path, prompts: Path, tmp_path: Path) -> None:

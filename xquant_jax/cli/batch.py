@@ -99,11 +99,12 @@ def run(arguments: argparse.Namespace) -> None:
     prepared = batch.prepare(model, **options, **size)
     with Results.open(arguments.results, settings_of(model, prompts, **options)) as results:
         pending = [line for line in lines if line.number not in results.done]
-        for line in pending:
-            if line.request is None:
-                results.write(line.record())
         asked = [line for line in pending if line.request is not None]
-        with progress(len(lines), len(lines) - len(asked)) as report:
+        with progress(len(lines), len(results.done)) as report:
+            for line in pending:
+                if line.request is None:
+                    results.write(line.record())
+                    report(line.record())
             for answer in prepared.answers(line.request for line in asked if line.request is not None):
                 record = asked[answer.index].record(answer)
                 results.write(record)
