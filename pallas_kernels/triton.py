@@ -277,12 +277,18 @@ def accumulate(
     if predict or lift is not None:
         size = min(num_blocks, max(triton.cdiv(num_blocks, RANGES), triton.cdiv(LEAST_RANGE, batch)))
     in_range = triton.cdiv(size, tiles.blocks)
-    shared = {"NUM_BLOCKS": num_blocks, "BATCH": batch, "BLOCKS": tiles.blocks, "warps": tiles.warps}
+    shared: dict[str, Any] = {
+        "NUM_BLOCKS": num_blocks,
+        "BATCH": batch,
+        "BLOCKS": tiles.blocks,
+        "CHUNK": tiles.chunk or SUM_COLUMNS,
+        "warps": tiles.warps,
+    }
     flushed, layer = flushed.astype(jnp.int32), jnp.asarray(layer, jnp.int32)
 
     def lay_out(blocks: Blocks, scalars: Array, matrix: Array | None) -> Array:
         width = blocks.spec.width if matrix is None else matrix.shape[1]
-        types = _types()
+        shape = (batch, in_range * tiles.blocks * BLOCK, width)
         (out,) = launch(
             "lay_out",
             scalars,
@@ -290,14 +296,13 @@ def accumulate(
             *_arrays(blocks),
             scalars if matrix is None else _operand(matrix),
             grid=(width // SUM_COLUMNS, batch * in_range),
-            outputs=[jax.ShapeDtypeStruct((batch, in_range * tiles.blocks * BLOCK, width), _operand(blocks.scale).dtype)],
+            outputs=[jax.ShapeDtypeStruct(shape, _operand_type())],
             stages=1,
             OUT_WIDTH=width,
             MULTIPLY=matrix is not None,
-            CHUNK=tiles.chunk or SUM_COLUMNS,
             **shared,
             **_stream_constants(blocks.spec),
-            **types,
+            **_types(),
         )
         return out
 
@@ -321,7 +326,6 @@ def accumulate(
             BELOW=predict[-1].shape[0] if predict else 0,
             STORED=0 if lift is None else lift.shape[0],
             ADD_SUM=accumulation.predict == (),
-            CHUNK=tiles.chunk or SUM_COLUMNS,
             PRECISION=_types()["PRECISION"],
             **shared,
             **_stream_constants(stream.spec),
@@ -378,8 +382,12 @@ def _types() -> dict[str, Any]:
     return {"DTYPE": tl.bfloat16, "ARITHMETIC": tl.bfloat16, "PRECISION": "tf32"}
 
 
+def _operand_type() -> Any:
+    return jnp.float32 if target.current().interpret else jnp.bfloat16
+
+
 def _operand(a: Array) -> Array:
-    return a.astype(jnp.float32 if target.current().interpret else jnp.bfloat16)
+    return a.astype(_operand_type())
 
 
 def _pad(a: Array, size: int, axis: int, value: int = 0) -> Array:

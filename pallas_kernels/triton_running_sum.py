@@ -128,21 +128,16 @@ def add(
     if first >= end:
         return
     exists = first + tl.arange(0, BLOCKS) < end
-    low = tl.full((BLOCKS * 64, COLUMNS), 0.0, tl.float32)
-    high = tl.full((BLOCKS * 64, COLUMNS), 0.0, tl.float32)
-    if BELOW > 0:
-        low, high = _multiply(low, high, below, matrix, range_row, column, SUM_WIDTH, BELOW, BLOCKS, CHUNK, PRECISION)
     if STORED > 0:
-        low, high = _multiply(low, high, stored, lift, range_row, column, SUM_WIDTH, STORED, BLOCKS, CHUNK, PRECISION)
+        low = tl.full((BLOCKS * 64, COLUMNS), 0.0, tl.float32)
+        high = tl.full((BLOCKS * 64, COLUMNS), 0.0, tl.float32)
     else:
         history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
         words, words_high, scales, zeros = _at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
-        stored_low, stored_high = _load_vectors(
+        low, high = _load_vectors(
             words, words_high, scales, zeros, first, exists, column,
             WIDTH, BITS, GROUP, BLOCKS, COLUMNS, tl.float32, tl.float32,
         )  # fmt: skip
-        low += stored_low
-        high += stored_high
     sum_words, sum_words_high, sum_scales, sum_zeros = _at_history(
         sum_words, sum_words_high, sum_scales, sum_zeros, row.to(tl.int64) * NUM_BLOCKS, SUM_WIDTH, 8, COLUMNS
     )
@@ -153,6 +148,10 @@ def add(
         )  # fmt: skip
         low += sum_low
         high += sum_high
+    if BELOW > 0:  # last, so that nothing else is in registers when sums are quantized
+        low, high = _multiply(low, high, below, matrix, range_row, column, SUM_WIDTH, BELOW, BLOCKS, CHUNK, PRECISION)
+    if STORED > 0:
+        low, high = _multiply(low, high, stored, lift, range_row, column, SUM_WIDTH, STORED, BLOCKS, CHUNK, PRECISION)
     code_low, scale_low, zero_low = _quantize(low)
     code_high, scale_high, zero_high = _quantize(high)
     _store_words(sum_words, sum_words_high, code_low, code_high, first, exists, column, SUM_WIDTH, BLOCKS)
@@ -220,9 +219,7 @@ def _upper(x):
 
 @triton.jit
 @no_type_check
-def _store_words(
-    words, words_high, low, high, first, exists, column, WIDTH: tl.constexpr, BLOCKS: tl.constexpr
-):
+def _store_words(words, words_high, low, high, first, exists, column, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
     """Codes of 8 bits [BLOCKS * 64, 128] of the low and the high tokens, as two planes."""
     pairs = tl.reshape(low | (high << 16), (BLOCKS, 4, 16, COLUMNS))
     shift = (4 * tl.arange(0, 4)).to(tl.uint32)[None, :, None, None]
