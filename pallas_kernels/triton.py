@@ -267,8 +267,8 @@ def accumulate(
 ) -> Blocks:
     """See `pallas_kernels.api.accumulate`.
 
-    In place; beside it a range of blocks at a time is laid out in bfloat16, as wide as each matrix that is not applied
-    to packed codes has rows. A range is an eighth of the blocks, or 256 of all sequences if that is more.
+    In place; beside it what the last matrix and the lift are multiplied with is laid out in bfloat16, for an eighth of
+    the blocks at a time, or 256 of all sequences if that is more.
     """
     batch, num_blocks = running.words[0].shape[:2]
     predict, lift = accumulation.predict or (), accumulation.lift
@@ -280,6 +280,7 @@ def accumulate(
     shared: dict[str, Any] = {
         "NUM_BLOCKS": num_blocks,
         "BATCH": batch,
+        "TILES": in_range,
         "BLOCKS": tiles.blocks,
         "CHUNK": tiles.chunk or SUM_COLUMNS,
         "warps": tiles.warps,
@@ -295,7 +296,7 @@ def accumulate(
             flushed,
             *_arrays(blocks),
             scalars if matrix is None else _operand(matrix),
-            grid=(width // SUM_COLUMNS, batch * in_range),
+            grid=(width // SUM_COLUMNS * batch * in_range,),
             outputs=[jax.ShapeDtypeStruct(shape, _operand_type())],
             stages=1,
             OUT_WIDTH=width,
@@ -319,7 +320,7 @@ def accumulate(
             _operand(predict[-1]) if predict else of_sum,
             stored,
             of_sum if lift is None else _operand(lift),
-            grid=(running.spec.width // SUM_COLUMNS, batch * in_range),
+            grid=(running.spec.width // SUM_COLUMNS * batch * in_range,),
             updated=_arrays(running),
             stages=tiles.stages,
             SUM_WIDTH=running.spec.width,

@@ -40,7 +40,7 @@ _one_at_a_time = threading.Lock()  # the interpreter patches triton.language whi
 def launch(
     kernel: str,
     *inputs: Array,
-    grid: tuple[int, int] | tuple[int, int, int],
+    grid: tuple[int] | tuple[int, int] | tuple[int, int, int],
     outputs: Sequence[jax.ShapeDtypeStruct] = (),
     updated: Sequence[Array] = (),
     warps: int,

@@ -21,19 +21,21 @@ MAGIC = tl.constexpr(8388608.0)  # 2^23: added to a number below it, leaves the 
 
 @triton.jit
 @no_type_check
-def _tile(scalars, flushed, BATCH: tl.constexpr, BLOCKS: tl.constexpr):
-    """A program's sequence, first block, the block behind its last that exists, and first row in the range.
+def _tile(scalars, flushed, WIDTH: tl.constexpr, BATCH: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr):
+    """A program's first column, sequence, first block, the block behind its last that exists, first row in the range.
 
-    The range's tiles are in order of their blocks, so that what exists comes first.
+    Neighbours have the same tile, which the cache then holds; tiles are in order of their blocks, what exists first.
     """
-    row, tile = tl.program_id(1) % BATCH, tl.program_id(1) // BATCH
-    range_row = (row * (tl.num_programs(1) // BATCH) + tile).to(tl.int64) * (BLOCKS * 128)
-    return row, tl.load(scalars + 1) + tile * BLOCKS, tl.load(flushed + row), range_row
+    column, number = tl.program_id(0) % (WIDTH // COLUMNS) * COLUMNS, tl.program_id(0) // (WIDTH // COLUMNS)
+    row, tile = number % BATCH, number // BATCH
+    range_row = (row * TILES + tile).to(tl.int64) * (BLOCKS * 128)
+    return column, row, tl.load(scalars + 1) + tile * BLOCKS, tl.load(flushed + row), range_row
 
 
 @triton.jit
 @no_type_check
 def _low_tokens(BLOCKS: tl.constexpr):
+    """Tokens t < 64 of a tile's blocks, in the tile."""
     row = tl.arange(0, BLOCKS * 64)
     return row // 64 * 128 + row % 64
 
@@ -56,6 +58,7 @@ def lay_out(
     GROUP: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
     MULTIPLY: tl.constexpr,
+    TILES: tl.constexpr,  # of a sequence, in the range
     BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -63,8 +66,7 @@ def lay_out(
     PRECISION: tl.constexpr,
 ):
     """Dequantizes 128 columns of a tile, or its product with 128 columns of the matrix."""
-    column = tl.program_id(0) * COLUMNS
-    row, first, end, range_row = _tile(scalars, flushed, BATCH, BLOCKS)
+    column, row, first, end, range_row = _tile(scalars, flushed, OUT_WIDTH, BATCH, TILES, BLOCKS)
     if first >= end:
         return
     exists = first + tl.arange(0, BLOCKS) < end
@@ -118,13 +120,13 @@ def add(
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds up 128 columns of a tile and quantizes them."""
-    column = tl.program_id(0) * COLUMNS
-    row, first, end, range_row = _tile(scalars, flushed, BATCH, BLOCKS)
+    column, row, first, end, range_row = _tile(scalars, flushed, SUM_WIDTH, BATCH, TILES, BLOCKS)
     if first >= end:
         return
     exists = first + tl.arange(0, BLOCKS) < end
@@ -154,10 +156,12 @@ def add(
         low, high = _multiply(low, high, stored, lift, range_row, column, SUM_WIDTH, STORED, BLOCKS, CHUNK, PRECISION)
     code_low, scale_low, zero_low = _quantize(low)
     code_high, scale_high, zero_high = _quantize(high)
+    if ADD_SUM:
+        tl.debug_barrier()  # threads overwrite what others have read
     _store_words(sum_words, sum_words_high, code_low, code_high, first, exists, column, SUM_WIDTH, BLOCKS)
     there = tl.reshape(tl.broadcast_to(exists[:, None], (BLOCKS, 64)), (BLOCKS * 64,))
     groups: tl.constexpr = SUM_WIDTH // COLUMNS
-    at = (tl.cast(first, tl.int64) * 128 + _low_tokens(BLOCKS)) * groups + tl.program_id(0)
+    at = (tl.cast(first, tl.int64) * 128 + _low_tokens(BLOCKS)) * groups + column // COLUMNS
     tl.store(sum_scales + at, scale_low, mask=there)
     tl.store(sum_zeros + at, zero_low, mask=there)
     tl.store(sum_scales + at + 64 * groups, scale_high, mask=there)

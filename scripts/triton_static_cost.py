@@ -8,8 +8,8 @@ tiles skip it. `matrix`: multiplications over what the matrix units do in a cycl
 the two; if they did not overlap it would be their sum. Stalls are not in it. `spills`: instructions that move registers
 to memory and back, in the innermost loop, in the loop around it, and outside of loops.
 
-The second table is of `accumulate`: `issue` has the code outside of loops too, which a program passes once for a tile,
-and `memory` is what reads and writes of each array once take at an H200's bandwidth.
+The second table is of `accumulate` at 2 bits: `issue` has the code outside of loops too, which a program passes once for
+a tile, and `memory` is what arrays, read and written once, take at an H200's bandwidth.
 """
 
 import argparse
@@ -84,32 +84,30 @@ def of_sums(capability: float) -> list[dict[str, Any]]:
     """Rows of the second table."""
     found = []
     for name in SUMS:
-        for bits in (2, 3, 4):
-            for launch in of_sum(name, bits, capability):
-                machine, c = compiled(launch, capability), launch.constants
-                width = c.get("SUM_WIDTH") or c["OUT_WIDTH"]
-                inner = c["BELOW"] + c["STORED"] if launch.kernel == "add" else c["MULTIPLY"] * c["WIDTH"]
-                loop = sum(loop.instructions for loop in machine.loops)
-                a_tile = machine.instructions + loop * (inner // c["CHUNK"] - 1)
-                packed = c["WIDTH"] * (c["BITS"] / 8 + 4 / 128)
-                if launch.kernel == "lay_out":
-                    moved = packed + 2 * width
-                else:
-                    moved = 2 * inner + (0 if c["STORED"] else packed) + (1 + c["ADD_SUM"]) * width * (1 + 4 / 128)
-                found.append(
-                    {
-                        "kernel": launch.kernel,
-                        "capability": capability,
-                        "sum": name,
-                        "bits": bits,
-                        "issue_per_1024": 1024 * a_tile * launch.warps * (width // 128) / (128 * c["BLOCKS"]) / ISSUED,
-                        "matrix_per_1024": 1024 * inner * width / MATRIX[capability],
-                        "memory_per_1024": 1024 * moved / BANDWIDTH * MULTIPROCESSORS * CLOCK,
-                        "registers": machine.registers,
-                        "shared_bytes": machine.shared,
-                        "spills": machine.spills,
-                    }
-                )
+        for launch in of_sum(name, 2, capability):
+            machine, c = compiled(launch, capability), launch.constants
+            width = c.get("SUM_WIDTH") or c["OUT_WIDTH"]
+            inner = c["BELOW"] + c["STORED"] if launch.kernel == "add" else c["MULTIPLY"] * c["WIDTH"]
+            loop = sum(loop.instructions for loop in machine.loops)
+            a_tile = machine.instructions + loop * (inner // c["CHUNK"] - 1)
+            packed = c["WIDTH"] * (c["BITS"] / 8 + 4 / 128)
+            if launch.kernel == "lay_out":
+                moved = packed + 2 * width
+            else:
+                moved = 2 * inner + (0 if c["STORED"] else packed) + (1 + c["ADD_SUM"]) * width * (1 + 4 / 128)
+            found.append(
+                {
+                    "kernel": launch.kernel,
+                    "capability": capability,
+                    "sum": name,
+                    "issue_per_1024": 1024 * a_tile * launch.warps * (width // 128) / (128 * c["BLOCKS"]) / ISSUED,
+                    "matrix_per_1024": 1024 * inner * width / MATRIX[capability],
+                    "memory_per_1024": 1024 * moved / BANDWIDTH * MULTIPROCESSORS * CLOCK,
+                    "registers": machine.registers,
+                    "shared_bytes": machine.shared,
+                    "spills": machine.spills,
+                }
+            )
     return found
 
 
@@ -130,13 +128,13 @@ def main() -> None:
             f"{', '.join(map(str, row['spills']))} |"
         )
     sums = of_sums(args.capability)
-    print("\n| sum | bits | kernel | issue | matrix | memory | ns per token at best | registers | shared | spills |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("\n| sum | kernel | issue | matrix | memory | ns per token at best | registers | shared | spills |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in sums:
         cycles = [row[f"{what}_per_1024"] for what in ("issue", "matrix", "memory")]
         best = f"{1e9 * max(cycles) / 1024 / (MULTIPROCESSORS * CLOCK):.2f}" if args.capability == 9.0 else "-"
         print(
-            f"| {row['sum']} | {row['bits']} | {row['kernel']} | {' | '.join(f'{n:,.0f}' for n in cycles)} | {best} | "
+            f"| {row['sum']} | {row['kernel']} | {' | '.join(f'{n:,.0f}' for n in cycles)} | {best} | "
             f"{row['registers']} | {row['shared_bytes']:,} | {row['spills']} |"
         )
     if args.json:
