@@ -5,6 +5,9 @@ whole value stream (X itself, a joint basis), its accumulator would not fit: one
 and a second one weighs values with them, a tile of channels at a time. Sequences are split over programs, and the parts
 are merged by their log-sum-exp.
 
+A running sum is read by the programs of all its columns before one of them may overwrite it: one kernel lays out what
+is multiplied, a range of blocks at a time, and a second one multiplies, adds and quantizes in place.
+
 Kernels multiply in bfloat16 and accumulate in float32; float16 queries and matrices are rounded to bfloat16.
 """
 

@@ -8,8 +8,8 @@ tiles skip it. `matrix`: multiplications over what the matrix units do in a cycl
 the two; if they did not overlap it would be their sum. Stalls are not in it. `spills`: instructions that move registers
 to memory and back, in the innermost loop, in the loop around it, and outside of loops.
 
-The second table is of `accumulate` at 2 bits: `issue` has the code outside of loops too, which a program passes once for
-a tile, and `memory` is what arrays, read and written once, take at an H200's bandwidth.
+The second table is of `accumulate` at 2 bits: `issue` has the code outside of loops too, which a program passes once
+for a tile, and `memory` is what arrays, read and written once, take at an H200's bandwidth.
 """
 
 import argparse
