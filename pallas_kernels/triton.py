@@ -5,6 +5,9 @@ whole value stream (X itself, a joint basis), its accumulator would not fit: one
 and a second one weighs values with them, a tile of channels at a time. Sequences are split over programs, and the parts
 are merged by their log-sum-exp.
 
+A running sum is read by the programs of all its columns before one of them may overwrite it: one kernel lays out what
+is multiplied, a range of blocks at a time, and a second one multiplies, adds and quantizes in place.
+
 Kernels multiply in bfloat16 and accumulate in float32; float16 queries and matrices are rounded to bfloat16.
 """
 
@@ -18,9 +21,9 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, triton_tiles
-from pallas_kernels.triton_launch import launch
+from pallas_kernels.triton_launch import CAN_UPDATE, launch
 from pallas_kernels.triton_tiles import Shape, Tiles
-from pallas_kernels.xla import KeyRebuild
+from pallas_kernels.xla import Accumulation, KeyRebuild
 from xquant_jax import rope
 from xquant_jax.attention import LOWEST, Geometry, Part
 from xquant_jax.packing import BLOCK
@@ -36,6 +39,9 @@ VALUE_CHANNELS = 128  # of one program, where all heads read the whole value str
 VALUE_QUERIES = 64  # likewise
 COLUMNS = 128  # of a weight at once, in `remat_project`
 TILES_PER_SPLIT = 4  # at least: less work does not pay for a program of its own
+SUM_COLUMNS = 128  # of a program of `accumulate`: the group of its sum
+RANGES = 8  # of blocks, that `accumulate` lays out one after the other, at most
+LEAST_RANGE = 256  # blocks of all sequences: enough for the launch of a range not to count
 
 
 def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | None:
@@ -224,6 +230,114 @@ def decode_attention(
     return Part(part.out.reshape(batch, length, heads, -1), part.lse.reshape(batch, length, heads))
 
 
+def refuse_accumulate(
+    running: Blocks,
+    stream: Blocks,
+    accumulation: Accumulation,
+    flushed: Int[Array, " B"],
+    *,
+    layer: Int[Array, ""] | int,
+) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    spec, predict, lift = running.spec, accumulation.predict or (), accumulation.lift
+    if (spec.bits, spec.axis, spec.group) != (8, "token", SUM_COLUMNS):
+        return (
+            f"a sum of {spec.bits} bits along the {spec.axis} in groups of {spec.group} is not taken; "
+            f"8 bits along the token in groups of {SUM_COLUMNS} are"
+        )
+    if len(predict) > 2:
+        return f"{len(predict)} matrices one after the other are not taken; up to 2 are"
+    matrices = [*predict, *([] if lift is None else [lift])]
+    if narrow := [rows for rows, _ in (matrix.shape for matrix in matrices) if rows % SUM_COLUMNS]:
+        return f"a matrix of {narrow[0]} rows is not taken; multiples of {SUM_COLUMNS} are"
+    if not CAN_UPDATE:
+        return "jax-triton before 0.4 cannot update arrays in place; pip install --upgrade jax-triton"
+    return (
+        _refuse_device()
+        or next((reason for reason in map(_refuse_type, matrices) if reason), None)
+        or _refuse_stream("the sum's", spec, SUM_COLUMNS)
+        or _refuse_stream("the", stream.spec, SUM_COLUMNS)
+    )
+
+
+def accumulate(
+    running: Blocks,
+    stream: Blocks,
+    accumulation: Accumulation,
+    flushed: Int[Array, " B"],
+    *,
+    layer: Int[Array, ""] | int,
+) -> Blocks:
+    """See `pallas_kernels.api.accumulate`.
+
+    In place; beside it what the last matrix and the lift are multiplied with is laid out in bfloat16, for an eighth of
+    the blocks at a time, or 256 of all sequences if that is more.
+    """
+    batch, num_blocks = running.words[0].shape[:2]
+    predict, lift = accumulation.predict or (), accumulation.lift
+    tiles = triton_tiles.choose(Shape("sum", "" if lift is None and not predict else "dense", bits=stream.spec.bits))
+    size = num_blocks
+    if predict or lift is not None:
+        size = min(num_blocks, max(triton.cdiv(num_blocks, RANGES), triton.cdiv(LEAST_RANGE, batch)))
+    in_range = triton.cdiv(size, tiles.blocks)
+    shared: dict[str, Any] = {
+        "NUM_BLOCKS": num_blocks,
+        "BATCH": batch,
+        "TILES": in_range,
+        "BLOCKS": tiles.blocks,
+        "CHUNK": tiles.chunk or SUM_COLUMNS,
+        "warps": tiles.warps,
+    }
+    flushed, layer = flushed.astype(jnp.int32), jnp.asarray(layer, jnp.int32)
+
+    def lay_out(blocks: Blocks, scalars: Array, matrix: Array | None) -> Array:
+        width = blocks.spec.width if matrix is None else matrix.shape[1]
+        shape = (batch, in_range * tiles.blocks * BLOCK, width)
+        (out,) = launch(
+            "lay_out",
+            scalars,
+            flushed,
+            *_arrays(blocks),
+            scalars if matrix is None else _operand(matrix),
+            grid=(width // SUM_COLUMNS * batch * in_range,),
+            outputs=[jax.ShapeDtypeStruct(shape, _operand_type())],
+            stages=1,
+            OUT_WIDTH=width,
+            MULTIPLY=matrix is not None,
+            **shared,
+            **_stream_constants(blocks.spec),
+            **_types(),
+        )
+        return out
+
+    for first in range(0, num_blocks, in_range * tiles.blocks):
+        of_sum, of_stream = (jnp.stack([number, jnp.int32(first)]) for number in (jnp.int32(0), layer))
+        below = lay_out(running, of_sum, predict[0] if len(predict) == 2 else None) if predict else of_sum
+        stored = of_sum if lift is None else lay_out(stream, of_stream, None)
+        *words, scale, zero = launch(
+            "add",
+            of_stream,
+            flushed,
+            *_arrays(stream),
+            below,
+            _operand(predict[-1]) if predict else of_sum,
+            stored,
+            of_sum if lift is None else _operand(lift),
+            grid=(running.spec.width // SUM_COLUMNS * batch * in_range,),
+            updated=_arrays(running),
+            stages=tiles.stages,
+            SUM_WIDTH=running.spec.width,
+            BELOW=predict[-1].shape[0] if predict else 0,
+            STORED=0 if lift is None else lift.shape[0],
+            ADD_SUM=accumulation.predict == (),
+            PRECISION=_types()["PRECISION"],
+            **shared,
+            **_stream_constants(stream.spec),
+        )
+        running = Blocks(tuple(words), scale, zero, running.spec)
+    return running
+
+
 def _merge(out: Float[Array, "B splits rows C"], lse: Float[Array, "B splits rows"]) -> Part:
     """Attention over all splits; as `attention.merge`, of parts that lie in one array."""
     top = jnp.maximum(lse.max(axis=1), LOWEST)
@@ -272,8 +386,12 @@ def _types() -> dict[str, Any]:
     return {"DTYPE": tl.bfloat16, "ARITHMETIC": tl.bfloat16, "PRECISION": "tf32"}
 
 
+def _operand_type() -> Any:
+    return jnp.float32 if target.current().interpret else jnp.bfloat16
+
+
 def _operand(a: Array) -> Array:
-    return a.astype(jnp.float32 if target.current().interpret else jnp.bfloat16)
+    return a.astype(_operand_type())
 
 
 def _pad(a: Array, size: int, axis: int, value: int = 0) -> Array:

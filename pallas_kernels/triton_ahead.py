@@ -6,6 +6,8 @@ machine instructions. What a loop costs is known from that, short of stalls.
 
 import collections
 import dataclasses
+import functools
+import itertools
 import re
 import subprocess
 import tempfile
@@ -21,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pallas_kernels.triton
-from pallas_kernels import target, triton_kernels, triton_tiles
-from pallas_kernels.xla import KeyRebuild
+from pallas_kernels import target, triton_tiles
+from pallas_kernels.triton_launch import find
+from pallas_kernels.xla import Accumulation, KeyRebuild
 from xquant_jax.attention import Geometry
 from xquant_jax.quantization import StreamSpec, quantize
 from xquant_jax.rope import Rope
@@ -35,7 +38,7 @@ class Launch:
     """A kernel as an operation would launch it."""
 
     kernel: str
-    arrays: tuple[jax.ShapeDtypeStruct, ...]  # inputs, then outputs
+    arrays: tuple[jax.ShapeDtypeStruct, ...]  # inputs, then what it writes
     grid: tuple[int, ...]
     warps: int
     stages: int
@@ -55,9 +58,11 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Machine code: loops from the innermost out, spills in all of it, registers a thread, bytes of shared memory."""
+    """Machine code: loops from the innermost out, instructions and spills outside of them and in them, registers a
+    thread, bytes of shared memory."""
 
     loops: tuple[Loop, ...]
+    instructions: int
     spills: int
     registers: int
     shared: int
@@ -125,6 +130,37 @@ def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = 
     )
 
 
+SUMS = {  # width of the sum, of the stream, of what the sum becomes in between; lift
+    "Llama-3.1-8B": (2048, 2048, (2048,), False),
+    "Llama-3.1-8B, rank=512": (2048, 2048, (512, 2048), False),
+    "Llama-3.1-8B, predict=paper": (4096, 2048, (), True),
+    "Llama-2-7B": (4096, 4096, (), False),
+}
+"""Running sums of `xquant-cl`."""
+
+
+def of_sum(name: str, bits: int, capability: float, amd: bool = False) -> list[Launch]:
+    """The kernels that accumulate one layer of one of `SUMS`: 8 sequences of 4 k tokens, a single range."""
+    width, stored, predict, lift = SUMS[name]
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def history(spec: StreamSpec, *leading: int) -> Any:
+        return jax.eval_shape(lambda: quantize(jnp.zeros((*leading, 8, 32, 128, spec.width)), spec))
+
+    matrices = tuple(array(a, b) for a, b in itertools.pairwise((width, *predict)))
+    return launches(
+        functools.partial(pallas_kernels.triton.accumulate, layer=0),
+        history(StreamSpec(width, 8)),
+        history(StreamSpec(stored, bits), 1),
+        Accumulation(matrices, array(stored, width) if lift else None),
+        array(8, dtype=jnp.int32),
+        capability=capability,
+        amd=amd,
+    )
+
+
 def launches(operation: Callable[..., Any], *args: Any, capability: float, amd: bool = False) -> list[Launch]:
     """What an operation of `pallas_kernels.triton` would launch on a GPU of this compute capability; nothing is run.
 
@@ -132,10 +168,20 @@ def launches(operation: Callable[..., Any], *args: Any, capability: float, amd: 
     """
     seen: list[Launch] = []
 
-    def record(kernel: str, *inputs: Any, grid: Any, outputs: Any, warps: int, stages: int, **constants: Any) -> list:
-        arrays = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*inputs, *outputs))
-        seen.append(Launch(kernel, arrays, grid, warps, stages, constants))
-        return [jnp.zeros(o.shape, o.dtype) for o in outputs]
+    def record(
+        kernel: str,
+        *inputs: Any,
+        grid: Any,
+        outputs: Any = (),
+        updated: Any = (),
+        warps: int,
+        stages: int,
+        **constants: Any,
+    ) -> list:
+        written = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*updated, *outputs)]
+        arrays = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs)
+        seen.append(Launch(kernel, (*arrays, *written), grid, warps, stages, constants))
+        return [jnp.zeros(a.shape, a.dtype) for a in written]
 
     with (
         mock.patch.object(pallas_kernels.triton, "launch", record),
@@ -165,7 +211,7 @@ def compiled_for_amd(launch: Launch, architecture: str) -> str:
 
 
 def _compile(launch: Launch, gpu: GPUTarget) -> Any:
-    function = getattr(triton_kernels, launch.kernel)
+    function = find(launch.kernel)
     arrays = [name for name in function.arg_names if name not in launch.constants]
     types = dict(zip(arrays, (TYPES[str(a.dtype)] for a in launch.arrays), strict=True))
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
@@ -199,7 +245,7 @@ def _read(code: str, registers: int, shared: int) -> Machine:
         inside |= set(range(start, end))
         operations = collections.Counter(instruction.split()[0].split(".")[0] for instruction in own)
         loops.append(Loop(start, end, len(own), _spills(own), operations))
-    return Machine(tuple(loops), _spills(instructions), registers, shared)
+    return Machine(tuple(loops), len(instructions), _spills(instructions), registers, shared)
 
 
 def _spills(instructions: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Calls a kernel of `triton_kernels`: through jax-triton on a GPU, or on Triton's interpreter where the target says so.
+"""Calls a Triton kernel: through jax-triton on a GPU, or on Triton's interpreter where the target says so.
 
 The interpreter runs a kernel program by program on numpy arrays; nothing but a CPU is needed, and no PyTorch.
 """
@@ -7,9 +7,9 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -23,9 +23,14 @@ from jaxtyping import Array
 from triton import knobs
 from triton.runtime import interpreter
 
-from pallas_kernels import target, triton_kernels
+from pallas_kernels import target, triton_kernels, triton_running_sum
+
+MODULES = (triton_kernels, triton_running_sum)
+"""Where the kernels are; later ones import from earlier ones."""
 
 _NEW_CALL = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # jax-triton 0.4; 0.3 says out_shape
+CAN_UPDATE = _NEW_CALL
+"""Whether kernels can update arrays in place: jax-triton 0.3 has another way to do so, with other arguments."""
 # jax-triton 0.4.1 registers a rule for dead code that jax 0.12 calls with an argument too many. The default rule is
 # right for kernels without effects: one whose outputs nobody uses may go.
 partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
@@ -35,21 +40,28 @@ _one_at_a_time = threading.Lock()  # the interpreter patches triton.language whi
 def launch(
     kernel: str,
     *inputs: Array,
-    grid: tuple[int, int] | tuple[int, int, int],
-    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int] | tuple[int, int] | tuple[int, int, int],
+    outputs: Sequence[jax.ShapeDtypeStruct] = (),
+    updated: Sequence[Array] = (),
     warps: int,
     stages: int,
     **constants: Any,
 ) -> list[Array]:
-    """The outputs of a kernel. Its arguments are the inputs, then the outputs, then the constants."""
+    """What a kernel writes: either outputs, or arrays that it also reads, which are `updated` in place.
+
+    Its arguments are the inputs, then what it writes, then the constants.
+    """
     if target.current().interpret:
-        run = functools.partial(interpret, kernel, grid=grid, outputs=tuple(outputs), **constants)
-        return list(jax.pure_callback(run, tuple(outputs), *inputs))
+        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*updated, *outputs))
+        run = functools.partial(interpret, kernel, grid=grid, outputs=shapes, updates=len(updated), **constants)
+        return list(jax.pure_callback(run, shapes, *inputs, *updated))
     # contraction to fma is what makes scale and zero one instruction for two elements
     options = {"backend_options": {"enable_fp_fusion": True}} if _NEW_CALL else {"enable_fp_fusion": True}
-    return jax_triton.triton_call(
+    refs = [jax.new_ref(a) for a in updated]
+    written = jax_triton.triton_call(
         *inputs,
-        kernel=getattr(triton_kernels, kernel),
+        *refs,
+        kernel=find(kernel),
         grid=grid,
         num_warps=warps,
         num_stages=stages,
@@ -57,16 +69,29 @@ def launch(
         **options,
         **constants,
     )
+    return [jax.freeze(ref) for ref in refs] if refs else written
+
+
+def find(kernel: str) -> Any:
+    """The kernel of this name."""
+    return next(getattr(module, kernel) for module in MODULES if hasattr(module, kernel))
 
 
 def interpret(
-    kernel: str, *inputs: Any, grid: tuple[int, ...], outputs: Sequence[jax.ShapeDtypeStruct], **constants: Any
+    kernel: str,
+    *inputs: Any,
+    grid: tuple[int, ...],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    updates: int = 0,
+    **constants: Any,
 ) -> tuple[np.ndarray, ...]:
-    """Runs a kernel on numpy arrays. Outputs that it leaves unwritten stay NaN."""
-    arrays = [np.ascontiguousarray(a) for a in inputs]
-    results = [np.full(o.shape, np.nan, o.dtype) for o in outputs]
+    """Runs a kernel on numpy arrays; the first `updates` outputs begin as the last inputs, others as NaN."""
+    given = len(inputs) - updates
+    arrays = [np.ascontiguousarray(a) for a in inputs[:given]]
+    results = [np.array(a, order="C") for a in inputs[given:]]
+    results += [np.full(o.shape, np.nan, o.dtype) for o in outputs[updates:]]
     with _one_at_a_time, _interpreted_language():
-        getattr(_interpreted_kernels(), kernel)[grid](*map(_Tensor, arrays + results), **constants)
+        _interpreted_kernels()[kernel][grid](*map(_Tensor, arrays + results), **constants)
     return tuple(results)
 
 
@@ -77,7 +102,7 @@ def _interpreted_language() -> Iterator[None]:
     By itself the interpreter patches it anew in every call of a function, and leaves it so: nothing could be compiled.
     """
     reductions: dict[str, Any] = {
-        name: interpreter.InterpretedFunction(getattr(tl, name).fn) for name in ("max", "sum")
+        name: interpreter.InterpretedFunction(getattr(tl, name).fn) for name in ("max", "min", "sum")
     }
     patch, scopes = interpreter._patch_lang, {}
 
@@ -96,15 +121,21 @@ def _interpreted_language() -> Iterator[None]:
 
 
 @functools.cache
-def _interpreted_kernels() -> ModuleType:
-    """A second copy of the kernels, whose functions all run on the interpreter."""
-    spec = importlib.util.spec_from_file_location("interpreted_triton_kernels", triton_kernels.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def _interpreted_kernels() -> dict[str, Any]:
+    """A second copy of the kernels by name, whose functions all run on the interpreter."""
+    found: dict[str, Any] = {}
     with mock.patch.object(knobs.runtime, "interpret", True):
-        spec.loader.exec_module(module)
-    return module
+        try:
+            for module in MODULES:
+                spec = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+                assert spec is not None
+                assert spec.loader is not None
+                sys.modules[module.__name__] = copy = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(copy)  # which imports from the copies before it
+                found |= vars(copy)
+        finally:
+            sys.modules.update({module.__name__: module for module in MODULES})
+    return found
 
 
 class _Tensor:

@@ -33,7 +33,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What tiles depend on. kernel: decode, values or project; form: of the rebuild; queries: of a program."""
+    """What tiles depend on. kernel: decode, values, project or sum; form: of the rebuild; queries: of a program."""
 
     kernel: str
     form: str = ""
@@ -57,6 +57,8 @@ def by_rule(shape: Shape, capability: float) -> Tiles:
     hopper = capability >= 9  # the right operand of its matrix unit lies in shared memory; before, in registers
     if shape.kernel == "values":
         return Tiles(warps=8 if shape.queries > 32 else 4)
+    if shape.kernel == "sum":
+        return Tiles(blocks=2, chunk=64, warps=8, stages=2) if shape.form == "dense" else Tiles(warps=8)
     if shape.form == "dense":  # tall tiles, to use each part of a large matrix often
         return Tiles(blocks=2, chunk=64, warps=8, stages=1) if hopper else Tiles(blocks=2, chunk=16, warps=8)
     light = shape.queries <= 8 and shape.bits in (2, 4) and not shape.norm

@@ -31,14 +31,15 @@ import numpy as np
 from jax import lax
 
 import xquant_jax as xq
-from pallas_kernels import KeyRebuild, decode_attention, target, triton_tiles
+from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, target, triton_tiles
+from pallas_kernels.triton_ahead import SUMS
 from pallas_kernels.triton_tiles import Tiles
 from xquant_jax.attention import Geometry
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.model import forward
 from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, StreamSpec, quantize
+from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
 from xquant_jax.rope import Rope
 
 LAYERS = 2  # that alternate
@@ -225,6 +226,66 @@ def error(row: Row) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+@dataclasses.dataclass(frozen=True)
+class SumRow:
+    """`accumulate` of a layer of xquant-cl at 2 bits: one of `SUMS`."""
+
+    sum: str
+    batch: int
+    context: int
+    implementation: str
+
+    def arguments(self) -> tuple[Blocks, Blocks, Accumulation]:
+        """The sum, the stream of all layers and how they are added."""
+        width, stored, predict, lift = (256, 256, (256,), False) if self.sum == "tiny" else SUMS[self.sum]
+        blocks = self.context // BLOCK
+        running = jax.tree.map(lambda a: a[0], random_blocks(StreamSpec(width, 8), self.batch, blocks, 1))
+
+        def draw(rows: int, columns: int) -> jax.Array:
+            return (jax.random.normal(jax.random.key(3), (rows, columns)) / math.sqrt(rows)).astype(jnp.bfloat16)
+
+        matrices = tuple(itertools.starmap(draw, itertools.pairwise((width, *predict))))
+        accumulation = Accumulation(matrices, draw(stored, width) if lift else None)
+        return running, random_blocks(StreamSpec(stored, 2), self.batch, blocks, 2), accumulation
+
+    def add(self, layers: int) -> Callable[[Blocks, Blocks, Accumulation], Blocks]:
+        """A program that adds so many layers, in place."""
+        flushed = jnp.full(self.batch, self.context // BLOCK)
+
+        def run(running: Blocks, stream: Blocks, accumulation: Accumulation) -> Blocks:
+            def layer(number: jax.Array, total: Blocks) -> Blocks:
+                return accumulate(
+                    total, stream, accumulation, flushed, layer=number % LAYERS, implementation=self.implementation
+                )
+
+            return lax.fori_loop(0, layers, layer, running)
+
+        return jax.jit(run, donate_argnums=0)
+
+    def seconds(self, interpret: bool) -> float:
+        """Median time of one layer."""
+        layers = LAYERS if interpret else 10 * LAYERS
+        running, stream, accumulation = self.arguments()
+        add, times = self.add(layers), []
+        for _ in range(2 if interpret else 6):
+            before = time.perf_counter()
+            running = jax.block_until_ready(add(running, stream, accumulation))
+            times.append((time.perf_counter() - before) / layers)
+        return statistics.median(times[1:])
+
+    def error(self) -> float:
+        """Of the sum after two layers, relative to the reference's."""
+        rows = self, dataclasses.replace(self, implementation="xla")
+        got, expected = (np.asarray(dequantize(row.add(LAYERS)(*row.arguments())), np.float64) for row in rows)
+        return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def sums(smoke: bool) -> Iterator[SumRow]:
+    for name in ("tiny",) if smoke else SUMS:
+        for implementation in ("triton", "xla"):
+            yield SumRow(name, *((2, 256) if smoke else (8, 65536)), implementation)
+
+
 def ceilings(size: int) -> dict[str, float]:
     """Bytes a copy moves and operations a product of matrices of this size does in a second, on random data."""
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
@@ -386,6 +447,7 @@ def measure(smoke: bool, deadline: float) -> dict[str, Any]:
         "interpreted": smoke,
         "ceilings": ceilings(256 if smoke else 8192),
         "checks": [],
+        "sums": [],
         "layers": [],
         "steps": [],
         "skipped": [],
@@ -395,6 +457,15 @@ def measure(smoke: bool, deadline: float) -> dict[str, Any]:
         result["checks"].append({**named(row), "error": found})
         if not found < ALLOWED:
             raise SystemExit(f"{row.implementation} is wrong at {named(row)}: relative error {found:.3g} > {ALLOWED}")
+    for row in sums(smoke):
+        if row.implementation != "xla":
+            short = dataclasses.replace(row, context=min(row.context, 4096))
+            found = short.error()
+            result["checks"].append({**dataclasses.asdict(short), "error": found})
+            if not found < ALLOWED:
+                raise SystemExit(f"{row.implementation} is wrong at {short}: relative error {found:.3g} > {ALLOWED}")
+    for row in sums(smoke):
+        attempt(result, "sums", dataclasses.asdict(row), functools.partial(row.seconds, smoke), deadline)
     config, steps = step_rows(smoke)
     for spec, batch, context, implementation in steps:
         attempt(
@@ -563,6 +634,9 @@ def main() -> None:
         name = f"{e['model']:13} {e['method']:24} {e['implementation']:8} {e['batch']:3} x {e['context']:6}"
         shares = f"copy {e['of_copy']:.0%}, matrix {e['of_matrix']:.0%}"
         print(f"{name} {1e3 * e['seconds']:9.3f} ms {e['ns_per_token']:7.3f} ns/token, {shares}")
+    for e in result["sums"]:
+        name = f"sum of {e['sum']:27} {e['implementation']:8} {e['batch']:3} x {e['context']:6}"
+        print(f"{name} {1e3 * e['seconds']:9.3f} ms a layer")
     for e in result["steps"]:
         print(f"step {e['cache']:24} {e['batch']:3} x {e['context']:6} {1e3 * e['seconds']:9.2f} ms")
 

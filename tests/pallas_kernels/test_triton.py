@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import KeyRebuild, target, xla
+from pallas_kernels import Accumulation, KeyRebuild, target, xla
 from xquant_jax.attention import Geometry
-from xquant_jax.quantization import Blocks, StreamSpec, quantize
+from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
 from xquant_jax.rope import Rope
 
 jax_triton = pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
@@ -148,6 +148,96 @@ def test_remat_project_of_partial_tiles_agrees_with_the_reference() -> None:
     np.testing.assert_allclose(got, xla.remat_project(blocks, weight), atol=1e-4)
 
 
+def of_sums(predict: int = 1, width: int = 256) -> tuple[Blocks, Blocks, Accumulation, jax.Array]:
+    """Arguments of `accumulate`, for `LAYERS` layers."""
+    below = quantize(jnp.asarray(random(len(FLUSHED), BLOCKS, 128, width)), StreamSpec(width, 8))
+    matrices = tuple(jnp.asarray(random(width, width, seed=i) / 16) for i in range(predict))
+    return below, stream(width, 2, "token", seed=1), Accumulation(matrices), jnp.asarray(FLUSHED)
+
+
+@pytest.mark.parametrize("predict", [1, 2])
+@pytest.mark.parametrize("tiles", [Tiles(chunk=64), Tiles(blocks=2, chunk=32), Tiles(blocks=4, chunk=64)], ids=str)
+def test_sums_in_ranges_agree_with_the_reference(tiles: Tiles, predict: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 blocks in ranges of 2 or 4: the last has one block."""
+    monkeypatch.setattr(triton_tiles, "choose", lambda shape: tiles)
+    monkeypatch.setattr(backend, "LEAST_RANGE", 1)
+    arguments = of_sums(predict)
+    with target.interpreted():
+        assert backend.refuse_accumulate(*arguments, layer=1) is None
+        got = jax.jit(lambda layer: backend.accumulate(*arguments, layer=layer))(1)
+        got = jax.block_until_ready(got)
+    expected = xla.accumulate(*arguments, layer=1)
+    for row, flushed in enumerate(FLUSHED):
+        a, b = (np.asarray(dequantize(blocks))[row, :flushed] for blocks in (got, expected))
+        steps = np.repeat(np.asarray(expected.scale, np.float32)[row, :flushed], 128, axis=-1)
+        assert (np.abs(a - b) <= 1.01 * steps + TOLERANCE).all()  # one code where rounding was close
+
+
+def test_blocks_of_sums_past_a_length_are_neither_read_nor_written() -> None:
+    below, differences, accumulation, flushed = of_sums()
+    exists = (jnp.arange(BLOCKS) < flushed[:, None])[..., None, None]
+    nan = jnp.bfloat16(jnp.nan)
+    differences = differences.replace(scale=jnp.where(exists, differences.scale, nan).at[0].set(nan))
+    below = below.replace(scale=jnp.where(exists, below.scale, nan))
+    with target.interpreted():
+        total = backend.accumulate(below, differences, accumulation, flushed, layer=1)
+        for before, after in zip(jax.tree.leaves(below), jax.tree.leaves(total), strict=True):
+            np.testing.assert_array_equal(*(np.where(exists, 0, np.asarray(a)).astype("f4") for a in (before, after)))
+        assert np.isfinite(np.where(exists, np.asarray(total.scale, np.float32), 0)).all()
+
+
+def test_sums_are_updated_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a scan over layers, as far as it lowers without a GPU."""
+    plugin = mock.MagicMock()
+    plugin.get_compute_capability.return_value = 90
+    plugin.TritonKernelCall.return_value.to_proto.return_value = b""
+    monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
+    below, differences, accumulation, flushed = of_sums()
+    accumulation = jax.tree.map(lambda a: a.astype(jnp.bfloat16), accumulation)
+
+    def layers(below: Blocks, differences: Blocks) -> Blocks:
+        def layer(total: Blocks, number: jax.Array) -> tuple[Blocks, None]:
+            assert backend.refuse_accumulate(total, differences, accumulation, flushed, layer=number) is None
+            return backend.accumulate(total, differences, accumulation, flushed, layer=number), None
+
+        return jax.lax.scan(layer, below, jnp.arange(LAYERS))[0]
+
+    with target.compiling_for("gpu"):
+        lowered = jax.jit(layers).trace(below, differences).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("@triton_kernel_call") == 2  # what is laid out, and the sum
+    assert lowered.count("output_operand_alias<") == len(jax.tree.leaves(below))
+
+
+def test_sums_that_cannot_be_taken_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    below, differences, accumulation, flushed = of_sums()
+
+    def reason(below: Blocks = below, accumulation: Accumulation = accumulation) -> str | None:
+        with target.interpreted():
+            return backend.refuse_accumulate(below, differences, accumulation, flushed, layer=0)
+
+    def sum_of(spec: StreamSpec) -> Blocks:
+        return jax.eval_shape(lambda: quantize(jnp.zeros((4, 1, 128, spec.width)), spec))
+
+    assert reason() is None
+    assert (
+        reason(sum_of(StreamSpec(256, 16)))
+        == "a sum of 16 bits along the token in groups of 128 is not taken; 8 bits along the token in groups of 128 are"
+    )
+    assert "in groups of 64 is not taken" in str(reason(sum_of(StreamSpec(256, 8, group=64))))
+    low_rank = Accumulation((jnp.zeros((256, 96)), jnp.zeros((96, 256))))
+    assert reason(accumulation=low_rank) == "a matrix of 96 rows is not taken; multiples of 128 are"
+    three = Accumulation((jnp.zeros((256, 256)),) * 3)
+    assert reason(accumulation=three) == "3 matrices one after the other are not taken; up to 2 are"
+    wide = jax.eval_shape(lambda: quantize(jnp.zeros((1, 4, 1, 128, 256)), StreamSpec(256, 2, group=64)))
+    with target.interpreted():
+        assert (
+            backend.refuse_accumulate(below, wide, accumulation, flushed, layer=0)
+            == "the stream's groups of 64 channels are not taken; multiples of 128 are"
+        )
+    monkeypatch.setattr(backend, "CAN_UPDATE", False)
+    assert reason() == "jax-triton before 0.4 cannot update arrays in place; pip install --upgrade jax-triton"
+
+
 def test_what_cannot_be_taken_is_refused_with_a_reason() -> None:
     def reason(case: Case, **changes: Any) -> str | None:
         arguments, static = case.arguments()
@@ -235,12 +325,32 @@ def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
+@pytest.mark.parametrize("name", ahead.SUMS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_kernels_of_sums_do_not_spill(name: str, bits: int, capability: float) -> None:
+    for launch in ahead.of_sum(name, bits, capability):
+        machine = ahead.compiled(launch, capability)
+        assert machine.spills == 0, launch.kernel
+        if any(launch.constants.get(product) for product in ("MULTIPLY", "BELOW", "STORED")):
+            assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
+        assert machine.shared < 100_000, launch.kernel
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["per_head", "dense"])
 def test_kernels_compile_for_amd_without_spills(form: str) -> None:
     for launch in ahead.of_model(ahead.MODELS["Llama-3.1-8B"], 4, form, 8.0, amd=True):
         code = ahead.compiled_for_amd(launch, "gfx942")
         assert re.findall(r"[vs]gpr_spill_count: *(\d+)", code) == ["0", "0"]
         assert "v_mfma" in code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ahead.SUMS)
+def test_kernels_of_sums_compile_for_amd_without_spills(name: str) -> None:
+    for launch in ahead.of_sum(name, 2, 8.0, amd=True):
+        assert re.findall(r"[vs]gpr_spill_count: *(\d+)", ahead.compiled_for_amd(launch, "gfx942")) == ["0", "0"]
 
 
 def benchmark(*args: str | Path) -> None:
@@ -257,6 +367,7 @@ def test_the_benchmark_runs_on_the_interpreter(tmp_path: Path) -> None:
     assert all(check["error"] < 0.03 for check in result["checks"])
     kernels = {row["method"] for row in result["layers"] if row["implementation"] == "triton"}
     assert kernels == {"xquant:4,basis=per_head", "xquant:2,basis=joint", "int8"}
+    assert {row["implementation"] for row in result["sums"]} == {"triton", "xla"}
     assert {step["cache"] for step in result["steps"]} == {"bf16", "xquant:4"}
     assert plot.stat().st_size > 1000
 
