@@ -4,8 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels import target
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
 from pallas_kernels.xla import KeyRebuild
@@ -38,6 +40,7 @@ class Plan:
     dim: int  # d
     value_heads: int
     dense: bool
+    int8: bool  # whether the dense matrix is of int8
     rotated: bool
     bias: bool
     norm_eps: float | None
@@ -47,7 +50,7 @@ class Plan:
     @property
     def tile(self) -> int:
         """Blocks of a step of the grid: fewer than usual where vector memory has no room for two steps' words."""
-        matrix = 2 * self.key.width * self.kv_heads * self.dim if self.dense else 0
+        matrix = (1 if self.int8 else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
         room = self.chip.vmem * 7 // 8 - matrix - WORKING_ROOM
         streams = [self.key] if self.shared else [self.key, self.value]
         words = sum(BLOCK * spec.width * spec.bits // 8 for spec in streams)
@@ -85,7 +88,17 @@ class Plan:
     @property
     def looped(self) -> bool:
         """Whether groups are a loop in the kernel; unrolled, they overlap better."""
-        return self.groups * self.group_channels * self.width > UNROLL_UP_TO
+        return self.int8 or self.groups * self.group_channels * self.width > UNROLL_UP_TO
+
+    @property
+    def ways(self) -> int:
+        """Tokens whose codes share a word when keys are rebuilt: the order of keys, see `unpack`."""
+        return 4 if self.int8 else 2
+
+    @property
+    def key_groups(self) -> int:
+        """Groups of channels of the key stream, if it is quantized along the token."""
+        return self.key.width // self.key.group
 
     @property
     def group(self) -> int:
@@ -183,6 +196,7 @@ def make_plan(
         dim=dim,
         value_heads=value_heads,
         dense=key_rebuild.matrix is not None and key_rebuild.matrix.ndim == 2,
+        int8=key_rebuild.matrix is not None and key_rebuild.matrix.dtype == jnp.int8,
         rotated=geometry.rotated,
         bias=key_rebuild.bias is not None,
         norm_eps=None if key_rebuild.norm is None else key_rebuild.norm_eps,
@@ -219,8 +233,18 @@ def refuse_decode_attention(
     matrix = key_rebuild.matrix
     if (matrix is None or matrix.ndim == 3) and key.width != num_kv_heads * dim:
         return f"the key stream is {key.width} wide, and {num_kv_heads} heads of dimension {dim} are rebuilt one by one"
-    if matrix is not None and matrix.ndim == 2 and 2 * matrix.size + 2 * WORKING_ROOM > chip.current().vmem * 7 // 8:
-        return f"the key rebuild matrix {matrix.shape} takes {2 * matrix.size:,} bytes of vector memory, too many"
+    if matrix is not None and key_rebuild.scale is not None:
+        if matrix.dtype != jnp.int8:
+            return f"keys are rebuilt with a matrix of {matrix.dtype}; it takes bfloat16 and int8"
+        if not chip.current().int8:
+            return f"the matrix unit of a {target.current().device_kind} is not known to multiply int8; choose bfloat16"
+        if key.axis != "token":
+            return (
+                "the key stream is quantized along the channel; it takes a matrix of int8 for streams along the token"
+            )
+    taken = 0 if matrix is None else matrix.size * (1 if matrix.dtype == jnp.int8 else 2)
+    if matrix is not None and matrix.ndim == 2 and taken + 2 * WORKING_ROOM > chip.current().vmem * 7 // 8:
+        return f"the key rebuild matrix {matrix.shape} takes {taken:,} bytes of vector memory, too many"
     return None
 
 
