@@ -71,12 +71,24 @@ class Model:
     dim: int
     qk_norm: bool = False
 
-    def cases(self, bits: list[int]) -> list[tuple[str, str, int]]:
-        """Basis, type of the rebuild matrix, and bits; the running sum of xquant-cl has 8."""
+    def cases(self, bits: list[int]) -> list["Case"]:
+        """What is compiled; the running sum of xquant-cl has 8 bits."""
         if self.heads == self.kv_heads:
-            return [("x", dtype, b) for dtype in ("bf16", "int8") for b in bits]
-        plain = [(basis, "bf16", b) for basis in ("per_head", "joint") for b in bits]
-        return plain + [("cl", dtype, 8) for dtype in ("bf16", "int8") if 8 in bits]
+            small = [Case("x", b, "int8", group) for group in (128, 256) for b in bits]
+            return [Case("x", b) for b in bits] + small
+        plain = [Case(basis, b) for basis in ("per_head", "joint") for b in bits]
+        return plain + [Case("cl", 8, dtype) for dtype in ("bf16", "int8") if 8 in bits]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """basis: `per_head`, `joint`, `x` (K = H) or `cl` (the running sum of xquant-cl's latents). rebuild_dtype: of the
+    matrix that keys are rebuilt with. group: channels that share a scale, where keys lie along the token."""
+
+    basis: str
+    bits: int
+    rebuild_dtype: str = "bf16"
+    group: int = 128
 
 
 MODELS = {
@@ -86,9 +98,8 @@ MODELS = {
 }
 
 
-def compile_decode_attention(chip: str, model: Model, bits: int, basis: str, dtype: str) -> tuple[Any, Plan]:
-    """The kernel of one layer for one new token, compiled for a chip. basis: `per_head`, `joint`, `x` (K = H) or `cl`
-    (the running sum of xquant-cl's latents); dtype: of the matrix that keys are rebuilt with, `bf16` or `int8`."""
+def compile_decode_attention(chip: str, model: Model, case: Case) -> tuple[Any, Plan]:
+    """The kernel of one layer for one new token, compiled for a chip."""
     device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
     sharding = SingleDeviceSharding(device)
 
@@ -99,16 +110,19 @@ def compile_decode_attention(chip: str, model: Model, bits: int, basis: str, dty
         blocks = jax.eval_shape(lambda: allocate_blocks(spec, (2, 1, CONTEXT // BLOCK)))
         return jax.tree.map(lambda a: shape(*a.shape, dtype=a.dtype), blocks)
 
+    basis, bits = case.basis, case.bits
     keys_width, one = model.kv_heads * model.dim, basis in ("x", "cl")
     stored = {"x": model.width, "cl": 2 * keys_width}.get(basis, keys_width)
-    key = history(StreamSpec(stored, bits, "token" if one else "channel"))
+    key = history(StreamSpec(stored, bits, "token", case.group) if one else StreamSpec(stored, bits, "channel"))
     value = None if one else history(StreamSpec(stored, bits, "token"))
     matrix = (model.kv_heads, model.dim, model.dim) if basis == "per_head" else (stored, keys_width)
     norm = shape(model.dim) if model.qk_norm else None
     rebuild = KeyRebuild(shape(*matrix), None, norm, 1e-6)
-    if dtype == "int8":
-        small = jax.eval_shape(lambda w: in_eight_bits(w[None], dtype, key.spec.group), shape(*matrix))
-        rebuild = dataclasses.replace(rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in small.items()})
+    if case.rebuild_dtype != "bf16":
+        small = jax.eval_shape(lambda w: in_eight_bits(w[None], case.rebuild_dtype, case.group), shape(*matrix))
+        rebuild = dataclasses.replace(
+            rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in small.items()}
+        )
     frequencies = Rope(theta=500_000.0).frequencies(model.dim)
     plans = []
 
@@ -165,17 +179,16 @@ def trips(plan: Plan) -> list[tuple[int, int]]:
     whole tile exists. The grid is the loop at depth 1, and turns once for every tile."""
     large, small = plan.chunks
     if plan.looped:
-        spread = [(3, plan.key_groups)] if plan.int8 else []
-        return [(1, 1), (2, plan.tile // small), (3, plan.key.width // 128), *spread, (3, plan.groups)]
+        return [(1, 1), (2, plan.tile // small), (3, plan.key.width // 128), (3, plan.groups // plan.unroll)]
     return [(1, 1), (2, plan.tile // large), (2, 0)]
 
 
-def static_cost(chip: str, name: str, bits: int, basis: str, dtype: str) -> dict[str, Any]:
+def static_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
     """One row of the table, see the module's docstring."""
     model = MODELS[name]
     shutil.rmtree(DUMP, ignore_errors=True)
     DUMP.mkdir()
-    _, plan = compile_decode_attention(chip, model, bits, basis, dtype)
+    _, plan = compile_decode_attention(chip, model, case)
     (bundles,) = (f for f in DUMP.glob("*decode_attention*-final_bundles.txt"))
     (utilization,) = DUMP.glob("*decode_attention*-final_hlo-static-per-bundle-utilization.txt")
     slots, used = read_units(utilization.read_text())
@@ -197,8 +210,9 @@ def static_cost(chip: str, name: str, bits: int, basis: str, dtype: str) -> dict
     if next(loops, None) is not None:
         raise SystemExit("the kernel has more loops than its schedule")
     per_1024 = 1024 / (plan.tile * BLOCK)
-    values = model.dim if basis == "per_head" else plan.value.width
-    rebuild = plan.key.width * (model.dim if basis == "per_head" else model.kv_heads * model.dim)
+    per_head = case.basis == "per_head"
+    values = model.dim if per_head else plan.value.width
+    rebuild = plan.key.width * (model.dim if per_head else model.kv_heads * model.dim)
     macs = rebuild / (2 if plan.int8 else 1) + model.heads * (model.dim + values)  # in bfloat16, or that long
     streams = [plan.key] if plan.shared else [plan.key, plan.value]
     stored = sum(spec.width * (spec.bits + 32 / spec.group) / 8 for spec in streams)
@@ -212,9 +226,10 @@ def static_cost(chip: str, name: str, bits: int, basis: str, dtype: str) -> dict
         "kernel": "decode_attention",
         "chip": chip,
         "model": name,
-        "bits": bits,
-        "basis": basis,
-        "rebuild_dtype": dtype,
+        "bits": case.bits,
+        "basis": case.basis,
+        "rebuild_dtype": case.rebuild_dtype,
+        "group": case.group,
         "bundles_per_1024": round(total * per_1024),
         "bound_per_1024": round(bounds[unit]),
         "bound_unit": unit,
@@ -232,8 +247,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        for basis, dtype, bits in MODELS[name].cases(arguments.bits):
-            rows += [static_cost(chip, name, bits, basis, dtype) for chip in arguments.chips]
+        for case in MODELS[name].cases(arguments.bits):
+            rows += [static_cost(chip, name, case) for chip in arguments.chips]
     shutil.rmtree(DUMP)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -363,7 +363,7 @@ def _chunk(plan: Plan, size: int, block: Array, tile: Array, end: Array, window:
 
     if plan.int8:
         rebuild8.read(plan, size, block, refs)
-        lax.fori_loop(0, plan.groups, lambda n, _: _rebuild(plan, n, None, refs), None)
+        lax.fori_loop(0, plan.groups, lambda n, _: _rebuild(plan, n, None, refs), None, unroll=plan.unroll)
     elif plan.looped:
 
         def strip(number: Array, _: None) -> None:

@@ -91,6 +91,11 @@ class Plan:
         return self.int8 or self.groups * self.group_channels * self.width > UNROLL_UP_TO
 
     @property
+    def unroll(self) -> int:
+        """Groups in a turn of that loop: two products of int8 overlap, which have more to do between them."""
+        return math.gcd(2, self.groups) if self.int8 else 1
+
+    @property
     def ways(self) -> int:
         """Tokens whose codes share a word when keys are rebuilt: the order of keys, see `unpack`."""
         return 4 if self.int8 else 2

@@ -4,7 +4,8 @@ For every group of channels the product of codes and matrix is exact in int32. I
 that group and added up in float32; zeros meet the matrix' sums over the group; last comes each column's own scale.
 
 Four codes lie in a word, so rows are tokens in the order of `unpack.interleaved(4)`. Scales along the token come as
-rows of 128 tokens: a product with a permutation turns them into columns, and one with ones spreads these over lanes.
+rows of 128 tokens: a product with a permutation turns them into columns, which are spread over lanes, once for all
+heads.
 """
 
 from typing import Any
@@ -39,8 +40,7 @@ def scratch(plan: Plan, tokens: int) -> dict[str, Any]:
     return {
         "codes": pltpu.VMEM((tokens // 4, plan.key.width), jnp.uint32),
         "zeros": pltpu.VMEM((tokens, _zero_rows(plan) * plan.key_groups), jnp.bfloat16),
-        "scales": pltpu.VMEM((tokens, plan.key_groups), jnp.bfloat16),
-        "spread": pltpu.VMEM((plan.key_groups, tokens, LANES), jnp.float32),
+        "scales": pltpu.VMEM((plan.key_groups, tokens, LANES), jnp.float32),
     }
 
 
@@ -59,8 +59,11 @@ def read(plan: Plan, size: int, block: Array, refs: dict[str, Any]) -> None:
         zeros = [zero, zero]
         if shift := unpack.quads_offset(plan.key.bits):
             zeros += [shift * scale, shift * scale]  # a power of two: still bfloat16 in value
-        for name, lines in (("zeros", jnp.concatenate(zeros)), ("scales", scale)):
-            refs[name][rows] = _dot_transposed(order, lines.astype(jnp.bfloat16)).astype(jnp.bfloat16)
+        columns = _dot_transposed(order, jnp.concatenate(zeros).astype(jnp.bfloat16))
+        refs["zeros"][rows] = columns.astype(jnp.bfloat16)
+        columns = _dot_transposed(order, scale.astype(jnp.bfloat16))
+        for group in range(plan.key_groups):
+            refs["scales"][group, rows] = jnp.broadcast_to(columns[:, group : group + 1], (BLOCK, LANES))
 
     def strip(number: Array, _: None) -> None:
         lanes = pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
@@ -68,13 +71,7 @@ def read(plan: Plan, size: int, block: Array, refs: dict[str, Any]) -> None:
             planes = [refs[f"key_words{n}"][block + i, :, lanes] for n in range(len(PLANES[plan.key.bits]))]
             refs["codes"][i * unpack.QUADS : (i + 1) * unpack.QUADS, lanes] = unpack.quads(planes, plan.key.bits)
 
-    def spread(group: Array, _: None) -> None:
-        column = lax.broadcasted_iota(jnp.int32, (plan.key_groups, LANES), 0)
-        ones = (column == group).astype(jnp.bfloat16)
-        refs["spread"][group] = jnp.dot(refs["scales"][...], ones, preferred_element_type=jnp.float32)
-
     lax.fori_loop(0, plan.key.width // LANES, strip, None)
-    lax.fori_loop(0, plan.key_groups, spread, None)
 
 
 def product(plan: Plan, n: Array | int, column: Any, refs: dict[str, Any]) -> Array:
@@ -85,7 +82,7 @@ def product(plan: Plan, n: Array | int, column: Any, refs: dict[str, Any]) -> Ar
         channels = slice(group * plan.key.group, (group + 1) * plan.key.group)
         codes = pltpu.bitcast(refs["codes"][:, channels], jnp.int8)
         exact = jnp.dot(codes, refs["matrix"][channels, columns], preferred_element_type=jnp.int32)
-        scale = jnp.concatenate([refs["spread"][group]] * (plan.width // LANES), axis=1)
+        scale = jnp.concatenate([refs["scales"][group]] * (plan.width // LANES), axis=1)
         keys = keys + exact.astype(jnp.float32) * scale
     return keys * refs["column_scales"][n]
 

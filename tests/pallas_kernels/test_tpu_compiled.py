@@ -1,5 +1,6 @@
 """The TPU kernels through the real compiler, libtpu, at the sizes of real models and 32 k context; no TPU is needed."""
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
 from pallas_kernels import KeyRebuild, target
+from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.pallas_tpu import refuse_decode_attention
 from tests.conftest import random_model, tiny_config
 from xquant_jax.attention import Geometry
@@ -61,6 +63,10 @@ def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         ("llama-3.1-8b", 8, "stored", 1),
         ("llama-2-7b", 4, "x", 1),
         ("llama-2-7b", 8, "x", 1),
+        ("llama-2-7b", 2, "x int8", 1),
+        ("llama-2-7b", 3, "x int8", 16),
+        ("llama-2-7b", 4, "x int8", 1),
+        ("llama-3.1-8b", 8, "cl int8", 1),
         ("qwen3-8b", 4, "per_head", 1),
     ],
 )
@@ -69,32 +75,37 @@ def test_decode_attention_compiles_and_copies_no_history(
 ) -> None:
     width, heads, dim = 4096, 32, 128
     kv_heads = 32 if model == "llama-2-7b" else 8
-    one = form == "x"
-    stored = width if one else kv_heads * dim
+    form, _, small = form.partition(" ")  # of the key rebuild matrix
+    one = form in ("x", "cl")
+    stored = {"x": width, "cl": 2 * kv_heads * dim}.get(form, kv_heads * dim)
     key = history(stored, bits, "token" if one or form == "stored" else "channel")
     value = None if one else history(stored, bits, "token")
     matrix = {"per_head": (kv_heads, dim, dim), "stored": None}.get(form, (stored, kv_heads * dim))
-    norm = shape(dim) if model == "qwen3-8b" else None
+    rebuild = KeyRebuild(matrix and shape(*matrix), None, shape(dim) if model == "qwen3-8b" else None, 1e-6)
+    if small:
+        fields = jax.eval_shape(lambda w: in_eight_bits(w[None], small, 128), rebuild.matrix)
+        rebuild = dataclasses.replace(
+            rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in fields.items()}
+        )
 
-    def attend(q, key, matrix, norm, value, flushed, positions, layer):
+    def attend(q, key, rebuild, value, flushed, positions, layer):
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(dim)), dim**-0.5)
         return pallas_kernels.decode_attention(
             q,
             key,
-            KeyRebuild(matrix, None, norm, 1e-6),
+            rebuild,
             key if value is None else value,
             flushed,
             geometry,
             layer=layer,
             num_kv_heads=kv_heads,
-            value_heads=1 if form in ("joint", "x") else kv_heads,
+            value_heads=1 if one or form == "joint" else kv_heads,
             implementation="pallas_tpu",
         )
 
     numbers = [shape(1, dtype=jnp.int32), shape(1, new, dtype=jnp.int32), shape(dtype=jnp.int32)]
-    matrix = None if matrix is None else shape(*matrix)
-    memory = compiled(attend, device, shape(1, new, heads, dim), key, matrix, norm, value, *numbers).memory_analysis()
-    permuted = 0 if form != "x" else matrix.size * 2
+    memory = compiled(attend, device, shape(1, new, heads, dim), key, rebuild, value, *numbers).memory_analysis()
+    permuted = rebuild.matrix.size * rebuild.matrix.dtype.itemsize if one else 0
     assert memory.temp_size_in_bytes < permuted + 3 * 2**20  # queries and results, not a layer of the history
 
 
