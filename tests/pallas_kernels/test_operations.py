@@ -54,7 +54,7 @@ class Case:
     axis: str = "channel"  # of the key stream
     width: int = 0  # of the key stream; 0: all heads
     one_stream: bool = False
-    int8: bool = False  # the key rebuild matrix
+    small: str = ""  # type of a key rebuild matrix in 8 bits
     bias: bool = False
     norm: bool = False
     rotated: bool = False
@@ -73,10 +73,12 @@ CASES = [
     Case("dense", 3, 8, new=2),
     Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True),
     Case("dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, blocks=2, flushed=(1, 2)),
-    Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True, int8=True),
-    Case("dense", 3, 3, kv_heads=4, axis="token", width=256, one_stream=True, int8=True, bias=True, norm=True),
-    Case("dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, int8=True, flushed=(1, 4)),
-    Case("dense", 8, 8, dim=128, new=2, axis="token", width=512, one_stream=True, int8=True, sliding_window=200),
+    Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True, small="int8"),
+    Case("dense", 3, 3, kv_heads=4, axis="token", width=256, one_stream=True, small="int8", bias=True, norm=True),
+    Case("dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, small="int8", flushed=(1, 4)),
+    Case("dense", 8, 8, dim=128, new=2, axis="token", width=512, one_stream=True, small="int8", sliding_window=200),
+    Case("dense", 4, 4, kv_heads=4, axis="token", width=384, one_stream=True, small="fp8"),
+    Case("dense", 3, 3, dim=128, new=2, axis="token", width=256, one_stream=True, small="fp8"),
     Case("identity", 4, 4, rotated=True),
     Case("identity", 8, 8, axis="token"),
     Case("identity", 2, 2, sliding_window=200, flushed=(17, 3, 18), blocks=18),
@@ -119,12 +121,12 @@ RUN_CASES = [  # a v5p differs from a v5e where it cuts an odd number of sequenc
     pytest.param(
         run,
         case,
-        id=f"{run}-{case.form}-{case.key_bits}-{case.value_bits}-{case.new}-{case.kv_heads}{'-int8' * case.int8}",
+        id=f"{run}-{case.small or case.form}-{case.key_bits}-{case.value_bits}-{case.new}-{case.kv_heads}",
     )
     for run in sorted(RUNS)
     for case in CASES
     if run != "pallas_tpu-v5p" or len(case.flushed) % 2
-    if run != "triton" or not case.int8
+    if case.small != "fp8" or run in ("xla", "triton")
 ]
 
 
@@ -138,8 +140,8 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         "identity": lambda: None,
     }[case.form]()
     small = {}
-    if case.int8:
-        small = {name: a[0] for name, a in in_eight_bits(jnp.asarray(matrix)[None], "int8", 128).items()}
+    if case.small:
+        small = {name: a[0] for name, a in in_eight_bits(jnp.asarray(matrix)[None], case.small, 128).items()}
         matrix = np.asarray(small["matrix"], np.float64) * np.asarray(small["scale"])
     rebuild = KeyRebuild(
         matrix=small.pop("matrix") if small else None if matrix is None else jnp.asarray(matrix),
