@@ -18,7 +18,7 @@ from xquant_jax.quantization import Blocks, StreamSpec
 TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
 """Blocks of a step of the grid; of them, blocks that are worked on together, and that the last few are."""
 WORKING_ROOM = 12 * 2**20
-"""Bytes of vector memory for everything but words and a dense rebuild matrix."""
+"""Bytes of vector memory for everything but words, a dense rebuild matrix and the results that go with it."""
 UNROLL_UP_TO = 2**20
 """Multiplications per token that are unrolled; what is more is a loop over groups."""
 MOST_NEW = 16
@@ -51,7 +51,8 @@ class Plan:
     def tile(self) -> int:
         """Blocks of a step of the grid: fewer than usual where vector memory has no room for two steps' words."""
         matrix = (1 if self.int8 else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
-        room = self.chip.vmem * 7 // 8 - matrix - WORKING_ROOM
+        results = _result_bytes(self.new * self.heads, self.value.width) if self.dense else 0
+        room = self.chip.vmem * 7 // 8 - matrix - results - WORKING_ROOM
         streams = [self.key] if self.shared else [self.key, self.value]
         words = sum(BLOCK * spec.width * spec.bits // 8 for spec in streams)
         tile = TILE
@@ -247,10 +248,20 @@ def refuse_decode_attention(
             return (
                 "the key stream is quantized along the channel; it takes a matrix of int8 for streams along the token"
             )
-    taken = 0 if matrix is None else matrix.size * (1 if matrix.dtype == jnp.int8 else 2)
-    if matrix is not None and matrix.ndim == 2 and taken + 2 * WORKING_ROOM > chip.current().vmem * 7 // 8:
-        return f"the key rebuild matrix {matrix.shape} takes {taken:,} bytes of vector memory, too many"
+    if matrix is not None and matrix.ndim == 2:
+        dense = matrix.size * (1 if matrix.dtype == jnp.int8 else 2)
+        results = _result_bytes(q.shape[1] * q.shape[2], value.width)
+        if dense + results + WORKING_ROOM > chip.current().vmem * 7 // 8:
+            return (
+                f"the key rebuild matrix {matrix.shape} and the results of {q.shape[1]} new tokens take "
+                f"{dense + results:,} bytes of vector memory, too many"
+            )
     return None
+
+
+def _result_bytes(queries: int, width: int) -> int:
+    """Vector memory for what all queries read of the whole value stream: sums, shifts, and the output twice."""
+    return 4 * 4 * queries * width
 
 
 def round_up(n: int, multiple: int) -> int:

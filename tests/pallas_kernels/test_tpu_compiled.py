@@ -64,7 +64,7 @@ def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         ("llama-2-7b", 4, "x", 1),
         ("llama-2-7b", 8, "x", 1),
         ("llama-2-7b", 2, "x int8", 1),
-        ("llama-2-7b", 3, "x int8", 16),
+        ("llama-2-7b", 3, "x int8", 8),
         ("llama-2-7b", 4, "x int8", 1),
         ("llama-3.1-8b", 8, "cl int8", 1),
         ("qwen3-8b", 4, "per_head", 1),
@@ -153,13 +153,21 @@ def test_a_decode_loop_for_a_tpu_runs_the_kernel_and_copies_no_cache() -> None:
 
 
 def test_what_the_kernel_cannot_take_is_said() -> None:
-    def refusal(width: int = 256, dim: int = 64, new: int = 1, axis: Any = "channel", group: int = 0, bits: int = 4):
+    def refusal(
+        width: int = 256,
+        dim: int = 64,
+        new: int = 1,
+        axis: Any = "channel",
+        group: int = 0,
+        bits: int = 4,
+        dense: Any = None,
+    ):
         key = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, bits, axis, group), (1, 1, 1)))
         value = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 4, "token"), (1, 1, 1)))
         q = jnp.zeros((1, new, 4, dim))
         geometry = Geometry(jnp.zeros((1, new), jnp.int32), 8, jnp.zeros(dim // 2), 1.0)
         heads = {"layer": 0, "num_kv_heads": width // dim, "value_heads": width // dim}
-        return refuse_decode_attention(q, key, KeyRebuild(), value, jnp.zeros(1), geometry, **heads)
+        return refuse_decode_attention(q, key, KeyRebuild(dense), value, jnp.zeros(1), geometry, **heads)
 
     assert refusal() is None
     assert "head dimension 32 is neither 64 nor a multiple of 128" in (refusal(dim=32) or "")
@@ -168,3 +176,7 @@ def test_what_the_kernel_cannot_take_is_said() -> None:
     assert "groups of 64 channels" in (refusal(axis="token", group=64) or "")
     assert "is not quantized uniformly" in (refusal(bits=16) or "")
     assert "narrower than 128" in (refusal(width=64) or "")
+    with target.compiling_for("tpu", "TPU v5p"):
+        dense = shape(8192, 2560)
+        assert refusal(width=8192, dense=dense) is None
+        assert "and the results of 16 new tokens take" in (refusal(width=8192, new=16, dense=dense) or "")
