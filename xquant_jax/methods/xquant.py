@@ -66,7 +66,7 @@ class XQuant(Method):
             raise ConfigError(
                 f"rebuild_dtype={self.rebuild_dtype} applies to keys that are stored along the token; those of "
                 f"grouped-query models are stored along the channel, so that the matrix would have to be rounded anew "
-                f"for every block: leave it out, or choose xquant-cl"
+                f"for every block: leave it out, or choose xquant-cl with rebuild_dtype=int8"
             )
         key, value = (_latent_width(config, basis) for basis in self._bases())
         return {
