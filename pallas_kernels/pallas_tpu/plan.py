@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import target
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
 from pallas_kernels.xla import KeyRebuild
@@ -243,7 +242,7 @@ def refuse_decode_attention(
         if matrix.dtype != jnp.int8:
             return f"keys are rebuilt with a matrix of {matrix.dtype}; it takes bfloat16 and int8"
         if not chip.current().int8:
-            return f"the matrix unit of a {target.current().device_kind} is not known to multiply int8; choose bfloat16"
+            return "the matrix unit of this TPU is not known to multiply int8; it takes bfloat16"
         if key.axis != "token":
             return (
                 "the key stream is quantized along the channel; it takes a matrix of int8 for streams along the token"

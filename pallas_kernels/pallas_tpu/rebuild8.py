@@ -29,7 +29,7 @@ def inputs(plan: Plan, rebuild: KeyRebuild, columns: Any) -> dict[str, Array]:
     assert rebuild.sums is not None
     assert rebuild.scale is not None
     high = lax.reduce_precision(rebuild.sums, exponent_bits=8, mantissa_bits=7)
-    parts = [high, rebuild.sums - high]  # both bfloat16 in value: sums have 14 bits
+    parts = [high, rebuild.sums - high]  # both bfloat16 in value: sums of up to 512 rows have no more than 16 bits
     sums = jnp.concatenate(parts * (_zero_rows(plan) // 2)).astype(jnp.bfloat16)
     sums = jnp.swapaxes(columns(plan, sums), 0, 1).reshape(sums.shape)
     return {"matrix_sums": sums, "column_scales": columns(plan, rebuild.scale[None])}

@@ -65,4 +65,4 @@ def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
             assert "a matrix of float8_e4m3fn; it takes bfloat16 and int8" in refusal("fp8")
             assert "quantized along the channel" in refusal("int8", "channel")
     with target.compiling_for("tpu", "TPU7x"):
-        assert "TPU7x is not known to multiply int8" in refusal("int8")
+        assert "is not known to multiply int8; it takes bfloat16" in refusal("int8")
