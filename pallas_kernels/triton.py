@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, triton_tiles
+from pallas_kernels.eight_bits import TYPES
 from pallas_kernels.triton_launch import CAN_UPDATE, launch
 from pallas_kernels.triton_tiles import Shape, Tiles
 from pallas_kernels.xla import Accumulation, KeyRebuild
@@ -37,6 +39,8 @@ LONGEST = 16  # new tokens
 MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it
 VALUE_CHANNELS = 128  # of one program, where all heads read the whole value stream
 VALUE_QUERIES = 64  # likewise
+EIGHT_BIT_CHANNELS = 128  # at once, where keys are rebuilt in 8 bits
+MOST_GROUPS = 128  # of such a key stream
 COLUMNS = 128  # of a weight at once, in `remat_project`
 TILES_PER_SPLIT = 4  # at least: less work does not pay for a program of its own
 SUM_COLUMNS = 128  # of a program of `accumulate`: the group of its sum
@@ -99,6 +103,8 @@ def refuse_decode_attention(
     latent = key_stream.spec.width // num_kv_heads
     if form == "per_head" and latent not in HEAD_DIMS:
         return f"a latent of {latent} for each head is not taken; 64, 128 and 256 are"
+    if form in TYPES and (reason := _refuse_eight_bits(form, key_stream.spec, value_heads)):
+        return reason
     if value_heads not in (1, num_kv_heads):
         return f"values in {value_heads} parts are not taken; 1 and {num_kv_heads} are"
     if value_stream.spec.axis != "token":
@@ -108,7 +114,13 @@ def refuse_decode_attention(
     return (
         _refuse_device()
         or _refuse_type(q)
-        or _refuse_stream("the key", key_stream.spec, at_once={"dense": 64, "identity": dim // 2}.get(form, latent))
+        or _refuse_stream(
+            "the key",
+            key_stream.spec,
+            at_once={"dense": 64, "int8": EIGHT_BIT_CHANNELS, "fp8": EIGHT_BIT_CHANNELS, "identity": dim // 2}.get(
+                form, latent
+            ),
+        )
         or _refuse_stream("the value", value_stream.spec, value_dim if value_heads > 1 else VALUE_CHANNELS)
     )
 
@@ -151,10 +163,13 @@ def decode_attention(
     rotations = [
         jnp.stack(rope.rotation(at, geometry.frequencies)) for at in (in_tile, 64 * jnp.arange(2 * num_blocks))
     ]
-    matrix, bias, norm = (
-        turned if a is None else _operand(a) for a in (key_rebuild.matrix, key_rebuild.bias, key_rebuild.norm)
-    )
-    inputs = (scalars, bounds, turned, positions, *rotations, *_arrays(key_stream), matrix, bias, norm)
+    bias, norm = (turned if a is None else _operand(a) for a in (key_rebuild.bias, key_rebuild.norm))
+    if form in TYPES:
+        matrices = _eight_bits(key_rebuild)
+    else:
+        matrix = turned if key_rebuild.matrix is None else _operand(key_rebuild.matrix)
+        matrices = (matrix,) * 3
+    inputs = (scalars, bounds, turned, positions, *rotations, *_arrays(key_stream))
     constants = {
         "NUM_BLOCKS": num_blocks,
         "BATCH": batch,
@@ -178,6 +193,9 @@ def decode_attention(
         out, lse = launch(
             "decode",
             *inputs,
+            matrices[0],
+            bias,
+            norm,
             *_arrays(value_stream),
             grid=(batch * num_kv_heads, splits),
             outputs=_parts(batch, splits, length * heads, width // value_heads),
@@ -191,6 +209,9 @@ def decode_attention(
         (scores,) = launch(
             "decode_scores",
             *inputs,
+            *matrices,
+            bias,
+            norm,
             grid=(batch * num_kv_heads, splits),
             outputs=[jax.ShapeDtypeStruct((batch, length * heads, num_blocks * BLOCK), jnp.float32)],
             warps=tiles.warps,
@@ -361,7 +382,19 @@ def _parts(batch: int, splits: int, rows: int, width: int) -> list[jax.ShapeDtyp
 def _form(rebuild: KeyRebuild) -> str:
     if rebuild.matrix is None:
         return "identity"
+    if rebuild.scale is not None:
+        return "int8" if rebuild.matrix.dtype == jnp.int8 else "fp8"
     return "dense" if rebuild.matrix.ndim == 2 else "per_head"
+
+
+def _eight_bits(rebuild: KeyRebuild) -> tuple[Array, Array, Array]:
+    """The matrix as int8 [R, C], its sums in two halves that bfloat16 holds [2, C/G, R], scales of columns [R]."""
+    assert rebuild.matrix is not None
+    assert rebuild.sums is not None
+    assert rebuild.scale is not None
+    high = lax.reduce_precision(rebuild.sums, exponent_bits=8, mantissa_bits=7)
+    sums = _operand(jnp.stack([high, rebuild.sums - high]))
+    return lax.bitcast_convert_type(rebuild.matrix, jnp.int8).T, sums, rebuild.scale
 
 
 def _arrays(stream: Blocks) -> tuple[Array, ...]:
@@ -409,6 +442,21 @@ def _refuse_device() -> str | None:
     capability = triton_tiles.capability()
     if capability and capability < 8:
         return f"a GPU of compute capability {capability} is not taken; 8.0 (Ampere) and newer are"
+    return None
+
+
+def _refuse_eight_bits(form: str, key: StreamSpec, value_heads: int) -> str | None:
+    capability = triton_tiles.capability()
+    if capability and capability < 9:
+        return f"keys are rebuilt in {form} on compute capability 9.0 (Hopper) and newer, and this GPU has {capability}"
+    if key.axis == "channel":
+        return f"keys quantized along the channel are not rebuilt in {form}; those along the token are"
+    if form == "fp8" and key.bits > 4:
+        return f"keys of {key.bits} bits are not rebuilt in fp8; up to 4 bits are"
+    if key.width // key.group > MOST_GROUPS:
+        return f"keys in {key.width // key.group} groups are not rebuilt in {form}; up to {MOST_GROUPS} groups are"
+    if value_heads > 1:
+        return f"keys are rebuilt in {form} where all heads read the whole value stream, and these have one each"
     return None
 
 

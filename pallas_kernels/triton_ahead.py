@@ -23,14 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pallas_kernels.triton
-from pallas_kernels import target, triton_tiles
+from pallas_kernels import eight_bits, target, triton_tiles
 from pallas_kernels.triton_launch import find
 from pallas_kernels.xla import Accumulation, KeyRebuild
 from xquant_jax.attention import Geometry
 from xquant_jax.quantization import StreamSpec, quantize
 from xquant_jax.rope import Rope
 
-TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32"}
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32", "int8": "*i8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +77,13 @@ class Model:
     width: int
     dim: int = 128
     norm: bool = False
+    along_token: bool = False  # how the key stream is quantized
 
 
 MODELS = {
     "Llama-3.1-8B": Model(32, 8, 1024),
-    "Llama-2-7B": Model(32, 32, 4096),
+    "Llama-2-7B": Model(32, 32, 4096, along_token=True),
+    "Llama-3.1-8B, xquant-cl": Model(32, 8, 2048, along_token=True),
     "Qwen3-8B": Model(32, 8, 1024, norm=True),
 }
 
@@ -89,12 +91,18 @@ MODELS = {
 def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = False) -> list[Launch]:
     """The kernels that read one layer of `xquant`: 8 sequences of 32 k tokens, one new token each.
 
-    form: `per_head` or `dense`; a model with as many kv heads as query heads stores X itself, along the token.
+    form: `per_head` or `dense`, or `int8` or `fp8`: dense with a matrix of that type.
     """
-    multi_head = model.heads == model.kv_heads
-    key = StreamSpec(model.width, bits, "token" if multi_head else "channel")
+    key = StreamSpec(model.width, bits, "token" if model.along_token else "channel")
     columns = model.kv_heads * model.dim
-    shape = {"dense": (model.width, columns), "per_head": (model.kv_heads, model.dim, model.dim)}[form]
+    dense = (model.width, columns)
+    shape = (model.kv_heads, model.dim, model.dim) if form == "per_head" else dense
+    small = {}
+    if form in eight_bits.TYPES:
+        small = jax.eval_shape(
+            lambda w: eight_bits.in_eight_bits(w, form, 128), jax.ShapeDtypeStruct((1, *dense), jnp.bfloat16)
+        )
+        small = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in small.items()}
 
     def history(spec: StreamSpec) -> Any:
         return jax.eval_shape(lambda: quantize(jnp.zeros((1, 8, 256, 128, model.width)), spec))
@@ -102,26 +110,25 @@ def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def operation(q: Any, key: Any, matrix: Any, norm: Any, value: Any, flushed: Any, positions: Any) -> Any:
+    def operation(q: Any, key: Any, rebuild: Any, value: Any, flushed: Any, positions: Any) -> Any:
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
         return pallas_kernels.triton.decode_attention(
             q,
             key,
-            KeyRebuild(matrix, None, norm),
+            rebuild,
             value,
             flushed,
             geometry,
             layer=0,
             num_kv_heads=model.kv_heads,
-            value_heads=1 if form == "dense" else model.kv_heads,
+            value_heads=model.kv_heads if form == "per_head" else 1,
         )
 
     return launches(
         operation,
         array(8, 1, model.heads, model.dim),
         history(key),
-        array(*shape),
-        array(model.dim) if model.norm else None,
+        KeyRebuild(**{"matrix": array(*shape), "norm": array(model.dim) if model.norm else None, **small}),
         history(StreamSpec(model.width, bits, "token")),
         array(8, dtype=jnp.int32),
         array(8, 1, dtype=jnp.int32),

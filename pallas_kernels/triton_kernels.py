@@ -280,6 +280,107 @@ def _rebuild(
 
 @triton.jit
 @no_type_check
+def _load_of_groups(
+    scales,
+    first,
+    exists,
+    half,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Scales (or zeros) of all groups, 0 where there is none: [BLOCKS * 64, GROUPS] rows of a half."""
+    scales += (tl.cast(first, tl.int64) * 128 + 64 * half) * (WIDTH // GROUP)
+    row, group = tl.arange(0, BLOCKS * 64), tl.arange(0, GROUPS)
+    at = (row // 64 * 128 + row % 64)[:, None] * (WIDTH // GROUP) + group[None, :]
+    there = tl.reshape(tl.broadcast_to(exists[:, None], (BLOCKS, 64)), (BLOCKS * 64,))
+    return tl.load(scales + at, mask=there[:, None] & (group < WIDTH // GROUP)[None, :], other=0)
+
+
+@triton.jit
+@no_type_check
+def _rebuild8(
+    words,
+    words_high,
+    scales,
+    zeros,
+    first,
+    exists,
+    matrix,
+    sums,
+    column_scales,
+    head,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORM: tl.constexpr,
+    DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `_rebuild`, with codes and matrix [R, C] multiplied in 8 bits.
+
+    A byte that holds a code q is the number q in int8, and q / 512 in e4m3, for q < 16 exactly.
+    """
+    HALF: tl.constexpr = DIM // 2
+    COLUMNS: tl.constexpr = KV_HEADS * DIM
+    LINES: tl.constexpr = WIDTH // GROUP
+    GROUPS: tl.constexpr = 16 if LINES <= 16 else 32 if LINES <= 32 else 64 if LINES <= 64 else 128
+    UNIT: tl.constexpr = 512.0 if FORM == "fp8" else 1.0
+    column = head * DIM + tl.arange(0, HALF)
+    line = tl.arange(0, GROUPS)
+    a = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
+    b = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
+    c = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
+    d = tl.full((BLOCKS * 64, HALF), 0.0, tl.float32)
+    for part in tl.static_range(4 if BITS == 8 else 2):
+        # sums in halves that bfloat16 holds, times zeros; times 128 scales, if that was taken from codes to fit int8
+        added = zeros if part < 2 else scales
+        added_low = _load_of_groups(added, first, exists, 0, WIDTH, GROUP, GROUPS, BLOCKS).to(DTYPE)
+        added_high = _load_of_groups(added, first, exists, 1, WIDTH, GROUP, GROUPS, BLOCKS).to(DTYPE)
+        if part >= 2:
+            added_low, added_high = added_low * 128, added_high * 128
+        of_sums = (part % 2 * LINES + line)[:, None] * COLUMNS + column[None, :]
+        first_sums = tl.load(sums + of_sums, mask=(line < LINES)[:, None], other=0)
+        second_sums = tl.load(sums + of_sums + HALF, mask=(line < LINES)[:, None], other=0)
+        a = tl.dot(added_low, first_sums, a, input_precision=PRECISION)
+        b = tl.dot(added_low, second_sums, b, input_precision=PRECISION)
+        c = tl.dot(added_high, first_sums, c, input_precision=PRECISION)
+        d = tl.dot(added_high, second_sums, d, input_precision=PRECISION)
+    at = tl.arange(0, CHUNK)[:, None] + column[None, :] * WIDTH
+    for channel in range(0, WIDTH, CHUNK):
+        left = tl.load(matrix + channel + at)
+        right = tl.load(matrix + channel + HALF * WIDTH + at)
+        channels = channel + tl.arange(0, CHUNK)
+        PLANE: tl.constexpr = 4 if BITS >= 4 else 2
+        pairs = _load_fields(words, first, exists, channels, WIDTH, PLANE, 0, BLOCKS, CHUNK)
+        if BITS == 3:
+            pairs = pairs | (_load_fields(words_high, first, exists, channels, WIDTH, 1, 0, BLOCKS, CHUNK) << 2)
+        if BITS == 8:
+            pairs = pairs | (_load_fields(words_high, first, exists, channels, WIDTH, 4, 0, BLOCKS, CHUNK) << 4)
+            pairs = pairs ^ 0x800080
+        low, high = pairs.to(tl.int8), (pairs >> 16).to(tl.int8)
+        if FORM == "fp8":
+            left, right = left.to(tl.float8e4nv, bitcast=True), right.to(tl.float8e4nv, bitcast=True)
+            low, high = low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+        scale_low = _load_scales(scales, first, exists, 0, channel, WIDTH, GROUP, BLOCKS).to(tl.float32)[:, None]
+        scale_high = _load_scales(scales, first, exists, 1, channel, WIDTH, GROUP, BLOCKS).to(tl.float32)[:, None]
+        scale_low, scale_high = scale_low * UNIT, scale_high * UNIT
+        a += tl.dot(low, left).to(tl.float32) * scale_low
+        b += tl.dot(low, right).to(tl.float32) * scale_low
+        c += tl.dot(high, left).to(tl.float32) * scale_high
+        d += tl.dot(high, right).to(tl.float32) * scale_high
+    first_scale = tl.load(column_scales + column)[None, :]
+    second_scale = tl.load(column_scales + column + HALF)[None, :]
+    return a * first_scale, b * second_scale, c * first_scale, d * second_scale
+
+
+@triton.jit
+@no_type_check
 def _mask(score, first, exists, half, query_position, sliding_window, BLOCKS: tl.constexpr):
     """-inf where a query does not see a key: later ones, those before the window, blocks that do not exist."""
     row = tl.arange(0, BLOCKS * 64)
@@ -339,6 +440,8 @@ def _score_tile(
     matrix,
     matrix_first,
     matrix_second,
+    sums,
+    column_scales,
     bias,
     norm,
     NUM_BLOCKS: tl.constexpr,
@@ -370,6 +473,11 @@ def _score_tile(
         low, high = _load_vectors(
             words, words_high, scales, zeros, first, exists, head * LATENT,
             WIDTH, BITS, GROUP, BLOCKS, LATENT, DTYPE, ARITHMETIC,
+        )  # fmt: skip
+    elif FORM == "int8" or FORM == "fp8":
+        low_first, low_second, high_first, high_second = _rebuild8(
+            words, words_high, scales, zeros, first, exists, matrix, sums, column_scales, head,
+            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, PRECISION,
         )  # fmt: skip
     elif FORM != "identity":
         low_first, low_second, high_first, high_second = _rebuild(
@@ -598,7 +706,7 @@ def decode(
         score_low, score_high = _score_tile(
             first, exists, head, q_first, q_second, query_position, sliding_window, earliest, latest, end,
             cos, sin, base_rotation, key_words, key_words_high, key_scales, key_zeros,
-            matrix, matrix_first, matrix_second, bias, norm,
+            matrix, matrix_first, matrix_second, matrix, matrix, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, KEY_WIDTH, KEY_BITS, KEY_GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,
             BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
@@ -626,6 +734,8 @@ def decode_scores(
     scales,
     zeros,
     matrix,
+    sums,  # these two with a matrix of 8 bits only
+    column_scales,
     bias,
     norm,
     scores,  # float32 [B, LENGTH * H, 128 N], in units of log2; blocks out of bounds are not written
@@ -671,7 +781,7 @@ def decode_scores(
         low, high = _score_tile(
             first, exists, head, q_first, q_second, query_position, sliding_window, earliest, latest, end,
             cos, sin, base_rotation, words, words_high, scales, zeros,
-            matrix, matrix_first, matrix_second, bias, norm,
+            matrix, matrix_first, matrix_second, sums, column_scales, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, WIDTH, BITS, GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,
             BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip

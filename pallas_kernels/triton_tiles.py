@@ -59,6 +59,8 @@ def by_rule(shape: Shape, capability: float) -> Tiles:
         return Tiles(warps=8 if shape.queries > 32 else 4)
     if shape.kernel == "sum":
         return Tiles(blocks=2, chunk=64, warps=8, stages=2) if shape.form == "dense" else Tiles(warps=8)
+    if shape.form in ("int8", "fp8"):
+        return Tiles(blocks=2, chunk=128, warps=8, stages=1)
     if shape.form == "dense":  # tall tiles, to use each part of a large matrix often
         return Tiles(blocks=2, chunk=64, warps=8, stages=1) if hopper else Tiles(blocks=2, chunk=16, warps=8)
     light = shape.queries <= 8 and shape.bits in (2, 4) and not shape.norm

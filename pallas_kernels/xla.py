@@ -16,15 +16,23 @@ class KeyRebuild:
 
     matrix: dense [C, R], per head [K, e, d] with C = K e, or None where z are the keys already
     bias [R] (Qwen2) is added and the RMS norm with scale `norm` [d] (Qwen3) applied afterwards
+    scale, sums: of a dense matrix in int8 or e4m3 (`eight_bits`), float32 [R] and [C/G, R]: what columns are multiplied
+        with, and sums of the rows of each of the stream's groups of channels, which kernels multiply zeros with
     """
 
     matrix: Leaf | None = None
     bias: Leaf | None = None
     norm: Leaf | None = None
     norm_eps: float = struct.field(pytree_node=False, default=0.0)
+    scale: Leaf | None = None
+    sums: Leaf | None = None
 
     def __call__(self, z: Float[Array, "B S C"], num_kv_heads: int) -> Float[Array, "B S K d"]:
-        k = expand(z, self.matrix, num_kv_heads)
+        if self.matrix is None or self.scale is None:
+            k = expand(z, self.matrix, num_kv_heads)
+        else:  # what 8 bits hold, every type of z holds exactly
+            wide = jnp.matmul(z, self.matrix.astype(z.dtype), preferred_element_type=jnp.float32)
+            k = (wide * self.scale).astype(z.dtype).reshape(*z.shape[:2], num_kv_heads, -1)
         if self.bias is not None:
             k = k + self.bias.reshape(num_kv_heads, -1).astype(k.dtype)
         if self.norm is not None:

@@ -35,6 +35,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from pallas_kernels import KeyRebuild, decode_attention, target  # noqa: E402
+from pallas_kernels.eight_bits import in_eight_bits  # noqa: E402
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan  # noqa: E402
 from xquant_jax.attention import Geometry  # noqa: E402
 from xquant_jax.packing import BLOCK  # noqa: E402
@@ -70,9 +71,24 @@ class Model:
     dim: int
     qk_norm: bool = False
 
-    @property
-    def bases(self) -> tuple[str, ...]:
-        return ("x",) if self.heads == self.kv_heads else ("per_head", "joint")
+    def cases(self, bits: list[int]) -> list["Case"]:
+        """What is compiled; the running sum of xquant-cl has 8 bits."""
+        if self.heads == self.kv_heads:
+            small = [Case("x", b, "int8", group) for group in (128, 256) for b in bits]
+            return [Case("x", b) for b in bits] + small
+        plain = [Case(basis, b) for basis in ("per_head", "joint") for b in bits]
+        return plain + [Case("cl", 8, dtype) for dtype in ("bf16", "int8") if 8 in bits]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """basis: `per_head`, `joint`, `x` (K = H) or `cl` (the running sum of xquant-cl's latents). rebuild_dtype: of the
+    matrix that keys are rebuilt with. group: channels that share a scale, where keys lie along the token."""
+
+    basis: str
+    bits: int
+    rebuild_dtype: str = "bf16"
+    group: int = 128
 
 
 MODELS = {
@@ -82,8 +98,8 @@ MODELS = {
 }
 
 
-def compile_decode_attention(chip: str, model: Model, bits: int, basis: str) -> tuple[Any, Plan]:
-    """The kernel of one layer for one new token, compiled for a chip. basis: `per_head`, `joint`, or `x` (K = H)."""
+def compile_decode_attention(chip: str, model: Model, case: Case) -> tuple[Any, Plan]:
+    """The kernel of one layer for one new token, compiled for a chip."""
     device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
     sharding = SingleDeviceSharding(device)
 
@@ -94,17 +110,24 @@ def compile_decode_attention(chip: str, model: Model, bits: int, basis: str) -> 
         blocks = jax.eval_shape(lambda: allocate_blocks(spec, (2, 1, CONTEXT // BLOCK)))
         return jax.tree.map(lambda a: shape(*a.shape, dtype=a.dtype), blocks)
 
-    keys_width, one = model.kv_heads * model.dim, basis == "x"
-    stored = model.width if one else keys_width
-    key = history(StreamSpec(stored, bits, "token" if one else "channel"))
+    basis, bits = case.basis, case.bits
+    keys_width, one = model.kv_heads * model.dim, basis in ("x", "cl")
+    stored = {"x": model.width, "cl": 2 * keys_width}.get(basis, keys_width)
+    key = history(StreamSpec(stored, bits, "token", case.group) if one else StreamSpec(stored, bits, "channel"))
     value = None if one else history(StreamSpec(stored, bits, "token"))
     matrix = (model.kv_heads, model.dim, model.dim) if basis == "per_head" else (stored, keys_width)
     norm = shape(model.dim) if model.qk_norm else None
+    rebuild = KeyRebuild(shape(*matrix), None, norm, 1e-6)
+    if case.rebuild_dtype != "bf16":
+        small = jax.eval_shape(lambda w: in_eight_bits(w[None], case.rebuild_dtype, case.group), shape(*matrix))
+        rebuild = dataclasses.replace(
+            rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in small.items()}
+        )
     frequencies = Rope(theta=500_000.0).frequencies(model.dim)
     plans = []
 
-    def attend(q: Any, key: Any, matrix: Any, norm: Any, value: Any, flushed: Any, positions: Any, layer: Any) -> Any:
-        rebuild, value = KeyRebuild(matrix, None, norm, 1e-6), key if value is None else value
+    def attend(q: Any, key: Any, rebuild: Any, value: Any, flushed: Any, positions: Any, layer: Any) -> Any:
+        value = key if value is None else value
         geometry = Geometry(positions, 2**30, jnp.asarray(frequencies), model.dim**-0.5)
         value_heads = model.kv_heads if basis == "per_head" else 1
         plans.append(make_plan(q, key, rebuild, value, geometry, model.kv_heads, value_heads))
@@ -116,7 +139,7 @@ def compile_decode_attention(chip: str, model: Model, bits: int, basis: str) -> 
     numbers = [shape(1, dtype=jnp.int32), shape(1, 1, dtype=jnp.int32), shape(dtype=jnp.int32)]
     queries = shape(1, 1, model.heads, model.dim)
     with target.compiling_for("tpu", device.device_kind):
-        traced = jax.jit(attend).trace(queries, key, shape(*matrix), norm, value, *numbers)
+        traced = jax.jit(attend).trace(queries, key, rebuild, value, *numbers)
         return traced.lower(lowering_platforms=("tpu",)).compile(), plans[0]
 
 
@@ -156,16 +179,16 @@ def trips(plan: Plan) -> list[tuple[int, int]]:
     whole tile exists. The grid is the loop at depth 1, and turns once for every tile."""
     large, small = plan.chunks
     if plan.looped:
-        return [(1, 1), (2, plan.tile // small), (3, plan.key.width // 128), (3, plan.groups)]
+        return [(1, 1), (2, plan.tile // small), (3, plan.key.width // 128), (3, plan.groups // plan.unroll)]
     return [(1, 1), (2, plan.tile // large), (2, 0)]
 
 
-def static_cost(chip: str, name: str, bits: int, basis: str) -> dict[str, Any]:
+def static_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
     """One row of the table, see the module's docstring."""
     model = MODELS[name]
     shutil.rmtree(DUMP, ignore_errors=True)
     DUMP.mkdir()
-    _, plan = compile_decode_attention(chip, model, bits, basis)
+    _, plan = compile_decode_attention(chip, model, case)
     (bundles,) = (f for f in DUMP.glob("*decode_attention*-final_bundles.txt"))
     (utilization,) = DUMP.glob("*decode_attention*-final_hlo-static-per-bundle-utilization.txt")
     slots, used = read_units(utilization.read_text())
@@ -187,9 +210,10 @@ def static_cost(chip: str, name: str, bits: int, basis: str) -> dict[str, Any]:
     if next(loops, None) is not None:
         raise SystemExit("the kernel has more loops than its schedule")
     per_1024 = 1024 / (plan.tile * BLOCK)
-    values = model.dim if basis == "per_head" else plan.value.width
-    rebuild = plan.key.width * (model.dim if basis == "per_head" else model.kv_heads * model.dim)
-    macs = rebuild + model.heads * (model.dim + values)
+    per_head = case.basis == "per_head"
+    values = model.dim if per_head else plan.value.width
+    rebuild = plan.key.width * (model.dim if per_head else model.kv_heads * model.dim)
+    macs = rebuild / (2 if plan.int8 else 1) + model.heads * (model.dim + values)  # in bfloat16, or that long
     streams = [plan.key] if plan.shared else [plan.key, plan.value]
     stored = sum(spec.width * (spec.bits + 32 / spec.group) / 8 for spec in streams)
     bounds = {
@@ -202,8 +226,10 @@ def static_cost(chip: str, name: str, bits: int, basis: str) -> dict[str, Any]:
         "kernel": "decode_attention",
         "chip": chip,
         "model": name,
-        "bits": bits,
-        "basis": basis,
+        "bits": case.bits,
+        "basis": case.basis,
+        "rebuild_dtype": case.rebuild_dtype,
+        "group": case.group,
         "bundles_per_1024": round(total * per_1024),
         "bound_per_1024": round(bounds[unit]),
         "bound_unit": unit,
@@ -221,8 +247,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        for basis in MODELS[name].bases:
-            rows += [static_cost(chip, name, bits, basis) for chip in arguments.chips for bits in arguments.bits]
+        for case in MODELS[name].cases(arguments.bits):
+            rows += [static_cost(chip, name, case) for chip in arguments.chips]
     shutil.rmtree(DUMP)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.eight_bits import TYPES
 from pallas_kernels.triton_ahead import MODELS, SUMS, Launch, Machine, compiled, of_model, of_sum
 
 MATRIX = {8.0: 1024, 8.9: 512, 9.0: 2048}  # bfloat16 products a cycle and multiprocessor: A100, L40S, H100 and H200
@@ -24,21 +25,28 @@ ISSUED = 4  # instructions a cycle and multiprocessor
 MULTIPROCESSORS, CLOCK = 132, 1.755e9  # of an H200, for nanoseconds; its clock under load varies
 BANDWIDTH = 4.3e12  # likewise, bytes a second
 
-CASES = [
-    ("Llama-3.1-8B", "per_head"),
-    ("Llama-3.1-8B", "dense"),
-    ("Qwen3-8B", "per_head"),
-    ("Llama-2-7B", "dense"),
+CASES = [  # form of the rebuild (of int8 and fp8: dense), bits
+    ("Llama-3.1-8B", "per_head", (2, 3, 4)),
+    ("Llama-3.1-8B", "dense", (2, 3, 4)),
+    ("Qwen3-8B", "per_head", (2, 3, 4)),
+    ("Llama-2-7B", "dense", (2, 3, 4)),
+    ("Llama-2-7B", "int8", (2, 3, 4)),
+    ("Llama-2-7B", "fp8", (2, 3, 4)),
+    ("Llama-3.1-8B, xquant-cl", "dense", (8,)),
+    ("Llama-3.1-8B, xquant-cl", "int8", (8,)),
 ]
+
+BASES = {"Llama-2-7B": "x", "Llama-3.1-8B, xquant-cl": "cl"}  # what keys are rebuilt from; cl: the running sum
 
 
 def products(launch: Launch, model: Any) -> int:
-    """Multiplications of a token, all programs, queries padded to what is computed."""
+    """Multiplications of a token, all programs, queries padded to what is computed; two in 8 bits count as one."""
     c = launch.constants
     if launch.kernel == "decode_values":
         return c["WIDTH"] * c["QUERIES"]
     scores = model.kv_heads * model.dim * c["QUERIES"]
     rebuild = (model.dim if c["FORM"] == "per_head" else model.width) * model.kv_heads * model.dim
+    rebuild //= 2 if c["FORM"] in TYPES else 1
     values = c["VALUE_WIDTH"] * c["QUERIES"] if launch.kernel == "decode" else 0
     return rebuild + scores + values
 
@@ -57,8 +65,10 @@ def issued(launch: Launch, machine: Machine, model: Any) -> float:
 
 def rows(capability: float) -> list[dict[str, Any]]:
     found = []
-    for name, form in CASES:
-        for bits in (2, 3, 4):
+    for name, form, all_bits in CASES:
+        if form in TYPES and capability < 9:
+            continue
+        for bits in all_bits:
             for launch in of_model(MODELS[name], bits, form, capability):
                 machine = compiled(launch, capability)
                 inner, *outer = machine.loops
@@ -69,7 +79,8 @@ def rows(capability: float) -> list[dict[str, Any]]:
                         "capability": capability,
                         "model": name,
                         "bits": bits,
-                        "basis": {"per_head": "per_head", "dense": "joint"}[form] if name != "Llama-2-7B" else "x",
+                        "basis": BASES.get(name, "per_head" if form == "per_head" else "joint"),
+                        "rebuild_dtype": form if form in TYPES else "bf16",
                         "issue_per_1024": 1024 * issued(launch, machine, MODELS[name]) / ISSUED,
                         "matrix_per_1024": 1024 * products(launch, MODELS[name]) / MATRIX[capability],
                         "registers": machine.registers,
@@ -117,15 +128,15 @@ def main() -> None:
     parser.add_argument("--capability", type=float, default=9.0, choices=sorted(MATRIX), help="of the GPU")
     args = parser.parse_args()
     found = rows(args.capability)
-    print("| model | basis | bits | kernel | issue | matrix | ns per token at best | registers | shared | spills |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| model | basis | rebuild | bits | kernel | issue | matrix | ns per token | registers | shared | spills |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in found:
         cycles = max(row["issue_per_1024"], row["matrix_per_1024"])
         best = f"{1e9 * cycles / 1024 / (MULTIPROCESSORS * CLOCK):.2f}" if args.capability == 9.0 else "-"
         print(
-            f"| {row['model']} | {row['basis']} | {row['bits']} | {row['kernel']} | {row['issue_per_1024']:,.0f} | "
-            f"{row['matrix_per_1024']:,.0f} | {best} | {row['registers']} | {row['shared_bytes']:,} | "
-            f"{', '.join(map(str, row['spills']))} |"
+            f"| {row['model']} | {row['basis']} | {row['rebuild_dtype']} | {row['bits']} | {row['kernel']} | "
+            f"{row['issue_per_1024']:,.0f} | {row['matrix_per_1024']:,.0f} | {best} | {row['registers']} | "
+            f"{row['shared_bytes']:,} | {', '.join(map(str, row['spills']))} |"
         )
     sums = of_sums(args.capability)
     print("\n| sum | kernel | issue | matrix | memory | ns per token at best | registers | shared | spills |")

@@ -6,7 +6,8 @@ product with the values' codes.
 
 - A *group* is as many heads as are as wide as the matrix unit; their rebuild matrices stand on the diagonal of one.
   Its columns are ordered so that the first halves of all its heads come first: then RoPE is one roll by half the width.
-- Rows are tokens in the order of `unpack.interleaved`.
+- Rows are tokens in the order of `unpack.interleaved`; with a matrix of int8 (`rebuild8`) keys have another order, and
+  the scores are permuted.
 - Keys are rotated by their place in the chunk, with constant tables; queries by the distance to the chunk, which is
   turned on from chunk to chunk and from tile to tile. Where the vector unit is the narrower one (`Plan.sines_apart`),
   keys times cosine and keys times sine meet the queries and the queries' rolled halves apart: no key is rolled.
@@ -26,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target
-from pallas_kernels.pallas_tpu import unpack
+from pallas_kernels.pallas_tpu import rebuild8, unpack
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan
 from pallas_kernels.pallas_tpu.streams import LANES, by_block
 from pallas_kernels.xla import KeyRebuild
@@ -83,13 +84,15 @@ def _attend(
 
     half_frequencies = jnp.zeros_like(geometry.frequencies) if plan.rotated else geometry.frequencies
     frequencies = jnp.tile(half_frequencies, 2 * plan.group)  # in the order of a group's columns
-    place = np.concatenate([block * BLOCK + unpack.interleaved() for block in range(plan.turn)])
+    place = np.concatenate([block * BLOCK + unpack.interleaved(plan.ways) for block in range(plan.turn)])
     weights = jnp.ones(plan.dim) if key_rebuild.norm is None else key_rebuild.norm.astype(jnp.float32)
     inputs: dict[str, Any] = {
         "q": _queries(plan, q, positions - (first * tile_tokens)[:, None], half_frequencies),
         "position": _row_positions(plan, positions),
         "matrix": _matrix(plan, key_rebuild.matrix),
     }
+    if plan.int8:
+        inputs |= rebuild8.inputs(plan, key_rebuild, _columns)
     if key_rebuild.bias is not None:
         inputs["bias"] = _columns(plan, key_rebuild.bias.astype(jnp.float32)[None])
     if plan.norm_eps is not None:
@@ -118,11 +121,13 @@ def _columns(plan: Plan, x: Array) -> Array:
 
 
 def _matrix(plan: Plan, matrix: Array | None) -> Array:
-    """The rebuild matrix of each group, bfloat16 [K/g, channels, g d], or side by side [channels, K d] if dense; the
-    identity where keys are stored."""
+    """The rebuild matrix of each group, bfloat16 [K/g, channels, g d], or side by side [channels, K d] if dense (then
+    int8 too); the identity where keys are stored."""
     if plan.dense:
         assert matrix is not None
-        x = matrix.astype(jnp.bfloat16).reshape(-1, plan.groups, plan.group, 2, plan.dim // 2)
+        x = matrix.astype(jnp.int8 if plan.int8 else jnp.bfloat16).reshape(
+            -1, plan.groups, plan.group, 2, plan.dim // 2
+        )
         return jnp.swapaxes(x, 2, 3).reshape(matrix.shape)  # nothing moves where a group is one head
     if matrix is None:
         matrix = jnp.broadcast_to(jnp.eye(plan.dim), (plan.kv_heads, plan.dim, plan.dim))
@@ -223,10 +228,13 @@ def _call(
         "value_scales": pltpu.VMEM((plan.tile, token_groups, LANES), jnp.float32),
         "value_zeros": pltpu.VMEM((plan.tile, token_groups, LANES), jnp.float32),
     }
-    for what in ("key_scales", "key_zeros"):  # rows that may be picked by a number known only when it runs
-        by_row = (1, plan.key.width) if plan.key.axis == "channel" else (plan.key.width // plan.key.group, 1, LANES)
-        scratch[what] = pltpu.VMEM((plan.tile, *by_row), jnp.float32)
-    if plan.looped:
+    if plan.int8:
+        scratch |= rebuild8.scratch(plan, tokens)
+    else:
+        for what in ("key_scales", "key_zeros"):  # rows that may be picked by a number known only when it runs
+            by_row = (1, plan.key.width) if plan.key.axis == "channel" else (plan.key_groups, 1, LANES)
+            scratch[what] = pltpu.VMEM((plan.tile, *by_row), jnp.float32)
+    if plan.looped and not plan.int8:
         scratch["x"] = pltpu.VMEM((tokens // 2, plan.key.width), jnp.uint32)  # likewise
     if plan.sines_apart and "cos" in inputs:
         scratch["sines"] = scratch["keys"]
@@ -337,12 +345,12 @@ def _kernel(plan: Plan, end_ref: Any, first_ref: Any, window_ref: Any, refs: dic
 def _read_scales(plan: Plan, count: Array, refs: dict[str, Any]) -> None:
     """Scales of a tile as float32; those of values in the order of unpacked rows, and zero where no block exists."""
     token, lane = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
-    order = (token == (lane >> 1) + unpack.PAIRS * (lane & 1)).astype(jnp.bfloat16)
+    order = (token == unpack.token_of(lane, 2)).astype(jnp.bfloat16)
     for what in ("scale", "zero"):
         if plan.key.axis == "channel":
             for block in range(plan.tile):
                 refs[f"key_{what}s"][block] = refs[f"key_{what}"][block : block + 1].astype(jnp.float32)
-        else:
+        elif not plan.int8:
             by_group = refs[f"key_{what}"][...].astype(jnp.float32)
             refs[f"key_{what}s"][...] = by_group.reshape(plan.tile, -1, 1, LANES)
         given = refs[f"value_{what}"][...].astype(jnp.float32).reshape(plan.tile, -1, LANES)
@@ -356,7 +364,10 @@ def _chunk(plan: Plan, size: int, block: Array, tile: Array, end: Array, window:
     """Attends to `size` blocks from `block` of the tile that begins with block `tile` of the sequence."""
     channels = plan.group_channels
 
-    if plan.looped:
+    if plan.int8:
+        rebuild8.read(plan, size, block, refs)
+        lax.fori_loop(0, plan.groups, lambda n, _: _rebuild(plan, n, None, refs), None, unroll=plan.unroll)
+    elif plan.looped:
 
         def strip(number: Array, _: None) -> None:
             lanes = pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
@@ -399,16 +410,18 @@ def _dequantized(plan: Plan, block: Array, first: Any, channels: int, refs: dict
     return unpack.scaled_along_tokens(planes, key.bits, scale, zero)
 
 
-def _rebuild(plan: Plan, n: Array | int, blocks: list[Array], refs: dict[str, Any]) -> None:
-    """Keys of a group to scratch, rotated by their place, and the inverse of their norms."""
-    if plan.dense:
-        column = n * plan.width if isinstance(n, int) else pl.multiple_of(n * plan.width, plan.width)
-        matrix = refs["matrix"][:, pl.ds(column, plan.width)]
+def _rebuild(plan: Plan, n: Array | int, blocks: list[Array] | None, refs: dict[str, Any]) -> None:
+    """Keys of a group to scratch, rotated by their place, and the inverse of their norms. `blocks`: x^, unless codes
+    are multiplied."""
+    column = n * plan.width if isinstance(n, int) else pl.multiple_of(n * plan.width, plan.width)
+    if blocks is None:
+        products = iter([rebuild8.product(plan, n, column, refs)])
     else:
-        matrix = refs["matrix"][n]
-    for first in range(0, len(blocks), plan.turn):
-        x = jnp.concatenate(blocks[first : first + plan.turn], axis=0)
-        k = jnp.dot(x, matrix, preferred_element_type=jnp.float32)
+        matrix = refs["matrix"][:, pl.ds(column, plan.width)] if plan.dense else refs["matrix"][n]
+        chunks = (blocks[first : first + plan.turn] for first in range(0, len(blocks), plan.turn))
+        products = (jnp.dot(jnp.concatenate(x), matrix, preferred_element_type=jnp.float32) for x in chunks)
+    for number, k in enumerate(products):
+        first = number * plan.turn
         if plan.bias:
             k = k + refs["bias"][n]
         if plan.norm_eps is not None:
@@ -477,13 +490,16 @@ def _softmax(
 ) -> tuple[list[Array], Array]:
     """Probabilities relative to the running maximum, float32 [rows, 128] for each block of a chunk, and what the sums
     so far shrink by."""
-    lane = lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1)
-    token = (lane >> 1) + unpack.PAIRS * (lane & 1)
+    token = unpack.token_of(lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 1), 2)
+    row, column = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
+    reorder = (unpack.token_of(row, plan.ways) == unpack.token_of(column, 2)).astype(jnp.float32)
     scores = []
     for i in range(size):
         distance = refs["position"][...] - (token + (block + i) * BLOCK)
         seen = (distance >= 0) & (distance < window) & (block + i < end)
         score = refs["scores"][:, i * BLOCK : (i + 1) * BLOCK] * plan.scale
+        if plan.ways == 4:  # from the keys' order to that of the values
+            score = jnp.dot(score, reorder, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
         scores.append(jnp.where(seen, score, -jnp.inf))
     largest = functools.reduce(jnp.maximum, scores)
     before = refs["top"][...]

@@ -9,7 +9,8 @@ from pallas_kernels import target
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """mxu: rows and columns of a matrix unit. bf16_alu: whether the vector unit computes in bfloat16.
+    """mxu: rows and columns of a matrix unit. bf16_alu: whether the vector unit computes in bfloat16. int8: whether the
+    matrix unit multiplies int8.
 
     vmem: bytes of vector memory of a core. cores: those that share the chip's work (megacore).
     """
@@ -18,19 +19,23 @@ class Chip:
     bf16_alu: bool
     vmem: int
     cores: int = 1
+    int8: bool = True
 
 
 V5E = Chip(mxu=128, bf16_alu=False, vmem=128 * 2**20)
 V5P = Chip(mxu=128, bf16_alu=False, vmem=64 * 2**20, cores=2)
 V6E = Chip(mxu=256, bf16_alu=True, vmem=128 * 2**20)
 
+UNKNOWN = dataclasses.replace(V5E, int8=False)  # a v7x multiplies fp8 in its place
+
 CHIPS = {"TPU v5 lite": V5E, "TPU v5e": V5E, "TPU v5": V5P, "TPU v5p": V5P, "TPU v6 lite": V6E, "TPU v6e": V6E}
 
 
 def current() -> Chip:
-    """The chip that is compiled for. One that is not known is taken for a v5e, the least of them; so is none."""
+    """The chip that is compiled for. One that is not known is taken for a v5e, the least of them, without what newer
+    ones have dropped; none is taken for a v5e."""
     here = target.current()
     kind = here.device_kind
     if kind is None and not here.interpret and jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind
-    return CHIPS.get(kind or "", V5E)
+    return CHIPS.get(kind, UNKNOWN) if kind else V5E

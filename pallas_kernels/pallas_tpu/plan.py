@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.pallas_tpu import chip
@@ -16,7 +17,7 @@ from xquant_jax.quantization import Blocks, StreamSpec
 TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
 """Blocks of a step of the grid; of them, blocks that are worked on together, and that the last few are."""
 WORKING_ROOM = 12 * 2**20
-"""Bytes of vector memory for everything but words and a dense rebuild matrix."""
+"""Bytes of vector memory for everything but words, a dense rebuild matrix and the results that go with it."""
 UNROLL_UP_TO = 2**20
 """Multiplications per token that are unrolled; what is more is a loop over groups."""
 MOST_NEW = 16
@@ -38,6 +39,7 @@ class Plan:
     dim: int  # d
     value_heads: int
     dense: bool
+    int8: bool  # whether the dense matrix is of int8
     rotated: bool
     bias: bool
     norm_eps: float | None
@@ -47,8 +49,9 @@ class Plan:
     @property
     def tile(self) -> int:
         """Blocks of a step of the grid: fewer than usual where vector memory has no room for two steps' words."""
-        matrix = 2 * self.key.width * self.kv_heads * self.dim if self.dense else 0
-        room = self.chip.vmem * 7 // 8 - matrix - WORKING_ROOM
+        matrix = (1 if self.int8 else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
+        results = _result_bytes(self.new * self.heads, self.value.width) if self.dense else 0
+        room = self.chip.vmem * 7 // 8 - matrix - results - WORKING_ROOM
         streams = [self.key] if self.shared else [self.key, self.value]
         words = sum(BLOCK * spec.width * spec.bits // 8 for spec in streams)
         tile = TILE
@@ -85,7 +88,22 @@ class Plan:
     @property
     def looped(self) -> bool:
         """Whether groups are a loop in the kernel; unrolled, they overlap better."""
-        return self.groups * self.group_channels * self.width > UNROLL_UP_TO
+        return self.int8 or self.groups * self.group_channels * self.width > UNROLL_UP_TO
+
+    @property
+    def unroll(self) -> int:
+        """Groups in a turn of that loop: two products of int8 overlap, which have more to do between them."""
+        return math.gcd(2, self.groups) if self.int8 else 1
+
+    @property
+    def ways(self) -> int:
+        """Tokens whose codes share a word when keys are rebuilt: the order of keys, see `unpack`."""
+        return 4 if self.int8 else 2
+
+    @property
+    def key_groups(self) -> int:
+        """Groups of channels of the key stream, if it is quantized along the token."""
+        return self.key.width // self.key.group
 
     @property
     def group(self) -> int:
@@ -183,6 +201,7 @@ def make_plan(
         dim=dim,
         value_heads=value_heads,
         dense=key_rebuild.matrix is not None and key_rebuild.matrix.ndim == 2,
+        int8=key_rebuild.matrix is not None and key_rebuild.matrix.dtype == jnp.int8,
         rotated=geometry.rotated,
         bias=key_rebuild.bias is not None,
         norm_eps=None if key_rebuild.norm is None else key_rebuild.norm_eps,
@@ -219,9 +238,29 @@ def refuse_decode_attention(
     matrix = key_rebuild.matrix
     if (matrix is None or matrix.ndim == 3) and key.width != num_kv_heads * dim:
         return f"the key stream is {key.width} wide, and {num_kv_heads} heads of dimension {dim} are rebuilt one by one"
-    if matrix is not None and matrix.ndim == 2 and 2 * matrix.size + 2 * WORKING_ROOM > chip.current().vmem * 7 // 8:
-        return f"the key rebuild matrix {matrix.shape} takes {2 * matrix.size:,} bytes of vector memory, too many"
+    if matrix is not None and key_rebuild.scale is not None:
+        if matrix.dtype != jnp.int8:
+            return f"keys are rebuilt with a matrix of {matrix.dtype}; it takes bfloat16 and int8"
+        if not chip.current().int8:
+            return "the matrix unit of this TPU is not known to multiply int8; it takes bfloat16"
+        if key.axis != "token":
+            return (
+                "the key stream is quantized along the channel; it takes a matrix of int8 for streams along the token"
+            )
+    if matrix is not None and matrix.ndim == 2:
+        dense = matrix.size * (1 if matrix.dtype == jnp.int8 else 2)
+        results = _result_bytes(q.shape[1] * q.shape[2], value.width)
+        if dense + results + WORKING_ROOM > chip.current().vmem * 7 // 8:
+            return (
+                f"the key rebuild matrix {matrix.shape} and the results of {q.shape[1]} new tokens take "
+                f"{dense + results:,} bytes of vector memory, too many"
+            )
     return None
+
+
+def _result_bytes(queries: int, width: int) -> int:
+    """Vector memory for what all queries read of the whole value stream: sums, shifts, and the output twice."""
+    return 4 * 4 * queries * width
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -3,7 +3,12 @@
 Tokens t and t + 64 of a block lie 16 bits apart in every plane (`xquant_jax.packing`). A 32-bit word of the two codes,
 read as two bfloat16, gives adjacent rows: row 2r + i of what is unpacked is token r + 64 i. Everything that meets
 these rows (tables of RoPE, scales along the token) is put into the same order beforehand: `interleaved`.
+
+Likewise tokens t, t + 32, t + 64 and t + 96 lie 8 bits apart, and a word of four codes read as int8 gives row 4r + i =
+token r + 32 i.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,32 +25,60 @@ PAIRS = BLOCK // 2
 ONE_HUNDRED_TWENTY_EIGHT = 0x43004300
 """Two bfloat16 128.0; a code or-ed into the last bits of the mantissa is added to it exactly."""
 
+QUADS = BLOCK // 4
+"""Fours of tokens in a block."""
 
-def interleaved() -> np.ndarray:
-    """The token of each row, int32 [128]."""
-    row = np.arange(BLOCK)
-    return (row // 2 + PAIRS * (row % 2)).astype(np.int32)
+SIGN_BITS = 0x80808080
+"""Flipped in four bytes, they take 128 from each: int8 numbers."""
+
+
+def interleaved(ways: int = 2) -> np.ndarray:
+    """The token of each row where so many tokens share a word, int32 [128]."""
+    return np.asarray(token_of(np.arange(BLOCK), ways), np.int32)
+
+
+def token_of(row: Any, ways: int) -> Any:
+    """The token of a row where 2 or 4 tokens share a word; integers of any kind."""
+    return (row >> (ways // 2)) + BLOCK // ways * (row & (ways - 1))
 
 
 def pairs(planes: list[Array], bits: int) -> Array:
     """Codes of tokens t and t + 64 in the halves of 32-bit words: planes uint32 [4p, W] -> uint32 [64, W]."""
+    return _together(planes, bits, 2)
+
+
+def quads(planes: list[Array], bits: int) -> Array:
+    """Codes of tokens t, t + 32, t + 64 and t + 96 in the bytes of 32-bit words, less `quads_offset`:
+    planes uint32 [4p, W] -> uint32 [32, W]."""
+    codes = _together(planes, bits, 4)
+    return codes ^ jnp.uint32(SIGN_BITS) if bits == 8 else codes
+
+
+def quads_offset(bits: int) -> int:
+    """What is taken from codes so that they fit int8."""
+    return 128 if bits == 8 else 0
+
+
+def _together(planes: list[Array], bits: int, ways: int) -> Array:
+    """Codes of `ways` tokens in a word, each in the lowest bits of its share of it."""
     low, total = 0, None
     for p, words in zip(PLANES[bits], planes, strict=True):
-        part = _fields(words, p, low)
+        part = _fields(words, p, low, ways)
         total = part if total is None else total | part
         low += p
     assert total is not None
     return total
 
 
-def _fields(words: Array, p: int, low: int) -> Array:
-    """One plane's fields, each shifted to the bits from `low` of its half."""
-    mask = jnp.uint32((2**p - 1) * 0x00010001 << low)
+def _fields(words: Array, p: int, low: int, ways: int) -> Array:
+    """One plane's fields, each shifted to the bits from `low` of its share of a word."""
+    share = 32 // ways
+    mask = jnp.uint32(sum((2**p - 1) << at + low for at in range(0, 32, share)))
     if p == 1:  # its rows are half a sublane tile: two fields at once, the upper four rows shifted by one more
         words = jnp.concatenate([words, words], axis=0)
         words = words >> (lax.broadcasted_iota(jnp.uint32, words.shape, 0) >> 2)
     step = max(p, 2)
-    return jnp.concatenate([_shifted(words, field * step - low) & mask for field in range(16 // step)], axis=0)
+    return jnp.concatenate([_shifted(words, field * step - low) & mask for field in range(share // step)], axis=0)
 
 
 def _shifted(words: Array, by: int) -> Array:

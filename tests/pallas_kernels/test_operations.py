@@ -15,6 +15,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import Accumulation, KeyRebuild, api, target
+from pallas_kernels.eight_bits import in_eight_bits
 from xquant_jax.attention import Geometry
 from xquant_jax.errors import ConfigError
 from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
@@ -54,6 +55,7 @@ class Case:
     axis: str = "channel"  # of the key stream
     width: int = 0  # of the key stream; 0: all heads
     one_stream: bool = False
+    small: str = ""  # type of a key rebuild matrix in 8 bits
     bias: bool = False
     norm: bool = False
     rotated: bool = False
@@ -72,6 +74,12 @@ CASES = [
     Case("dense", 3, 8, new=2),
     Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True),
     Case("dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, blocks=2, flushed=(1, 2)),
+    Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True, small="int8"),
+    Case("dense", 3, 3, kv_heads=4, axis="token", width=256, one_stream=True, small="int8", bias=True, norm=True),
+    Case("dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, small="int8", flushed=(1, 4)),
+    Case("dense", 8, 8, dim=128, new=2, axis="token", width=512, one_stream=True, small="int8", sliding_window=200),
+    Case("dense", 4, 4, kv_heads=4, axis="token", width=384, one_stream=True, small="fp8"),
+    Case("dense", 3, 3, dim=128, new=2, axis="token", width=256, one_stream=True, small="fp8"),
     Case("identity", 4, 4, rotated=True),
     Case("identity", 8, 8, axis="token"),
     Case("identity", 2, 2, sliding_window=200, flushed=(17, 3, 18), blocks=18),
@@ -111,10 +119,15 @@ def plain_attention(q, keys, values, flushed, positions, sliding_window, frequen
 
 
 RUN_CASES = [  # a v5p differs from a v5e where it cuts an odd number of sequences in two
-    pytest.param(run, case, id=f"{run}-{case.form}-{case.key_bits}-{case.value_bits}-{case.new}-{case.kv_heads}")
+    pytest.param(
+        run,
+        case,
+        id=f"{run}-{case.small or case.form}-{case.key_bits}-{case.value_bits}-{case.new}-{case.kv_heads}",
+    )
     for run in sorted(RUNS)
     for case in CASES
     if run != "pallas_tpu-v5p" or len(case.flushed) % 2
+    if case.small != "fp8" or run in ("xla", "triton")
 ]
 
 
@@ -127,11 +140,16 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         "dense": lambda: random(width, kv_heads * dim) / 32,
         "identity": lambda: None,
     }[case.form]()
+    small = {}
+    if case.small:
+        small = {name: a[0] for name, a in in_eight_bits(jnp.asarray(matrix)[None], case.small, 128).items()}
+        matrix = np.asarray(small["matrix"], np.float64) * np.asarray(small["scale"])
     rebuild = KeyRebuild(
-        matrix=None if matrix is None else jnp.asarray(matrix),
+        matrix=small.pop("matrix") if small else None if matrix is None else jnp.asarray(matrix),
         bias=jnp.asarray(random(kv_heads * dim, seed=3)) if case.bias else None,
         norm=jnp.asarray(1 + random(dim, seed=4) / 4) if case.norm else None,
         norm_eps=1e-5,
+        **small,
     )
 
     def stream(bits: int, axis, seed: int) -> Blocks:

@@ -1,5 +1,6 @@
 """The TPU kernels through the real compiler, libtpu, at the sizes of real models and 32 k context; no TPU is needed."""
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
 from pallas_kernels import Accumulation, KeyRebuild, target
+from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.pallas_tpu import refuse_decode_attention
 from tests.conftest import random_model, tiny_config
 from xquant_jax.attention import Geometry
@@ -66,6 +68,10 @@ def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         ("llama-3.1-8b", 8, "stored", 1),
         ("llama-2-7b", 4, "x", 1),
         ("llama-2-7b", 8, "x", 1),
+        ("llama-2-7b", 2, "x int8", 1),
+        ("llama-2-7b", 3, "x int8", 8),
+        ("llama-2-7b", 4, "x int8", 1),
+        ("llama-3.1-8b", 8, "cl int8", 1),
         ("qwen3-8b", 4, "per_head", 1),
     ],
 )
@@ -74,32 +80,37 @@ def test_decode_attention_compiles_and_copies_no_history(
 ) -> None:
     width, heads, dim = 4096, 32, 128
     kv_heads = 32 if model == "llama-2-7b" else 8
-    one = form == "x"
-    stored = width if one else kv_heads * dim
+    form, _, small = form.partition(" ")  # of the key rebuild matrix
+    one = form in ("x", "cl")
+    stored = {"x": width, "cl": 2 * kv_heads * dim}.get(form, kv_heads * dim)
     key = history(stored, bits, "token" if one or form == "stored" else "channel")
     value = None if one else history(stored, bits, "token")
     matrix = {"per_head": (kv_heads, dim, dim), "stored": None}.get(form, (stored, kv_heads * dim))
-    norm = shape(dim) if model == "qwen3-8b" else None
+    rebuild = KeyRebuild(matrix and shape(*matrix), None, shape(dim) if model == "qwen3-8b" else None, 1e-6)
+    if small:
+        fields = jax.eval_shape(lambda w: in_eight_bits(w[None], small, 128), rebuild.matrix)
+        rebuild = dataclasses.replace(
+            rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in fields.items()}
+        )
 
-    def attend(q, key, matrix, norm, value, flushed, positions, layer):
+    def attend(q, key, rebuild, value, flushed, positions, layer):
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(dim)), dim**-0.5)
         return pallas_kernels.decode_attention(
             q,
             key,
-            KeyRebuild(matrix, None, norm, 1e-6),
+            rebuild,
             key if value is None else value,
             flushed,
             geometry,
             layer=layer,
             num_kv_heads=kv_heads,
-            value_heads=1 if form in ("joint", "x") else kv_heads,
+            value_heads=1 if one or form == "joint" else kv_heads,
             implementation="pallas_tpu",
         )
 
     numbers = [shape(1, dtype=jnp.int32), shape(1, new, dtype=jnp.int32), shape(dtype=jnp.int32)]
-    matrix = None if matrix is None else shape(*matrix)
-    memory = compiled(attend, device, shape(1, new, heads, dim), key, matrix, norm, value, *numbers).memory_analysis()
-    permuted = 0 if form != "x" else matrix.size * 2
+    memory = compiled(attend, device, shape(1, new, heads, dim), key, rebuild, value, *numbers).memory_analysis()
+    permuted = rebuild.matrix.size * rebuild.matrix.dtype.itemsize if one else 0
     assert memory.temp_size_in_bytes < permuted + 3 * 2**20  # queries and results, not a layer of the history
 
 
@@ -180,13 +191,21 @@ def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str
 
 
 def test_what_the_kernel_cannot_take_is_said() -> None:
-    def refusal(width: int = 256, dim: int = 64, new: int = 1, axis: Any = "channel", group: int = 0, bits: int = 4):
+    def refusal(
+        width: int = 256,
+        dim: int = 64,
+        new: int = 1,
+        axis: Any = "channel",
+        group: int = 0,
+        bits: int = 4,
+        dense: Any = None,
+    ):
         key = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, bits, axis, group), (1, 1, 1)))
         value = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 4, "token"), (1, 1, 1)))
         q = jnp.zeros((1, new, 4, dim))
         geometry = Geometry(jnp.zeros((1, new), jnp.int32), 8, jnp.zeros(dim // 2), 1.0)
         heads = {"layer": 0, "num_kv_heads": width // dim, "value_heads": width // dim}
-        return refuse_decode_attention(q, key, KeyRebuild(), value, jnp.zeros(1), geometry, **heads)
+        return refuse_decode_attention(q, key, KeyRebuild(dense), value, jnp.zeros(1), geometry, **heads)
 
     assert refusal() is None
     assert "head dimension 32 is neither 64 nor a multiple of 128" in (refusal(dim=32) or "")
@@ -195,3 +214,7 @@ def test_what_the_kernel_cannot_take_is_said() -> None:
     assert "groups of 64 channels" in (refusal(axis="token", group=64) or "")
     assert "is not quantized uniformly" in (refusal(bits=16) or "")
     assert "narrower than 128" in (refusal(width=64) or "")
+    with target.compiling_for("tpu", "TPU v5p"):
+        dense = shape(8192, 2560)
+        assert refusal(width=8192, dense=dense) is None
+        assert "and the results of 16 new tokens take" in (refusal(width=8192, new=16, dense=dense) or "")

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Accumulation, KeyRebuild, target, xla
+from pallas_kernels.eight_bits import in_eight_bits
 from xquant_jax.attention import Geometry
 from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
 from xquant_jax.rope import Rope
@@ -265,6 +266,27 @@ def test_what_cannot_be_taken_is_refused_with_a_reason() -> None:
     )
 
 
+def test_where_keys_are_not_rebuilt_in_eight_bits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(form: str, **changes: Any) -> str | None:
+        case = Case(
+            **{"form": "dense", "key_axis": "token", "value_heads": 1, "shared_stream": True, "dim": 128} | changes
+        )
+        (q, key, rebuild, *rest), static = case.arguments()
+        small = {name: a[0] for name, a in in_eight_bits(rebuild.matrix[None], form, 128).items()}
+        return backend.refuse_decode_attention(
+            q.astype(jnp.bfloat16), key, dataclasses.replace(rebuild, **small), *rest, layer=0, **static
+        )
+
+    assert reason("int8") is None
+    assert reason("fp8") is None
+    assert reason("int8", bits=8) is None
+    assert reason("fp8", bits=8) == "keys of 8 bits are not rebuilt in fp8; up to 4 bits are"
+    assert "along the channel are not rebuilt in int8" in (reason("int8", key_axis="channel") or "")
+    assert "where all heads read the whole value stream" in (reason("int8", value_heads=KV_HEADS) or "")
+    monkeypatch.setattr(triton_tiles, "capability", lambda: 8.9)
+    assert "compute capability 9.0 (Hopper) and newer, and this GPU has 8.9" in (reason("fp8") or "")
+
+
 def test_float32_is_for_the_interpreter_only() -> None:
     arguments, static = Case().arguments()
     reason = backend.refuse_decode_attention(*arguments, layer=0, **static)
@@ -335,6 +357,21 @@ def test_kernels_of_sums_do_not_spill(name: str, bits: int, capability: float) -
         if any(launch.constants.get(product) for product in ("MULTIPLY", "BELOW", "STORED")):
             assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
         assert machine.shared < 100_000, launch.kernel
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "bits"),
+    [
+        *(("Llama-2-7B", form, bits) for form in ("int8", "fp8") for bits in (2, 3, 4)),
+        ("Llama-3.1-8B, xquant-cl", "int8", 8),
+    ],
+)
+def test_keys_rebuilt_in_eight_bits_take_the_matrix_units_for_them(model: str, form: str, bits: int) -> None:
+    """On Hopper, without spills in the innermost loop, which converts nothing but sums of int8."""
+    scores, _ = ahead.of_model(ahead.MODELS[model], bits, form, 9.0)
+    (loop, *_) = ahead.compiled(scores, 9.0).loops
+    assert loop.operations[{"int8": "IGMMA", "fp8": "QGMMA"}[form]] > 0
+    assert loop.operations["HGMMA"] == loop.operations["F2FP"] == loop.spills == 0
 
 
 @pytest.mark.slow

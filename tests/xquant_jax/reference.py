@@ -146,7 +146,7 @@ class Reference:
         read, both = self.read(i), []
         for side in ("key", "value"):
             z = read["x"] if "x" in read else read[side]
-            up = f[side]["up"]
+            up = f[side]["up"] * f[side].get("scale", 1.0)
             if up.ndim == 3:
                 heads = np.split(z, self.c.num_kv_heads, axis=1)
                 kv = np.stack([h @ up[n] for n, h in enumerate(heads)], axis=1)

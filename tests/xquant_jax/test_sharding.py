@@ -26,7 +26,7 @@ SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 BY_HEAD = ["bf16", "int8,group=8", "fp8", "kivi:2,group=8,rope=post", "xquant:4,group=8"]
 WHOLE = ["kivi:4", "fp8,scale=token", "xquant:4,basis=joint", "xquant:8,value_basis=joint", "kvquant:3"]
 ACROSS_LAYERS = ["xquant-cl:2,first=1@4", "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16"]
-MULTI_HEAD = ["xquant:4", "xquant-cl:4,first=1@4,input=residual"]
+MULTI_HEAD = ["xquant:4", "xquant:3,rebuild_dtype=int8", "xquant-cl:4,first=1@4,input=residual"]
 EVERY = [(spec, False) for spec in BY_HEAD + WHOLE + ACROSS_LAYERS] + [(spec, True) for spec in MULTI_HEAD]
 TOKENS = 2**20
 """Enough that a tile's temporaries are nothing beside the cache, of which only shapes are made."""

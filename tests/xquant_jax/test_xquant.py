@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import RandomModel, random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference
 from xquant_jax.cache import Cache, allocate, flush, flush_when_due
+from xquant_jax.errors import ConfigError
 from xquant_jax.methods import CacheConfig
 
 PROMPTS = (127, 128, 129, 255, 256, 257)  # one below, on and above a flush
@@ -50,6 +51,7 @@ def run_library(
     ("kind", "spec"),
     [
         *((kind, f"xquant:{bits}") for kind in ("K=H", "K<H") for bits in (2, 3, 4, 8)),
+        *(("K=H", f"xquant:4,rebuild_dtype={dtype}") for dtype in ("int8", "fp8")),
         *(("K<H", f"xquant:{bits},basis=joint") for bits in (2, 3, 4, 8)),
         ("K<H", "xquant:3,key_basis=joint"),
         ("K<H, wide keys", "xquant:3,basis=joint"),
@@ -78,3 +80,29 @@ def test_reference_can_tell_bit_widths_apart() -> None:
     counts = np.asarray([130], np.int32)
     three, four = (run_library(model, f"xquant:{bits}", tokens, counts)[-1][0] for bits in (3, 4))
     assert np.abs(three - four).max() > 20 * TOLERANCE * np.ptp(four)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_keys_are_rebuilt_with_the_matrix_in_eight_bits(dtype: str) -> None:
+    """The values' matrix stays as it is; int8 takes a quarter of float32."""
+    model = random_model(MODELS["K=H"])
+    exact, (small,) = (CacheConfig.parse(f"xquant:4{o}").factors(model) for o in ("", f",rebuild_dtype={dtype}"))
+    weight = np.asarray(exact[0]["key"]["up"], np.float64)
+    off = np.asarray(small["key"]["up"], np.float64) * np.asarray(small["key"]["scale"])[:, None] - weight
+    assert small["key"]["up"].nbytes == weight.size
+    assert 0 < np.abs(off).max() <= np.abs(weight).max() / {"int8": 254, "fp8": 16}[dtype] * (1 + 1e-5)
+    assert small["value"]["up"] is model.params["layers"]["value"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "message"),
+    [
+        ("K<H", "xquant:4,rebuild_dtype=int8", "int8 applies to keys that are stored along the token; .* xquant-cl"),
+        ("K=H", "xquant:8,rebuild_dtype=fp8", "fp8 takes codes of up to 4 bits, .* and bits=8; choose int8 or bf16"),
+        ("K=H", "xquant:4;0=8,rebuild_dtype=fp8", "fp8 takes codes of up to 4 bits"),
+        ("K=H", "xquant:4,rebuild_dtype=e4m3", "rebuild_dtype=e4m3 is not supported; choose bf16, int8 or fp8"),
+    ],
+)
+def test_where_eight_bits_do_not_apply_is_an_error(kind: str, spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CacheConfig.parse(spec).segments(MODELS[kind])

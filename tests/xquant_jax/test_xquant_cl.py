@@ -161,10 +161,12 @@ class ClosedLoop(Reference):
     [
         ("K=H", "xquant-cl:2,input=post_norm,accumulator=bf16"),
         ("K=H", "xquant-cl:3"),
+        ("K=H", "xquant-cl:4,rebuild_dtype=int8"),
         ("K=H", "xquant-cl:4,input=residual,delta=channel"),
         ("K<H", "xquant-cl:2,predict=paper,input=post_norm,accumulator=bf16"),
         ("K<H", "xquant-cl:4,predict=paper,delta=channel"),
         ("K<H", "xquant-cl:3,input=post_norm"),
+        ("K<H", "xquant-cl:3,rebuild_dtype=int8"),
         ("K<H", "xquant-cl:2,predict=latent,basis=per_head,accumulator=bf16"),
         ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,delta=channel,input=post_norm"),
     ],
@@ -224,6 +226,15 @@ def test_the_running_sum_is_counted_as_scratch() -> None:
         ("K<H", "xquant-cl:2,predict=paper,basis=per_head", "basis=per_head applies to predict=latent"),
         ("K<H", "xquant-cl:2,predict=latent,rank=33", "rank=33: the latent has 32 directions"),
         ("K<H", "xquant-cl:2,predict=latent,rank=-1", "rank=-1 is not possible"),
+        ("K=H", "xquant-cl:2,rebuild_dtype=fp8", "fp8 takes codes of up to 4 bits, .* running sum have 8; choose int8"),
+        ("K=H", "xquant-cl:2,rebuild_dtype=int4", "rebuild_dtype=int4 is not supported; choose bf16 or int8"),
+        (
+            "K=H",
+            "xquant-cl:2,rebuild_dtype=int8,accumulator=bf16",
+            "accumulator=bf16 does not; choose accumulator=int8",
+        ),
+        ("K=H", "xquant-cl:2,rebuild_dtype=int8,input=residual", "input=residual does not; choose input=unit_norm"),
+        ("K<H", "xquant-cl:2,rebuild_dtype=int8,basis=per_head", "basis=per_head does not; choose basis=joint"),
     ],
 )
 def test_what_does_not_apply_is_an_error(kind: str, spec: str, message: str) -> None:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import KeyRebuild
+from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.xla import expand
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -21,11 +22,12 @@ from xquant_jax.packing import PLANES
 from xquant_jax.quantization import StreamSpec
 
 BASES = ("joint", "per_head")
+REBUILD_DTYPES = ("bf16", "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
 class XQuant(Method):
-    """X (K = H) or its latents (K < H) at `bits` bits. The bases apply to K < H only."""
+    """X (K = H) or its latents (K < H) at `bits` bits. The bases apply to K < H only, `rebuild_dtype` to K = H only."""
 
     name: ClassVar[str] = "xquant"
     bits: int = 4
@@ -33,10 +35,18 @@ class XQuant(Method):
     value_basis: str | None = None
     group: int = 0  # 0: the largest divisor of the width that is not above 128
     input: str = "post_norm"  # or unit_norm: X without the norm's weight, which is folded into the projections
+    rebuild_dtype: str = "bf16"  # of the matrix that keys are rebuilt with: bf16 (as the weights are), int8 or fp8
 
     def __post_init__(self) -> None:
         if self.bits not in PLANES:
             raise ConfigError(f"bits={self.bits} is not supported; choose 2, 3, 4 or 8")
+        if self.rebuild_dtype not in REBUILD_DTYPES:
+            raise ConfigError(f"rebuild_dtype={self.rebuild_dtype} is not supported; choose bf16, int8 or fp8")
+        if self.rebuild_dtype == "fp8" and self.bits > 4:
+            raise ConfigError(
+                f"rebuild_dtype=fp8 takes codes of up to 4 bits, which e4m3 holds exactly, and bits={self.bits}; "
+                f"choose int8 or bf16"
+            )
         if self.input not in ("post_norm", "unit_norm"):
             raise ConfigError(f"input={self.input} is not supported; choose post_norm or unit_norm")
         for option in ("key_basis", "value_basis"):
@@ -52,6 +62,12 @@ class XQuant(Method):
                     "and xquant stores X itself: leave basis out"
                 )
             return {"x": StreamSpec(config.width, self.bits, "token", self.group)}
+        if self.rebuild_dtype != "bf16":
+            raise ConfigError(
+                f"rebuild_dtype={self.rebuild_dtype} applies to keys that are stored along the token; those of "
+                f"grouped-query models are stored along the channel, so that the matrix would have to be rounded anew "
+                f"for every block: leave it out, or choose xquant-cl with rebuild_dtype=int8"
+            )
         key, value = (_latent_width(config, basis) for basis in self._bases())
         return {
             "key": StreamSpec(key, self.bits, "channel"),
@@ -66,6 +82,9 @@ class XQuant(Method):
         folded = self.input == "unit_norm"
         if source.config.is_multi_head:
             factors = {side: {"up": weight} for side, weight in projections(params, folded, number).items()}
+            if self.rebuild_dtype != "bf16":
+                group = self.streams(source.config)["x"].group
+                factors["key"] = key_factors(factors["key"]["up"][:number], self.rebuild_dtype, group)
         else:
             key, value = (source.svd(basis, folded=folded, number=number) for basis in self._bases())
             factors = {"key": dict(key["key"]), "value": dict(value["value"])}
@@ -88,7 +107,7 @@ class XQuant(Method):
         v = expand(vectors[value], factors["value"]["up"], config.num_kv_heads)
         if config.qkv_bias:
             v = v + _heads(factors["value"]["bias"], config)
-        return _key_rebuild(factors, config)(vectors[key], config.num_kv_heads), v
+        return key_rebuild(factors, config)(vectors[key], config.num_kv_heads), v
 
     def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
         up = factors["value"]["up"]
@@ -97,11 +116,24 @@ class XQuant(Method):
         heads = config.num_kv_heads if up.ndim == 3 else 1
         bias = factors["value"].get("bias")
         return Absorbed(
-            key, _key_rebuild(factors, config), value, heads, lambda out: project_values(out, up, bias, config)
+            key, key_rebuild(factors, config), value, heads, lambda out: project_values(out, up, bias, config)
         )
 
     def _bases(self) -> tuple[str, str]:
         return self.key_basis or "per_head", self.value_basis or "per_head"
+
+
+def key_factors(matrix: Array, rebuild_dtype: str, group: int) -> dict[str, Array]:
+    """Factors of keys from dense matrices [L, C, R] in 8 bits; the stream's groups have `group` channels."""
+    small = in_eight_bits(matrix, rebuild_dtype, group)
+    return {"up": small["matrix"], "scale": small["scale"], "sums": small["sums"]}
+
+
+def key_rebuild(factors: Any, config: ModelConfig) -> KeyRebuild:
+    """How the keys of a layer are rebuilt, from its factors."""
+    key = factors["key"]
+    small = {name: key[name] for name in ("scale", "sums") if name in key}
+    return KeyRebuild(key["up"], key.get("bias"), key.get("norm"), config.norm_eps, **small)
 
 
 def project_values(out: Array, up: Array, bias: Array | None, config: ModelConfig) -> Array:
@@ -139,11 +171,6 @@ def _latent_width(config: ModelConfig, basis: str) -> int:
     if basis == "joint":
         return min(config.width, config.kv_width)
     return config.num_kv_heads * min(config.width, config.head_dim)
-
-
-def _key_rebuild(factors: Any, config: ModelConfig) -> KeyRebuild:
-    key = factors["key"]
-    return KeyRebuild(key["up"], key.get("bias"), key.get("norm"), config.norm_eps)
 
 
 def _heads(bias: Array, config: ModelConfig) -> Array:

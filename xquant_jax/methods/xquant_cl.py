@@ -19,13 +19,13 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 from threadpoolctl import threadpool_limits
 
-from pallas_kernels import Accumulation, KeyRebuild
+from pallas_kernels import Accumulation
 from pallas_kernels.xla import expand, times
 from xquant_jax.calibration.needs import Directions, Need
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
-from xquant_jax.methods.xquant import XQuant, project_values, projections, unit_norm
+from xquant_jax.methods.xquant import XQuant, key_factors, key_rebuild, project_values, projections, unit_norm
 from xquant_jax.quantization import UNQUANTIZED, StreamSpec
 
 CHOICES = {
@@ -34,8 +34,11 @@ CHOICES = {
     "predict": ("paper", "latent"),
     "basis": ("joint", "per_head"),
     "accumulator": ("bf16", "int8"),
+    "rebuild_dtype": ("bf16", "int8"),
 }
 
+WITHOUT_CODES = (("accumulator", "bf16", "int8"), ("input", "residual", "unit_norm"), ("basis", "per_head", "joint"))
+"""Options with which keys do not come from codes and a dense matrix, and what would do instead."""
 
 WEAKEST = 0.1
 """Singular values of per-head bases, relative to the largest, below which their pseudoinverse leaves them out: they
@@ -52,6 +55,7 @@ class XQuantCL(Method):
     predict: K < H only, see above: `latent` by default, or `paper`
     basis, rank: of `predict=latent`, see above; rank=0: all directions, without calibration
     accumulator: how the running sum of the history is held: `bf16` or `int8`
+    rebuild_dtype: of the matrix that keys are rebuilt with: `bf16` (as the weights are) or `int8`
     """
 
     name: ClassVar[str] = "xquant-cl"
@@ -63,8 +67,14 @@ class XQuantCL(Method):
     basis: str | None = None  # None: joint
     rank: int = 0
     accumulator: str = "int8"
+    rebuild_dtype: str = "bf16"
 
     def __post_init__(self) -> None:
+        if self.rebuild_dtype == "fp8":
+            raise ConfigError(
+                "rebuild_dtype=fp8 takes codes of up to 4 bits, which e4m3 holds exactly, and those of the running sum "
+                "have 8; choose int8 or bf16"
+            )
         for option, choices in CHOICES.items():
             value = getattr(self, option)
             if value not in choices and not (option in ("predict", "basis") and value is None):
@@ -72,6 +82,12 @@ class XQuantCL(Method):
         if self.predict == "paper" and (self.basis or self.rank):
             option = f"basis={self.basis}" if self.basis else f"rank={self.rank}"
             raise ConfigError(f"{option} applies to predict=latent; leave one of them out")
+        for option, value, instead in WITHOUT_CODES:
+            if self.rebuild_dtype != "bf16" and getattr(self, option) == value:
+                raise ConfigError(
+                    f"rebuild_dtype={self.rebuild_dtype} multiplies the codes of the running sum with one dense "
+                    f"matrix, which {option}={value} does not; choose {option}={instead}, or leave one of them out"
+                )
         if self.rank < 0:
             raise ConfigError(f"rank={self.rank} is not possible; choose 1 or more, or 0 for all directions")
 
@@ -86,7 +102,8 @@ class XQuantCL(Method):
         basis = None if config.is_multi_head else "joint"
         base = Base(**{**_options(self), "bits": bits})
         folded = "post_norm" if self.input == "post_norm" else "unit_norm"
-        below = [(XQuant(bits, basis, basis, input=folded), plain - 1)] if plain > 1 else []
+        rebuild = self.rebuild_dtype if config.is_multi_head else "bf16"  # latents' keys lie along the channel
+        below = [(XQuant(bits, basis, basis, input=folded, rebuild_dtype=rebuild), plain - 1)] if plain > 1 else []
         return [*below, (base, 1), (self, config.num_layers - plain)]
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
@@ -123,6 +140,9 @@ class XQuantCL(Method):
             factors = {side: {"up": weight} for side, weight in weights.items()}
             if not config.is_multi_head:
                 factors["basis"] = source.svd("kv", folded=folded, number=number)["basis"]
+        if self.rebuild_dtype != "bf16":
+            group = self.running(config).group
+            factors["key"] = key_factors(factors["key"]["up"][:number], self.rebuild_dtype, group)
         if config.qkv_bias:
             for side in ("key", "value"):
                 factors[side]["bias"] = params[side]["bias"]
@@ -168,7 +188,7 @@ class XQuantCL(Method):
         return absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads), v
 
     def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
-        key, value = factors["key"], factors["value"]
+        value = factors["value"]
 
         def normed(vectors: dict[str, Array]) -> dict[str, Array]:
             return {"x": unit_norm(vectors["x"], config.norm_eps)}
@@ -179,7 +199,7 @@ class XQuantCL(Method):
         per_head = self.basis == "per_head"
         return Absorbed(
             key="key" if per_head else "x",
-            key_rebuild=KeyRebuild(key["up"], key.get("bias"), key.get("norm"), config.norm_eps),
+            key_rebuild=key_rebuild(factors, config),
             value="value" if per_head else "x",
             value_heads=config.num_kv_heads if per_head else 1,
             project=lambda out: project_values(out, value["up"], value.get("bias"), config),

@@ -1,0 +1,91 @@
+"""Keys from codes and a matrix of int8, on the matrix unit for 8 bits: a part of the `decode_attention` kernel.
+
+For every group of channels the product of codes and matrix is exact in int32. It is scaled by the token's scale of
+that group and added up in float32; zeros meet the matrix' sums over the group; last comes each column's own scale.
+
+Four codes lie in a word, so rows are tokens in the order of `unpack.interleaved(4)`. Scales along the token come as
+rows of 128 tokens: a product with a permutation turns them into columns, which are spread over lanes, once for all
+heads.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.pallas_tpu import unpack
+from pallas_kernels.pallas_tpu.plan import Plan
+from pallas_kernels.pallas_tpu.streams import LANES
+from pallas_kernels.xla import KeyRebuild
+from xquant_jax.packing import BLOCK, PLANES
+
+
+def inputs(plan: Plan, rebuild: KeyRebuild, columns: Any) -> dict[str, Array]:
+    """`matrix_sums` bfloat16 [rows, K d], which `zeros` of `scratch` meet row by row, and `column_scales` float32
+    [K/g, 1, g d]; `columns` puts the columns of [rows, K d] into groups [K/g, rows, g d]."""
+    assert rebuild.sums is not None
+    assert rebuild.scale is not None
+    high = lax.reduce_precision(rebuild.sums, exponent_bits=8, mantissa_bits=7)
+    parts = [high, rebuild.sums - high]  # both bfloat16 in value: sums of up to 512 rows have no more than 16 bits
+    sums = jnp.concatenate(parts * (_zero_rows(plan) // 2)).astype(jnp.bfloat16)
+    sums = jnp.swapaxes(columns(plan, sums), 0, 1).reshape(sums.shape)
+    return {"matrix_sums": sums, "column_scales": columns(plan, rebuild.scale[None])}
+
+
+def scratch(plan: Plan, tokens: int) -> dict[str, Any]:
+    """Of a chunk: codes, what zeros add, and each group's scales, the same in all lanes."""
+    return {
+        "codes": pltpu.VMEM((tokens // 4, plan.key.width), jnp.uint32),
+        "zeros": pltpu.VMEM((tokens, _zero_rows(plan) * plan.key_groups), jnp.bfloat16),
+        "scales": pltpu.VMEM((plan.key_groups, tokens, LANES), jnp.float32),
+    }
+
+
+def _zero_rows(plan: Plan) -> int:
+    """Rows of `matrix_sums` for each group: two halves of its sums; twice, for 128 scales too, if codes have 8 bits."""
+    return 4 if unpack.quads_offset(plan.key.bits) else 2
+
+
+def read(plan: Plan, size: int, block: Array, refs: dict[str, Any]) -> None:
+    """Codes, zeros and scales of `size` blocks from `block` of the tile to scratch."""
+    row, token = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
+    order = (unpack.token_of(row, 4) == token).astype(jnp.bfloat16)
+    for i in range(size):
+        rows = slice(i * BLOCK, (i + 1) * BLOCK)
+        scale, zero = (refs[f"key_{what}"][block + i].astype(jnp.float32) for what in ("scale", "zero"))
+        zeros = [zero, zero]
+        if shift := unpack.quads_offset(plan.key.bits):
+            zeros += [shift * scale, shift * scale]  # a power of two: still bfloat16 in value
+        columns = _dot_transposed(order, jnp.concatenate(zeros).astype(jnp.bfloat16))
+        refs["zeros"][rows] = columns.astype(jnp.bfloat16)
+        columns = _dot_transposed(order, scale.astype(jnp.bfloat16))
+        for group in range(plan.key_groups):
+            refs["scales"][group, rows] = jnp.broadcast_to(columns[:, group : group + 1], (BLOCK, LANES))
+
+    def strip(number: Array, _: None) -> None:
+        lanes = pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
+        for i in range(size):
+            planes = [refs[f"key_words{n}"][block + i, :, lanes] for n in range(len(PLANES[plan.key.bits]))]
+            refs["codes"][i * unpack.QUADS : (i + 1) * unpack.QUADS, lanes] = unpack.quads(planes, plan.key.bits)
+
+    lax.fori_loop(0, plan.key.width // LANES, strip, None)
+
+
+def product(plan: Plan, n: Array | int, column: Any, refs: dict[str, Any]) -> Array:
+    """Keys of group `n` of heads, whose first is `column`, before bias: float32 [tokens, g d]."""
+    columns = pl.ds(column, plan.width)
+    keys = jnp.dot(refs["zeros"][...], refs["matrix_sums"][:, columns], preferred_element_type=jnp.float32)
+    for group in range(plan.key_groups):
+        channels = slice(group * plan.key.group, (group + 1) * plan.key.group)
+        codes = pltpu.bitcast(refs["codes"][:, channels], jnp.int8)
+        exact = jnp.dot(codes, refs["matrix"][channels, columns], preferred_element_type=jnp.int32)
+        scale = jnp.concatenate([refs["scales"][group]] * (plan.width // LANES), axis=1)
+        keys = keys + exact.astype(jnp.float32) * scale
+    return keys * refs["column_scales"][n]
+
+
+def _dot_transposed(a: Array, b: Array) -> Array:
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,68 @@
+"""Rebuild matrices in 8 bits: how far they are off, and that codes times them are what the definition says."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import KeyRebuild, target
+from pallas_kernels.eight_bits import in_eight_bits
+from pallas_kernels.pallas_tpu import chip, refuse_decode_attention
+from xquant_jax.attention import Geometry
+from xquant_jax.packing import unpack
+from xquant_jax.quantization import StreamSpec, dequantize, quantize
+
+LAYERS, C, R, GROUP = 2, 96, 40, 32
+
+
+def matrices() -> np.ndarray:
+    """Columns of sizes from 1e-3 to 1e3, and one of zeros."""
+    w = np.random.default_rng(0).standard_normal((LAYERS, C, R)) * np.logspace(-3, 3, R)
+    w[..., 7] = 0
+    return w.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_matrix_is_off_by_no_more_than_its_rounding(name: str) -> None:
+    w = matrices()
+    small = in_eight_bits(jnp.asarray(w), name, GROUP)
+    scale = np.asarray(small["scale"], np.float64)[:, None]
+    off = np.abs(np.asarray(small["matrix"], np.float64) * scale - w)
+    most = scale / 2 if name == "int8" else np.maximum(np.abs(w) / 16, scale / 1024)
+    assert (off <= most * (1 + 1e-5)).all()
+    assert off.max(axis=(0, 1)).astype(bool).sum() == R - 1  # all but the zeros are rounded
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 2), ("int8", 8), ("fp8", 4)])
+def test_scaled_integer_products_and_sums_are_the_definition(name: str, bits: int) -> None:
+    """K = sum over g of s_g (q_g W_g) + z_g (1 W_g), times the columns' scales."""
+    x = np.random.default_rng(1).standard_normal((1, 1, 128, C)).astype(np.float32)
+    blocks = quantize(jnp.asarray(x), StreamSpec(C, bits, "token", GROUP))
+    small = {field: a[1] for field, a in in_eight_bits(jnp.asarray(matrices()), name, GROUP).items()}
+    codes, w = np.asarray(unpack(blocks.words, bits), np.float64)[0, 0], np.asarray(small["matrix"], np.float64)
+    scale, zero = (np.asarray(a, np.float64)[0, 0] for a in (blocks.scale, blocks.zero))
+    keys = zero @ np.asarray(small["sums"], np.float64)
+    for g in range(C // GROUP):
+        channels = slice(g * GROUP, (g + 1) * GROUP)
+        keys += scale[:, g : g + 1] * (codes[:, channels] @ w[channels])
+    keys *= np.asarray(small["scale"], np.float64)
+    defined = KeyRebuild(**small)(dequantize(blocks)[0], num_kv_heads=4)
+    largest = np.maximum(np.abs(keys).max(axis=0), 1e-30)  # of each column
+    np.testing.assert_allclose(np.asarray(defined).reshape(128, R) / largest, keys / largest, atol=1e-5)
+
+
+def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
+    def refusal(name: str, axis="token") -> str:
+        stream = quantize(jnp.zeros((1, 1, 1, 128, 256)), StreamSpec(256, 4, axis))
+        rebuild = KeyRebuild(**{field: a[0] for field, a in in_eight_bits(jnp.zeros((1, 256, 128)), name, 128).items()})
+        geometry = Geometry(jnp.zeros((1, 1), jnp.int32), 8, jnp.zeros(32), 1.0)
+        heads = {"layer": 0, "num_kv_heads": 2, "value_heads": 1}
+        q = jnp.zeros((1, 1, 2, 64))
+        return refuse_decode_attention(q, stream, rebuild, stream, jnp.zeros(1), geometry, **heads) or ""
+
+    for kind in chip.CHIPS:
+        with target.compiling_for("tpu", kind):
+            assert refusal("int8") == ""
+            assert "a matrix of float8_e4m3fn; it takes bfloat16 and int8" in refusal("fp8")
+            assert "quantized along the channel" in refusal("int8", "channel")
+    with target.compiling_for("tpu", "TPU7x"):
+        assert "is not known to multiply int8; it takes bfloat16" in refusal("int8")
