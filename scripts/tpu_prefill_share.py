@@ -1,8 +1,8 @@
 """How much of prefill is quantizing and packing on a TPU, by the compiler's own estimate, with no TPU at hand.
 
-    python scripts/tpu_prefill_share.py [--chips v5e v6e] [--caches xquant:4 xquant-cl:2] [--json OUT]
+    python scripts/tpu_prefill_share.py [--chips v5p v6e] [--caches xquant:4 xquant-cl:2] [--json OUT]
 
-Compiles a chunk of prefill of one sequence for one chip (libtpu), whole and without the flush that quantizes the
+Compiles a chunk of prefill for one chip (libtpu), whole and without the flush that quantizes the
 windows, and adds up the cycles that the compiler expects of every operation, loops as often as they turn. Loops over
 the history count nothing: there is none yet, and with one the share only falls.
 """
@@ -32,8 +32,8 @@ from xquant_jax.cache import allocate, flush
 from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer, forward
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-LAYERS = 8
+TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+LAYERS = 32
 """Of the model, so that its weights fit one chip: every layer takes the same."""
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -72,16 +72,16 @@ def cycles(hlo: str) -> int:
     return of(entry)
 
 
-def share(chip: str, model: str, cache: str, chunk: int) -> dict[str, Any]:
+def share(chip: str, model: str, cache: str, chunk: int, batch: int) -> dict[str, Any]:
     """One row of the table, see the module's docstring."""
     device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
     config = model_config(read_json(CONFIGS / f"{model}.json"))
     config = dataclasses.replace(config, num_layers=LAYERS, sliding_windows=config.sliding_windows[:LAYERS])
     cache_config = CacheConfig.parse(cache)
     factors, _ = factor_shapes(config, cache_config)
-    kv = jax.eval_shape(lambda: allocate(cache_config, config, batch=1, tokens=8 * chunk, max_step=chunk))
-    tokens = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
-    counts = jax.ShapeDtypeStruct((1,), jnp.int32)
+    kv = jax.eval_shape(lambda: allocate(cache_config, config, batch=batch, tokens=8 * chunk, max_step=chunk))
+    tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32)
+    counts = jax.ShapeDtypeStruct((batch,), jnp.int32)
     transformer = Transformer(config)
 
     def without(params: Any, factors: Any, tokens: Any, counts: Any, cache: Any) -> Any:
@@ -106,6 +106,7 @@ def share(chip: str, model: str, cache: str, chunk: int) -> dict[str, Any]:
         "model": model,
         "cache": cache,
         "chunk": chunk,
+        "batch": batch,
         "prefill": took[0],
         "flush": took[0] - took[1],
         "share": round((took[0] - took[1]) / took[0], 4),
@@ -118,9 +119,14 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(p.stem for p in CONFIGS.glob("*.json")))
     parser.add_argument("--caches", nargs="+", default=["xquant:4", "xquant:2", "xquant-cl:2", "kivi:4", "int8"])
     parser.add_argument("--chunk", type=int, default=512, help="tokens of the prompt that are fed at once")
+    parser.add_argument("--batch", type=int, default=8, help="prompts that are fed side by side")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
     arguments = parser.parse_args()
-    rows = [share(c, arguments.model, cache, arguments.chunk) for c in arguments.chips for cache in arguments.caches]
+    rows = [
+        share(c, arguments.model, cache, arguments.chunk, arguments.batch)
+        for c in arguments.chips
+        for cache in arguments.caches
+    ]
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     table = Table(*rows[0])

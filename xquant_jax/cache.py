@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.layout import Layout as DeviceLayout
+from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from xquant_jax import sharding
@@ -204,7 +206,13 @@ def _extend(
     batch = sharding.RULES.spec("batch")
     extend = write if window.shape[2] >= room else rebuild
     shares = (lies.window, P(None, *new_vectors_spec(lies, length)), batch, batch)
-    return sharding.on_shards(extend, shares, lies.window)(window, vectors, in_window, counts)
+    return _layer_by_layer(sharding.on_shards(extend, shares, lies.window)(window, vectors, in_window, counts))
+
+
+def _layer_by_layer(window: Float[Array, "L B W C"]) -> Float[Array, "L B W C"]:
+    """With layers outermost, as they are read. XLA for TPU prefers them next to the channels to write one token of all
+    layers at once; every layer would then read all."""
+    return with_layout_constraint(window, DeviceLayout((0, 1, 2, 3)))
 
 
 def _check_append(cache: Cache, counts: Array, length: int) -> None:
@@ -319,20 +327,21 @@ def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
 def _shift(
     window: Float[Array, "L B W C"], whole: Int32[Array, " B"], room: int, lies: Layout
 ) -> Float[Array, "L B room C"]:
-    """Drops what was flushed from the front and whatever exceeds `room` at the end."""
+    """Drops what was flushed from the front and whatever exceeds `room` at the end. Less than a block is left: the
+    places behind it keep whatever was there."""
     if window.shape[2] == room == BLOCK:
         return window  # a whole block was all of it
 
     def shift(window: Array, whole: Array) -> Array:
         own = room // sharding.devices_along(lies.blocks)
-        places = own * sharding.shard_index(lies.blocks) + jnp.arange(own)
+        places = own * sharding.shard_index(lies.blocks) + jnp.arange(min(own, BLOCK))
 
         def layer(window: Array) -> Array:
             window = sharding.gather(window, lies.blocks, axis=1)
             source = jnp.minimum(whole[:, None] * BLOCK + places, window.shape[1] - 1)
             return jnp.take_along_axis(window, source[..., None], axis=1)
 
-        return lax.map(layer, window)
+        return lax.dynamic_update_slice(window[:, :, :own], lax.map(layer, window), (0, 0, 0, 0))
 
     batch = sharding.RULES.spec("batch")
     return sharding.on_shards(shift, (lies.window, batch), lies.window)(window, whole)
