@@ -401,13 +401,11 @@ def _dequantized(plan: Plan, block: Array, first: Any, channels: int, refs: dict
     if key.axis == "channel":
         scale, zero = (refs[f"key_{what}s"][block, :, lanes] for what in ("scale", "zero"))
         return unpack.scaled_along_channels(planes, key.bits, scale, zero, bf16_alu=plan.chip.bf16_alu)
-    scale, zero = ([], [])
-    for lane in range(0, channels, key.group):
+    scales = []
+    for lane in range(0, channels, min(key.group, channels)):
         group = (first + lane) // key.group if isinstance(first, int) else lax.div(first, jnp.int32(key.group))
-        for what, columns in (("scale", scale), ("zero", zero)):
-            columns.append(refs[f"key_{what}s"][block, group].T)
-    scale, zero = (jnp.concatenate(columns, axis=1) for columns in (scale, zero))
-    return unpack.scaled_along_tokens(planes, key.bits, scale, zero)
+        scales.append(unpack.columns(*(refs[f"key_{what}s"][block, group] for what in ("scale", "zero"))))
+    return unpack.scaled_along_tokens(planes, key.bits, scales)
 
 
 def _rebuild(plan: Plan, n: Array | int, blocks: list[Array] | None, refs: dict[str, Any]) -> None:

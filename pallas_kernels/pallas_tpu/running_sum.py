@@ -274,9 +274,7 @@ def _numbers(plan: Plan, name: str, block: Array, group: Array | int, refs: dict
     planes = [refs[f"{name}_words{n}"][block, :, lanes] for n in range(len(PLANES[spec.bits]))]
     scale, zero = (refs[f"{name}_{what}"][block, group] for what in ("scales", "zeros"))
     if spec.axis == "token":
-        both = pltpu.bitcast(scale, jnp.uint32) >> 16 | pltpu.bitcast(zero, jnp.uint32)  # bfloat16 in value
-        both = _as_columns(both)
-        scale, zero = (pltpu.bitcast(x, jnp.float32) for x in (both << 16, both & jnp.uint32(0xFFFF0000)))
+        scale, zero = unpack.columns(scale, zero)
     codes = jnp.concatenate(unpack.halves(unpack.pairs(planes, spec.bits), spec.bits), axis=0)
     return (codes - unpack.offset(spec.bits)) * scale + zero
 
@@ -318,7 +316,7 @@ def _quantize(x: Array, block: Array, group: Array | int, refs: dict[str, Any]) 
     low, high = turned.min(axis=0, keepdims=True), turned.max(axis=0, keepdims=True)
     zero = _round_down(low)
     scale = jnp.maximum(_round_up((high - zero) * (1 / LEVELS)), SMALLEST_NORMAL)
-    unit = (x - _as_columns(zero)) * _as_columns(1 / scale)  # from 0 to 255, but for rounding
+    unit = (x - unpack.turned(zero)) * unpack.turned(1 / scale)  # from 0 to 255, but for rounding
     bits = pltpu.bitcast(unit + MAGIC, jnp.uint32)
     lanes = _lanes(group, LANES)
     for plane in range(2):
@@ -339,8 +337,3 @@ def _round_down(x: Array) -> Array:
     """Downwards: towards zero if that is below."""
     towards_zero = pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(x < 0, _round_up(x), towards_zero)
-
-
-def _as_columns(row: Array) -> Array:
-    """[1, 128] -> [128, 128], the same in all lanes."""
-    return jnp.broadcast_to(row, (BLOCK, LANES)).T

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels import target
+from pallas_kernels.pallas_tpu.streams import LANES
 from xquant_jax.packing import BLOCK, PLANES
 
 PAIRS = BLOCK // 2
@@ -121,19 +122,30 @@ def scaled_along_channels(planes: list[Array], bits: int, scale: Array, zero: Ar
     return _packed(*(half * scale + shift for half in halves(codes, bits)))
 
 
-def scaled_along_tokens(planes: list[Array], bits: int, scale: Array, zero: Array) -> Array:
-    """The same with scale and zero float32 [128, W/G], tokens in their own order."""
+def scaled_along_tokens(planes: list[Array], bits: int, scales: list[tuple[Array, Array]]) -> Array:
+    """The same with the scale and zero of each group of channels, from `columns`."""
     codes = halves(pairs(planes, bits), bits)
-    width, groups = planes[0].shape[1], scale.shape[1]
+    size = planes[0].shape[1] // len(scales)
     scaled = []
     for half, number in enumerate(codes):
-        columns = []
-        for g in range(groups):
-            s, z = (x[half * PAIRS : (half + 1) * PAIRS, g : g + 1] for x in (scale, zero))
-            part = number[:, g * width // groups : (g + 1) * width // groups]
-            columns.append((part - offset(bits)) * s + z)
-        scaled.append(jnp.concatenate(columns, axis=1))
+        groups = []
+        for g, of_group in enumerate(scales):
+            s, z = (jnp.concatenate([x[half * PAIRS : (half + 1) * PAIRS]] * (size // LANES), axis=1) for x in of_group)
+            groups.append((number[:, g * size : (g + 1) * size] - offset(bits)) * s + z)
+        scaled.append(jnp.concatenate(groups, axis=1))
     return _packed(*scaled)
+
+
+def columns(scale: Array, zero: Array) -> tuple[Array, Array]:
+    """Rows of 128 tokens [1, 128], float32 that bfloat16 can hold, to columns [128, 128], the same in all lanes: turned
+    around together, two in a word."""
+    both = turned(pltpu.bitcast(scale, jnp.uint32) >> 16 | pltpu.bitcast(zero, jnp.uint32))
+    return pltpu.bitcast(both << 16, jnp.float32), pltpu.bitcast(both & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def turned(row: Array) -> Array:
+    """[1, 128] -> [128, 128], the same in all lanes."""
+    return jnp.broadcast_to(row, (BLOCK, LANES)).T
 
 
 def in_order(planes: list[Array], bits: int, scale: Array, zero: Array) -> Array:
