@@ -2,8 +2,9 @@
 
     python scripts/tpu_static_cost.py [--chips v5e v6e] [--models llama-3.1-8b] [--bits 4] [--json OUT]
 
-Compiles `decode_attention` ahead of time (libtpu) for one layer at 32 k context and reads what libtpu writes down: the
-bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit does in them, and spills.
+Compiles `decode_attention` and `accumulate` ahead of time (libtpu) for one layer at 32 k context and reads what libtpu
+writes down: the bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit does in
+them, and spills.
 The bundles of a step of the grid, divided by the tokens that it attends to, times 1024, are set against the least that
 the matrix unit, the vector unit or the memory needs for the same tokens: ratio = bound / bundles. A ratio above 1 means
 that the schedule issues matrix products faster than the unit takes them: then the bound is what it costs.
@@ -34,8 +35,9 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from pallas_kernels import KeyRebuild, decode_attention, target  # noqa: E402
+from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, target  # noqa: E402
 from pallas_kernels.eight_bits import in_eight_bits  # noqa: E402
+from pallas_kernels.pallas_tpu import running_sum  # noqa: E402
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan  # noqa: E402
 from xquant_jax.attention import Geometry  # noqa: E402
 from xquant_jax.packing import BLOCK  # noqa: E402
@@ -79,11 +81,17 @@ class Model:
         plain = [Case(basis, b) for basis in ("per_head", "joint") for b in bits]
         return plain + [Case("cl", 8, dtype) for dtype in ("bf16", "int8") if 8 in bits]
 
+    def sums(self, bits: list[int]) -> list["Case"]:
+        """What xquant-cl adds to a running sum."""
+        forms = ("x",) if self.heads == self.kv_heads else ("cl", "paper")
+        return [Case(form, b) for form in forms for b in bits]
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """basis: `per_head`, `joint`, `x` (K = H) or `cl` (the running sum of xquant-cl's latents). rebuild_dtype: of the
-    matrix that keys are rebuilt with. group: channels that share a scale, where keys lie along the token."""
+    """basis: `per_head`, `joint`, `x` (K = H), `cl` (the running sum of xquant-cl's latents), or `paper` (that of X with
+    `predict=paper`). rebuild_dtype: of the matrix that keys are rebuilt with. group: channels that share a scale,
+    where keys lie along the token."""
 
     basis: str
     bits: int
@@ -143,6 +151,36 @@ def compile_decode_attention(chip: str, model: Model, case: Case) -> tuple[Any, 
         return traced.lower(lowering_platforms=("tpu",)).compile(), plans[0]
 
 
+def compile_accumulate(chip: str, model: Model, case: Case) -> running_sum.Plan:
+    """The kernel of one layer of xquant-cl, compiled for a chip."""
+    device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+    latent = 2 * model.kv_heads * model.dim
+    width, stored = {"x": (model.width, model.width), "cl": (latent, latent), "paper": (model.width, latent)}[
+        case.basis
+    ]
+
+    def shapes(tree: Any) -> Any:
+        sharding = SingleDeviceSharding(device)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    def matrix(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+
+    running = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 8), (1, CONTEXT // BLOCK)))
+    stream = jax.eval_shape(lambda: allocate_blocks(StreamSpec(stored, case.bits), (2, 1, CONTEXT // BLOCK)))
+    predict = (matrix(latent),) if case.basis == "cl" else ()
+    accumulation = Accumulation(predict, matrix(latent) if case.basis == "paper" else None)
+    numbers = [jax.ShapeDtypeStruct(size, jnp.int32) for size in ((1,), ())]
+
+    def add(running: Any, stream: Any, accumulation: Any, flushed: Any, layer: Any) -> Any:
+        return accumulate(running, stream, accumulation, flushed, layer=layer, implementation="pallas_tpu")
+
+    with target.compiling_for("tpu", device.device_kind):
+        traced = jax.jit(add, donate_argnums=0).trace(*shapes((running, stream, accumulation, *numbers)))
+        traced.lower(lowering_platforms=("tpu",)).compile()
+        return running_sum.make_plan(running, stream, accumulation)
+
+
 @dataclasses.dataclass
 class Region:
     """Consecutive bundles at one depth of loops; `opens` where a loop begins."""
@@ -183,20 +221,31 @@ def trips(plan: Plan) -> list[tuple[int, int]]:
     return [(1, 1), (2, plan.tile // large), (2, 0)]
 
 
-def static_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
-    """One row of the table, see the module's docstring."""
-    model = MODELS[name]
+def sum_trips(plan: running_sum.Plan) -> list[tuple[int, int]]:
+    """`trips` of `accumulate`: only what is multiplied is laid out beforehand; one strip comes before their loop."""
+    laid_out = [width for name, width in plan.left.items() if name in ("sum", "stored")]
+    between = [width for name, width in plan.left.items() if name.startswith("between")]
+    loops = [width // 128 // (2 - width // 128 % 2) for width in laid_out] + [width // 128 for width in between]
+    strips = plan.sum.width // plan.strip - 1
+    return [(1, 1), (2, plan.tile // plan.chunk), *((3, count) for count in (*loops, strips))]
+
+
+def clear_dump() -> None:
     shutil.rmtree(DUMP, ignore_errors=True)
     DUMP.mkdir()
-    _, plan = compile_decode_attention(chip, model, case)
-    (bundles,) = (f for f in DUMP.glob("*decode_attention*-final_bundles.txt"))
-    (utilization,) = DUMP.glob("*decode_attention*-final_hlo-static-per-bundle-utilization.txt")
+
+
+def read_schedule(kernel: str, loops: list[tuple[int, int]]) -> tuple[int, float, int]:
+    """Bundles of a step of the grid of what was compiled last, those that its vector operations need, and spills in
+    the loops that run. `loops`: as `trips` returns them."""
+    (bundles,) = DUMP.glob(f"*{kernel}*-final_bundles.txt")
+    (utilization,) = DUMP.glob(f"*{kernel}*-final_hlo-static-per-bundle-utilization.txt")
     slots, used = read_units(utilization.read_text())
-    loops, turns, inside = iter(trips(plan)), {0: 0}, 0
+    left, turns, inside = iter(loops), {0: 0}, 0
     total, vector, spills = 0, 0, 0
     for region in read_regions(bundles.read_text()):
         if region.opens:
-            depth, count = next(loops)
+            depth, count = next(left)
             if depth != region.depth:
                 raise SystemExit(f"a loop at depth {region.depth} where the kernel has one at depth {depth}")
             inside = max(inside, 1)
@@ -207,35 +256,61 @@ def static_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
         vector += times * sum(row[UNITS.index("valu")] for row in units)
         if region.depth > 1 and times:
             spills += sum(row[UNITS.index("spill")] for row in units)
-    if next(loops, None) is not None:
+    if next(left, None) is not None:
         raise SystemExit("the kernel has more loops than its schedule")
-    per_1024 = 1024 / (plan.tile * BLOCK)
-    per_head = case.basis == "per_head"
-    values = model.dim if per_head else plan.value.width
-    rebuild = plan.key.width * (model.dim if per_head else model.kv_heads * model.dim)
-    macs = rebuild / (2 if plan.int8 else 1) + model.heads * (model.dim + values)  # in bfloat16, or that long
-    streams = [plan.key] if plan.shared else [plan.key, plan.value]
-    stored = sum(spec.width * (spec.bits + 32 / spec.group) / 8 for spec in streams)
+    return total, vector / slots[UNITS.index("valu")], spills
+
+
+def row(chip: str, kernel: str, case: dict[str, Any], schedule: Any, tile: int, macs: float, moved: float) -> dict:
+    """One row of the table. tile: blocks of a step of the grid. macs, moved: multiplications and bytes of a token."""
+    total, vector, spills = schedule
+    per_1024 = 1024 / (tile * BLOCK)
     bounds = {
         "matrix": 1024 * macs / CHIPS[chip].macs,
-        "vector": vector * per_1024 / slots[UNITS.index("valu")],
-        "memory": 1024 * stored / CHIPS[chip].bandwidth,
+        "vector": vector * per_1024,
+        "memory": 1024 * moved / CHIPS[chip].bandwidth,
     }
     unit = max(bounds, key=lambda key: bounds[key])
     return {
-        "kernel": "decode_attention",
+        "kernel": kernel,
         "chip": chip,
-        "model": name,
-        "bits": case.bits,
-        "basis": case.basis,
-        "rebuild_dtype": case.rebuild_dtype,
-        "group": case.group,
+        **case,
         "bundles_per_1024": round(total * per_1024),
         "bound_per_1024": round(bounds[unit]),
         "bound_unit": unit,
         "ratio": round(bounds[unit] / (total * per_1024), 2),
         "spills": spills,
     }
+
+
+def static_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
+    """The row of `decode_attention`, see the module's docstring."""
+    model = MODELS[name]
+    clear_dump()
+    _, plan = compile_decode_attention(chip, model, case)
+    schedule = read_schedule("decode_attention", trips(plan))
+    per_head = case.basis == "per_head"
+    values = model.dim if per_head else plan.value.width
+    rebuild = plan.key.width * (model.dim if per_head else model.kv_heads * model.dim)
+    macs = rebuild / (2 if plan.int8 else 1) + model.heads * (model.dim + values)  # in bfloat16, or that long
+    streams = [plan.key] if plan.shared else [plan.key, plan.value]
+    stored = sum(_bytes(spec) for spec in streams)
+    return row(chip, "decode_attention", {"model": name, **dataclasses.asdict(case)}, schedule, plan.tile, macs, stored)
+
+
+def sum_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
+    """The row of `accumulate`: what a layer of xquant-cl adds to the running sum, and the sum read and written."""
+    clear_dump()
+    plan = compile_accumulate(chip, MODELS[name], case)
+    schedule = read_schedule("accumulate", sum_trips(plan))
+    macs = sum(a * b for a, b in [*(plan.predict or ()), *([plan.lift] if plan.lift else [])])
+    moved = _bytes(plan.stream) + 2 * _bytes(plan.sum)
+    return row(chip, "accumulate", {"model": name, **dataclasses.asdict(case)}, schedule, plan.tile, macs, moved)
+
+
+def _bytes(spec: StreamSpec) -> float:
+    """Of a token."""
+    return spec.width * (spec.bits + 32 / spec.group) / 8
 
 
 def main() -> None:
@@ -249,6 +324,8 @@ def main() -> None:
     for name in arguments.models:
         for case in MODELS[name].cases(arguments.bits):
             rows += [static_cost(chip, name, case) for chip in arguments.chips]
+        for case in MODELS[name].sums(arguments.bits):
+            rows += [sum_cost(chip, name, case) for chip in arguments.chips]
     shutil.rmtree(DUMP)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
