@@ -89,7 +89,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """basis: `per_head`, `joint`, `x` (K = H), `cl` (the running sum of xquant-cl's latents), or `paper` (that of X with
+    """basis: `per_head`, `joint`, `x` (K = H), `cl` (the running sum of xquant-cl's latents) or `paper` (that of X with
     `predict=paper`). rebuild_dtype: of the matrix that keys are rebuilt with. group: channels that share a scale,
     where keys lie along the token."""
 
