@@ -1,5 +1,6 @@
 """Rebuild matrices in 8 bits: how far they are off, and that codes times them are what the definition says."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.pallas_tpu import chip, refuse_decode_attention
 from xquant_jax.attention import Geometry
 from xquant_jax.packing import unpack
-from xquant_jax.quantization import StreamSpec, dequantize, quantize
+from xquant_jax.quantization import StreamSpec, allocate_blocks, dequantize, quantize
 
 LAYERS, C, R, GROUP = 2, 96, 40, 32
 
@@ -52,8 +53,11 @@ def test_scaled_integer_products_and_sums_are_the_definition(name: str, bits: in
 
 def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
     def refusal(name: str, axis="token") -> str:
-        stream = quantize(jnp.zeros((1, 1, 1, 128, 256)), StreamSpec(256, 4, axis))
-        rebuild = KeyRebuild(**{field: a[0] for field, a in in_eight_bits(jnp.zeros((1, 256, 128)), name, 128).items()})
+        stream = jax.eval_shape(lambda: allocate_blocks(StreamSpec(256, 4, axis), (1, 1, 1)))
+        matrix = jax.eval_shape(
+            lambda: {k: a[0] for k, a in in_eight_bits(jnp.zeros((1, 256, 128)), name, 128).items()}
+        )
+        rebuild = KeyRebuild(**matrix)
         geometry = Geometry(jnp.zeros((1, 1), jnp.int32), 8, jnp.zeros(32), 1.0)
         heads = {"layer": 0, "num_kv_heads": 2, "value_heads": 1}
         q = jnp.zeros((1, 1, 2, 64))
