@@ -2,6 +2,7 @@
 
 The stacked history of all layers is never sliced as a whole: a tile is cut out, dequantized, turned into keys and
 values, attended to and forgotten. Tiles past the longest sequence, or before every sliding window, cost nothing.
+Running sums of what layers store are added to in the same way.
 """
 
 from collections.abc import Callable, Mapping
