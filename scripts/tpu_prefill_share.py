@@ -2,13 +2,13 @@
 
     python scripts/tpu_prefill_share.py [--chips v5p v6e] [--caches xquant:4 xquant-cl:2] [--json OUT]
 
-Compiles a chunk of prefill for one chip (libtpu), whole and without the flush that quantizes the
-windows, and adds up the cycles that the compiler expects of every operation, loops as often as they turn. Loops over
-the history count nothing: there is none yet, and with one the share only falls.
+Compiles a chunk of prefill for one chip (libtpu), whole and without the flush that quantizes the windows, and adds up
+the cycles that the compiler expects of every operation, loops as often as they turn. Loops over the history count
+nothing: there is none yet, and with one the share only falls. All layers of the model are compiled, as how their
+windows lie depends on how many there are: it has to fit the chip (a v5e is too small for 8 billion parameters).
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -33,8 +33,6 @@ from xquant_jax.methods import CacheConfig
 from xquant_jax.model import Transformer, forward
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-LAYERS = 32
-"""Of the model, so that its weights fit one chip: every layer takes the same."""
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -76,7 +74,6 @@ def share(chip: str, model: str, cache: str, chunk: int, batch: int) -> dict[str
     """One row of the table, see the module's docstring."""
     device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
     config = model_config(read_json(CONFIGS / f"{model}.json"))
-    config = dataclasses.replace(config, num_layers=LAYERS, sliding_windows=config.sliding_windows[:LAYERS])
     cache_config = CacheConfig.parse(cache)
     factors, _ = factor_shapes(config, cache_config)
     kv = jax.eval_shape(lambda: allocate(cache_config, config, batch=batch, tokens=8 * chunk, max_step=chunk))

@@ -29,7 +29,7 @@ from xquant_jax.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
 TILE = 8
 """Blocks of a step of the grid."""
 AT_ONCE = 2**16
-"""Values of the sum that are worked on together: those that registers and their spills can be had for."""
+"""Values of the sum that are worked on together: with more, more registers spill than products hide."""
 
 LEVELS = 255
 MAGIC = 2.0**23
