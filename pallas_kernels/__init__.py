@@ -6,6 +6,7 @@ from pallas_kernels.api import (
     accumulate,
     decode_attention,
     decode_without_kernel,
+    quantize,
     recorded,
     remat_project,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "accumulate",
     "decode_attention",
     "decode_without_kernel",
+    "quantize",
     "recorded",
     "remat_project",
 ]

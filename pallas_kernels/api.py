@@ -17,12 +17,12 @@ from pallas_kernels import target, xla
 from pallas_kernels.xla import Accumulation, KeyRebuild
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.errors import ConfigError
-from xquant_jax.quantization import Blocks
+from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 BACKENDS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu", "triton": "gpu", "xla": None}
 """The platform that each runs on; None: all. Each is a module of this package, imported when it is first chosen.
 
-A module has the operations, with the signatures of `pallas_kernels.xla`, and for each of them a function
+A module has some of the operations, with the signatures of `pallas_kernels.xla`, and for each of them a function
 `refuse_<operation>` of the same arguments: why it cannot take them, or None. It looks at shapes and static fields only.
 """
 
@@ -164,6 +164,25 @@ def accumulate(
     return _backend(implementation, "accumulate", *args, **kwargs).accumulate(*args, **kwargs)
 
 
+def quantize(
+    x: Float[Array, "B n 128 C"],
+    spec: StreamSpec,
+    codebook: Float[Array, " levels"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Blocks:
+    """Quantizes and packs whole blocks of a stream, as `xquant_jax.quantization.quantize` defines it.
+
+    Vectors in bfloat16 have the same scales and zeros from a kernel, and the same codes but where a value lies half way
+    between two. `codebook`: levels, for a stream of that format.
+
+    Raises `ConfigError` if the implementation cannot be had.
+    """
+    if spec.bits == UNQUANTIZED:
+        return xla.quantize(x, spec)
+    return _backend(implementation, "quantize", x, spec, codebook).quantize(x, spec, codebook)
+
+
 def _backend(implementation: str | None, operation: str, *args: Any, **kwargs: Any) -> ModuleType:
     name = choose(implementation, operation, *args, **kwargs)
     for names in _recorded:
@@ -182,7 +201,8 @@ def _refusal(name: str, operation: str, *args: Any, **kwargs: Any) -> str | None
         module = _module(name)
     except ModuleNotFoundError as error:
         return _missing(error, BACKENDS[name])
-    return getattr(module, f"refuse_{operation}")(*args, **kwargs)
+    refuse = getattr(module, f"refuse_{operation}", None)
+    return refuse(*args, **kwargs) if refuse else "it has no such kernel"
 
 
 def _missing(error: ModuleNotFoundError, platform: str | None) -> str:

@@ -79,17 +79,6 @@ def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | N
     return None
 
 
-def refuse_decode_attention(*args: Any, **kwargs: Any) -> str | None:
-    """Always: such a kernel is written where it can be run."""
-    del args, kwargs
-    return "it has no decode kernel, not having been run on a device yet; choose None"
-
-
-def decode_attention(*args: Any, **kwargs: Any) -> Any:
-    """See `refuse_decode_attention`."""
-    raise NotImplementedError(refuse_decode_attention(*args, **kwargs))
-
-
 def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "B S N"]:
     """See `pallas_kernels.api.remat_project`."""
     batch, num_blocks = stream.words[0].shape[:2]

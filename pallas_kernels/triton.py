@@ -26,6 +26,7 @@ from pallas_kernels.eight_bits import TYPES
 from pallas_kernels.triton_launch import CAN_UPDATE, launch
 from pallas_kernels.triton_tiles import Shape, Tiles
 from pallas_kernels.xla import Accumulation, KeyRebuild
+from pallas_kernels.xla import quantize as quantize  # see `refuse_quantize`
 from xquant_jax import rope
 from xquant_jax.attention import LOWEST, Geometry, Part
 from xquant_jax.packing import BLOCK
@@ -46,6 +47,11 @@ TILES_PER_SPLIT = 4  # at least: less work does not pay for a program of its own
 SUM_COLUMNS = 128  # of a program of `accumulate`: the group of its sum
 RANGES = 8  # of blocks, that `accumulate` lays out one after the other, at most
 LEAST_RANGE = 256  # blocks of all sequences: enough for the launch of a range not to count
+
+
+def refuse_quantize(x: Array, spec: StreamSpec, codebook: Array | None = None) -> str | None:
+    """Never: XLA for GPU fuses the passes over the vectors, and `quantize` is its own."""
+    return None
 
 
 def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | None:

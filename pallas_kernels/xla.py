@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.history import accumulate_history, attend_history
 from xquant_jax.quantization import Blocks, Leaf, dequantize
+from xquant_jax.quantization import quantize as quantize  # one of the operations
 
 
 @struct.dataclass

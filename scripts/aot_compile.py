@@ -95,11 +95,12 @@ class Programs:
 
     def prefill(self, params: Any, factors: Any, tokens: Any, counts: Any, cache: Cache) -> Any:
         logits, cache = forward(self.model, params, tokens, cache, factors, counts)
-        return logits, sharding.constrain_cache(flush(cache, factors))
+        return logits, sharding.constrain_cache(flush(cache, factors, self.model.implementation))
 
     def decode(self, params: Any, factors: Any, tokens: Any, counts: Any, cache: Cache) -> Any:
         logits, cache = forward(self.model, params, tokens, cache, factors, counts)
-        return jnp.argmax(logits, axis=-1), sharding.constrain_cache(flush_when_due(cache, factors))
+        cache = flush_when_due(cache, factors, self.model.implementation)
+        return jnp.argmax(logits, axis=-1), sharding.constrain_cache(cache)
 
 
 def compile_for(

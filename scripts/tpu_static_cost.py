@@ -1,11 +1,12 @@
 """What the kernels cost on a TPU by the compiler's own schedule, with no TPU at hand.
 
-    python scripts/tpu_static_cost.py [--chips v5e v6e] [--models llama-3.1-8b] [--bits 4] [--json OUT]
+    python scripts/tpu_static_cost.py [--chips v5e v6e] [--models llama-3.1-8b] [--bits 4] [--kernels quantize]
+        [--json OUT]
 
-Compiles `decode_attention` and `accumulate` ahead of time (libtpu) for one layer at 32 k context and reads what libtpu
-writes down: the bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit does in
-them, and spills.
-The bundles of a step of the grid, divided by the tokens that it attends to, times 1024, are set against the least that
+Compiles `decode_attention`, `accumulate` and `quantize` ahead of time (libtpu) for one layer at 32 k context and reads
+what libtpu writes down: the bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit
+does in them, and spills.
+The bundles of a step of the grid, divided by the tokens that it takes, times 1024, are set against the least that
 the matrix unit, the vector unit or the memory needs for the same tokens: ratio = bound / bundles. A ratio above 1 means
 that the schedule issues matrix products faster than the unit takes them: then the bound is what it costs.
 """
@@ -35,9 +36,9 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, target  # noqa: E402
+from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, quantize, target  # noqa: E402
 from pallas_kernels.eight_bits import in_eight_bits  # noqa: E402
-from pallas_kernels.pallas_tpu import running_sum  # noqa: E402
+from pallas_kernels.pallas_tpu import quantizing, running_sum  # noqa: E402
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan  # noqa: E402
 from xquant_jax.attention import Geometry  # noqa: E402
 from xquant_jax.packing import BLOCK  # noqa: E402
@@ -81,6 +82,11 @@ class Model:
         plain = [Case(basis, b) for basis in ("per_head", "joint") for b in bits]
         return plain + [Case("cl", 8, dtype) for dtype in ("bf16", "int8") if 8 in bits]
 
+    def streams(self, bits: list[int]) -> list["Case"]:
+        """What is quantized and packed."""
+        axes = ("token",) if self.heads == self.kv_heads else ("channel", "token")
+        return [Case(axis, b) for axis in axes for b in bits]
+
     def sums(self, bits: list[int]) -> list["Case"]:
         """What xquant-cl adds to a running sum."""
         forms = ("x",) if self.heads == self.kv_heads else ("cl", "paper")
@@ -90,8 +96,8 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Case:
     """basis: `per_head`, `joint`, `x` (K = H), `cl` (the running sum of xquant-cl's latents) or `paper` (that of X with
-    `predict=paper`). rebuild_dtype: of the matrix that keys are rebuilt with. group: channels that share a scale,
-    where keys lie along the token."""
+    `predict=paper`); of what is quantized, the axis of its groups. rebuild_dtype: of the matrix that keys are rebuilt
+    with. group: channels that share a scale, where keys lie along the token."""
 
     basis: str
     bits: int
@@ -179,6 +185,19 @@ def compile_accumulate(chip: str, model: Model, case: Case) -> running_sum.Plan:
         traced = jax.jit(add, donate_argnums=0).trace(*shapes((running, stream, accumulation, *numbers)))
         traced.lower(lowering_platforms=("tpu",)).compile()
         return running_sum.make_plan(running, stream, accumulation)
+
+
+def compile_quantize(chip: str, model: Model, case: Case) -> StreamSpec:
+    """The kernel that quantizes a stream as wide as the keys, or X, compiled for a chip."""
+    device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+    axis: Any = case.basis
+    spec = StreamSpec(model.kv_heads * model.dim, case.bits, axis, 0 if axis == "channel" else case.group)
+    shape = (1, CONTEXT // BLOCK, BLOCK, spec.width)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
+    with target.compiling_for("tpu", device.device_kind):
+        traced = jax.jit(lambda x: quantize(x, spec, implementation="pallas_tpu")).trace(x)
+        traced.lower(lowering_platforms=("tpu",)).compile()
+    return spec
 
 
 @dataclasses.dataclass
@@ -308,9 +327,26 @@ def sum_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
     return row(chip, "accumulate", {"model": name, **dataclasses.asdict(case)}, schedule, plan.tile, macs, moved)
 
 
+def quantize_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
+    """The row of `quantize`: bfloat16 read, codes and scales written."""
+    clear_dump()
+    spec = compile_quantize(chip, MODELS[name], case)
+    groups = quantizing.TILE * spec.width // 128
+    schedule = read_schedule("quantize", [(1, 1), (2, groups // quantizing.UNROLL[spec.axis])])
+    moved = 2 * spec.width + _bytes(spec)
+    return row(chip, "quantize", {"model": name, **dataclasses.asdict(case)}, schedule, quantizing.TILE, 0, moved)
+
+
 def _bytes(spec: StreamSpec) -> float:
     """Of a token."""
     return spec.width * (spec.bits + 32 / spec.group) / 8
+
+
+KERNELS = {
+    "decode_attention": (Model.cases, static_cost),
+    "accumulate": (Model.sums, sum_cost),
+    "quantize": (Model.streams, quantize_cost),
+}
 
 
 def main() -> None:
@@ -318,14 +354,14 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        for case in MODELS[name].cases(arguments.bits):
-            rows += [static_cost(chip, name, case) for chip in arguments.chips]
-        for case in MODELS[name].sums(arguments.bits):
-            rows += [sum_cost(chip, name, case) for chip in arguments.chips]
+        for kernel in arguments.kernels:
+            cases, cost = KERNELS[kernel]
+            rows += [cost(chip, name, case) for case in cases(MODELS[name], arguments.bits) for chip in arguments.chips]
     shutil.rmtree(DUMP)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

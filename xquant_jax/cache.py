@@ -6,6 +6,7 @@ On a mesh every device holds some of the blocks and some of the window's places,
 """
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -224,28 +225,30 @@ def _check_append(cache: Cache, counts: Array, length: int) -> None:
         raise CacheFullError(f"the window holds {width} tokens and whole blocks were not flushed; call flush first")
 
 
-def flush(cache: Cache, factors: tuple[Any, ...]) -> Cache:
+def flush(cache: Cache, factors: tuple[Any, ...], implementation: str | None = None) -> Cache:
     """Quantizes every whole block in the windows and moves it into the history; windows get their room back.
 
     Layer after layer, as a method may store the difference to what was read back from the layer before (`factors`
-    are those of the forward pass).
+    are those of the forward pass). `implementation`: of the kernels, see `pallas_kernels.api`.
     """
-    return _settle(cache, _quantize_whole_blocks(cache, factors))
+    return _settle(cache, _quantize_whole_blocks(cache, factors, implementation))
 
 
-def flush_when_due(cache: Cache, factors: tuple[Any, ...]) -> Cache:
+def flush_when_due(cache: Cache, factors: tuple[Any, ...], implementation: str | None = None) -> Cache:
     """`flush` if a sequence has a whole block in its window, under one `lax.cond`; only histories pass through it."""
     due = jnp.any(cache.in_window >= BLOCK)
     histories = lax.cond(
         due,
-        lambda cache: _quantize_whole_blocks(cache, factors),
+        lambda cache: _quantize_whole_blocks(cache, factors, implementation),
         lambda cache: tuple(segment.history for segment in cache.segments),
         cache,
     )
     return _settle(cache, histories)
 
 
-def _quantize_whole_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[str, Blocks], ...]:
+def _quantize_whole_blocks(
+    cache: Cache, factors: tuple[Any, ...], implementation: str | None
+) -> tuple[dict[str, Blocks], ...]:
     """The histories with every whole block of the windows in them.
 
     On a mesh every device gathers the windows, layer after layer, and keeps the blocks that are its own.
@@ -253,10 +256,13 @@ def _quantize_whole_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict
     specs = sharding.cache_specs(cache)
     histories = tuple(segment.history for segment in specs.segments)
     of_factors = cache.layout.stacked_factors(factors)
-    return sharding.on_shards(_quantize_own_blocks, (specs, of_factors), histories)(cache, factors)
+    quantize = partial(_quantize_own_blocks, implementation=implementation)
+    return sharding.on_shards(quantize, (specs, of_factors), histories)(cache, factors)
 
 
-def _quantize_own_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[str, Blocks], ...]:
+def _quantize_own_blocks(
+    cache: Cache, factors: tuple[Any, ...], *, implementation: str | None
+) -> tuple[dict[str, Blocks], ...]:
     lies, whole = cache.layout, cache.in_window // BLOCK
     batch = whole.shape[0]
     rows = jnp.arange(batch)[:, None]
@@ -283,13 +289,9 @@ def _quantize_own_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[s
         ) -> Any:
             history, running = carry
             own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, start + i, keepdims=False), factors)
-            window = {name: lax.dynamic_index_in_dim(w, i, keepdims=False) for name, w in segment.window.items()}
-            window = {
-                name: sharding.gather(w, lies.blocks, axis=1)[:, : candidates.size * BLOCK]
-                for name, w in window.items()
-            }
+            window = {name: _first(w, i, candidates.size * BLOCK, lies) for name, w in segment.window.items()}
             window = segment.method.without_sink(window, cache.flushed == 0)
-            blocks, _, running = segment.method.store_and_read(own, window, running, specs)
+            blocks, _, running = segment.method.store_and_read(own, window, running, specs, implementation)
             return {
                 name: jax.tree.map(lambda old, new: old.at[i, rows, targets].set(new, mode="drop"), history[name], b)
                 for name, b in blocks.items()
@@ -300,6 +302,14 @@ def _quantize_own_blocks(cache: Cache, factors: tuple[Any, ...]) -> tuple[dict[s
         histories.append({name: dataclasses.replace(h, spec=segment.history[name].spec) for name, h in history.items()})
         start += segment.num_layers
     return tuple(histories)
+
+
+def _first(window: Float[Array, "L B W C"], layer: Array, tokens: int, lies: Layout) -> Float[Array, "B {tokens} C"]:
+    """The first places of a layer's window, gathered from all devices that have some."""
+    _, batch, width, channels = window.shape
+    own = width if sharding.devices_along(lies.blocks) > 1 else tokens  # in one slice: XLA does not merge two
+    (picked,) = lax.dynamic_slice(window, (layer, 0, 0, 0), (1, batch, own, channels))
+    return sharding.gather(picked, lies.blocks, axis=1)[:, :tokens]
 
 
 def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
@@ -333,18 +343,27 @@ def _shift(
         return window  # a whole block was all of it
 
     def shift(window: Array, whole: Array) -> Array:
-        own = room // sharding.devices_along(lies.blocks)
-        places = own * sharding.shard_index(lies.blocks) + jnp.arange(min(own, BLOCK))
+        devices = sharding.devices_along(lies.blocks)
+        own = room // devices
+        offset, size = own * sharding.shard_index(lies.blocks), min(own, BLOCK)
 
-        def layer(window: Array) -> Array:
-            window = sharding.gather(window, lies.blocks, axis=1)
-            source = jnp.minimum(whole[:, None] * BLOCK + places, window.shape[1] - 1)
-            return jnp.take_along_axis(window, source[..., None], axis=1)
+        def layer(window: Float[Array, "*L B W C"]) -> Float[Array, "*L B _left C"]:
+            window = sharding.gather(window, lies.blocks, axis=window.ndim - 2)
+            blocks = [window[..., start : start + BLOCK, :] for start in range(0, window.shape[-2], BLOCK)]
+            blocks[-1] = _pad(blocks[-1], BLOCK)
+            number = jnp.minimum(whole, len(blocks) - 1)[:, None, None]
+            left = lax.select_n(jnp.broadcast_to(number, blocks[0].shape), *blocks)
+            return lax.dynamic_slice_in_dim(_pad(left, room), offset, size, axis=-2)
 
-        return lax.dynamic_update_slice(window[:, :, :own], lax.map(layer, window), (0, 0, 0, 0))
+        kept = layer(window) if devices == 1 else lax.map(layer, window)  # what is gathered stays small
+        return lax.dynamic_update_slice(window[:, :, :own], kept, (0, 0, 0, 0))
 
     batch = sharding.RULES.spec("batch")
     return sharding.on_shards(shift, (lies.window, batch), lies.window)(window, whole)
+
+
+def _pad(window: Float[Array, "*rest W C"], room: int) -> Float[Array, "*rest {room} C"]:
+    return jnp.pad(window, [(0, 0)] * (window.ndim - 2) + [(0, room - window.shape[-2]), (0, 0)])
 
 
 def _keep_first(

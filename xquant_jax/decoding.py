@@ -83,7 +83,7 @@ def advance(
         s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
         logits, cache = forward(model, params, token, cache, factors, (~s.done).astype(jnp.int32))
-        return choose(s, logits), sharding.constrain_cache(flush_when_due(cache, factors))
+        return choose(s, logits), sharding.constrain_cache(flush_when_due(cache, factors, model.implementation))
 
     prompts = (state.prompts, state.prompt_lengths, state.fed)
     logits, cache, fed = feed(model, params, factors, *prompts, cache, chunk=chunk)
@@ -118,7 +118,7 @@ def feed(
         counts = jnp.clip(lengths - fed, 0, chunk)
         logits, cache = forward(model, params, tokens, cache, factors, counts)
         ends_here = (counts > 0) & (fed + counts == lengths)
-        cache = sharding.constrain_cache(flush(cache, factors))
+        cache = sharding.constrain_cache(flush(cache, factors, model.implementation))
         return fed + chunk, cache, jnp.where(ends_here[:, None], logits, last)
 
     nothing = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)

@@ -210,7 +210,7 @@ class Transformer(nn.Module):
                     new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
                     whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
                     quantized = method.without_sink(whole_blocks, jnp.ones(batch, bool))
-                    _, vectors, summed = method.store_and_read(own, quantized, running, specs)
+                    _, vectors, summed = method.store_and_read(own, quantized, running, specs, self.implementation)
                     n = method.sink_tokens
                     vectors = {
                         name: jnp.concatenate([new[name][:, :n], v[:, n:length]], axis=1).astype(q.dtype)

@@ -100,7 +100,7 @@ def _streaming(
         counts = jnp.clip(lengths - fed, 0, chunk)
         extended: Any = model.apply({"params": params}, piece[:, :-1], cache, factors, counts, method="extend")
         logits, cache = extended
-        return flush_when_due(cache, factors), _scores(logits, piece[:, 1:])
+        return flush_when_due(cache, factors, model.implementation), _scores(logits, piece[:, 1:])
 
     empty = allocate(config, model.config, batch=batch, tokens=length, max_step=chunk)
     _, scores = lax.scan(step, empty, chunk * jnp.arange(steps))

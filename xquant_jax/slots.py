@@ -122,7 +122,7 @@ def decode(
         i, s, cache, tokens, logprobs = carry
         logits, cache = forward(model, params, s.last[:, None], cache, factors, s.live.astype(jnp.int32))
         s, logprob = _take(s, logits, sampling, stop_ids)
-        cache = sharding.constrain_cache(flush_when_due(cache, factors))
+        cache = sharding.constrain_cache(flush_when_due(cache, factors, model.implementation))
         return i + 1, s, cache, tokens.at[i].set(s.last), logprobs.at[i].set(logprob)
 
     start = (jnp.int32(0), slots, dataclasses.replace(cache, **held), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))

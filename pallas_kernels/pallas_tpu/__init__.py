@@ -3,6 +3,7 @@
 from pallas_kernels.pallas_tpu.attention import decode_attention
 from pallas_kernels.pallas_tpu.plan import refuse_decode_attention
 from pallas_kernels.pallas_tpu.project import refuse_remat_project, remat_project
+from pallas_kernels.pallas_tpu.quantizing import quantize, refuse_quantize
 from pallas_kernels.pallas_tpu.running_sum import accumulate, refuse_accumulate
 
 PLATFORM = "tpu"
@@ -11,8 +12,10 @@ __all__ = [
     "PLATFORM",
     "accumulate",
     "decode_attention",
+    "quantize",
     "refuse_accumulate",
     "refuse_decode_attention",
+    "refuse_quantize",
     "refuse_remat_project",
     "remat_project",
 ]

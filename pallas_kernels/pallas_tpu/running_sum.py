@@ -21,19 +21,16 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import target
 from pallas_kernels.pallas_tpu import chip, unpack
+from pallas_kernels.pallas_tpu.quantizing import by_token, grid_of, lowest_highest, packed
 from pallas_kernels.pallas_tpu.streams import LANES, by_block, refuse_stream
 from pallas_kernels.xla import Accumulation
 from xquant_jax.packing import BLOCK, PLANES
-from xquant_jax.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
+from xquant_jax.quantization import Blocks, StreamSpec
 
 TILE = 8
 """Blocks of a step of the grid."""
 AT_ONCE = 2**16
 """Values of the sum that are worked on together: with more, more registers spill than products hide."""
-
-LEVELS = 255
-MAGIC = 2.0**23
-"""Added to a number below it, rounds it to the nearest integer, which the last bits of the mantissa then are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +124,9 @@ def accumulate(
     """See `pallas_kernels.api.accumulate`."""
     plan = make_plan(running, stream, accumulation)
     batch, tile = len(flushed), plan.tile
+    flushed = flushed.astype(jnp.int32)
+    splits = plan.chip.cores if batch % plan.chip.cores and plan.num_blocks > tile else 1  # of a sequence, one a core
+    steps = jnp.maximum(lax.div(flushed.max() + (tile * splits - 1), jnp.int32(tile * splits)), 1)
     names, arrays, specs = [], [], []
 
     def add(name: str, array: Array, spec: pl.BlockSpec) -> None:
@@ -135,9 +135,10 @@ def accumulate(
         specs.append(spec)
 
     def of_tile(rest: tuple[int, ...], *, layered: bool) -> pl.BlockSpec:
-        def index(b: Array, j: Array, layer: Any, flushed: Any) -> tuple:
-            last = jnp.maximum(lax.div(flushed[b] + (tile - 1), jnp.int32(tile)) - 1, 0)
-            at = (b, jnp.minimum(j, last), *[0] * len(rest))
+        def index(b: Array, split: Array, j: Array, layer: Any, flushed: Any, steps: Any) -> tuple:
+            first = split * steps[0]
+            last = jnp.maximum(lax.div(flushed[b] + (tile - 1), jnp.int32(tile)) - 1, first)
+            at = (b, jnp.minimum(first + j, last), *[0] * len(rest))
             return (layer[0], *at) if layered else at
 
         return pl.BlockSpec((None, None, tile, *rest) if layered else (None, tile, *rest), index)
@@ -147,7 +148,7 @@ def accumulate(
     if accumulation.lift is not None:
         matrices["lift"] = accumulation.lift
     for name, matrix in matrices.items():
-        spec = pl.BlockSpec(matrix.shape, lambda b, j, *_: (0, 0), pipeline_mode=once)
+        spec = pl.BlockSpec(matrix.shape, lambda b, split, j, *_: (0, 0), pipeline_mode=once)
         add(name, matrix.astype(jnp.bfloat16), spec)
     for number, words in enumerate(stream.words):
         add(f"stored_words{number}", words, of_tile(words.shape[3:], layered=True))
@@ -158,7 +159,7 @@ def accumulate(
     sums |= {f"sum_{what}": by_block(getattr(running, what), "token", leading=1) for what in ("scale", "zero")}
     aliases = {}
     for number, (name, array) in enumerate(sums.items()):
-        aliases[2 + len(arrays)] = number
+        aliases[3 + len(arrays)] = number
         spec = of_tile(array.shape[2:], layered=False)
         add(name, array, spec if plan.predict is not None else pl.BlockSpec(memory_space=pl.ANY))
 
@@ -171,40 +172,39 @@ def accumulate(
     by_row = (plan.stream.width // LANES, 1, LANES)
     scratch |= {f"stored_{what}s": pltpu.VMEM((tile, *by_row), jnp.float32) for what in ("scale", "zero")}
 
-    def kernel(layer: Any, flushed: Any, *refs: Any) -> None:
+    def kernel(layer: Any, flushed: Any, steps: Any, *refs: Any) -> None:
         del layer
-        split = iter(refs)
-        _kernel(plan, flushed, {name: next(split) for name in (*names, *(f"out_{name}" for name in sums), *scratch)})
+        every = (*names, *(f"out_{name}" for name in sums), *scratch)
+        _kernel(plan, flushed, steps, dict(zip(every, refs, strict=True)))
 
     interpret = target.current().interpret
     if interpret and plan.num_blocks % tile:  # which cannot alias what it pads to whole tiles
         aliases = {}
-    flushed = flushed.astype(jnp.int32)
-    steps = jnp.maximum(lax.div(flushed.max() + (tile - 1), jnp.int32(tile)), 1)
     out = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in sums.values()],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, steps),
+            num_scalar_prefetch=3,
+            grid=(batch, splits, steps),
             in_specs=specs,
             out_specs=[of_tile(array.shape[2:], layered=False) for array in sums.values()],
             scratch_shapes=list(scratch.values()),
         ),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.chip.vmem * 7 // 8
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.chip.vmem * 7 // 8
         ),
         name="accumulate",
         interpret=pltpu.InterpretParams() if interpret else False,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), flushed, *arrays)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), flushed, steps.reshape(1), *arrays)
     *words, scale, zero = out
     return Blocks(tuple(words), jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2), running.spec)
 
 
-def _kernel(plan: Plan, flushed: Any, refs: dict[str, Any]) -> None:
-    b, j = pl.program_id(0), pl.program_id(1)
-    count = jnp.clip(flushed[b] - j * plan.tile, 0, plan.tile)
+def _kernel(plan: Plan, flushed: Any, steps: Any, refs: dict[str, Any]) -> None:
+    b, j = pl.program_id(0), pl.program_id(2)
+    tile = pl.program_id(1) * steps[0] + j
+    count = jnp.clip(flushed[b] - tile * plan.tile, 0, plan.tile)
 
     @pl.when((count > 0) | (j == 0))
     def _tile() -> None:
@@ -311,29 +311,9 @@ def _in_pairs(x: Array) -> Array:
 
 
 def _quantize(x: Array, block: Array, group: Array | int, refs: dict[str, Any]) -> None:
-    """`xquant_jax.quantization.quantize` of 128 channels [128, 128] at 8 bits along the token."""
-    turned = x.T
-    low, high = turned.min(axis=0, keepdims=True), turned.max(axis=0, keepdims=True)
-    zero = _round_down(low)
-    scale = jnp.maximum(_round_up((high - zero) * (1 / LEVELS)), SMALLEST_NORMAL)
-    unit = (x - unpack.turned(zero)) * unpack.turned(1 / scale)  # from 0 to 255, but for rounding
-    bits = pltpu.bitcast(unit + MAGIC, jnp.uint32)
+    """128 channels of a block [128, 128] to the sum, at 8 bits along the token."""
+    scale, zero = grid_of(*lowest_highest(x, along_tokens=True), 8)
     lanes = _lanes(group, LANES)
-    for plane in range(2):
-        nibbles = bits >> (4 * plane) & jnp.uint32(15)
-        words = nibbles[:16]
-        for field in range(1, 8):
-            words = words | nibbles[16 * field : 16 * (field + 1)] << (4 * field)
+    for plane, words in enumerate(packed(x, *by_token(scale, zero), 8)):
         refs[f"out_sum_words{plane}"][block, :, lanes] = words
     refs["new_scales"][block, group], refs["new_zeros"][block, group] = scale, zero
-
-
-def _round_up(x: Array) -> Array:
-    """Float32 away from zero to the next number that bfloat16 can hold."""
-    return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) + jnp.uint32(0xFFFF) & jnp.uint32(0xFFFF0000), jnp.float32)
-
-
-def _round_down(x: Array) -> Array:
-    """Downwards: towards zero if that is below."""
-    towards_zero = pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(x < 0, _round_up(x), towards_zero)

@@ -171,5 +171,6 @@ def test_an_empty_history_is_refused() -> None:
     assert pallas_gpu.refuse_remat_project(stream, jnp.zeros((128, 64), jnp.bfloat16)) == "a history without blocks"
 
 
-def test_decode_attention_is_refused() -> None:
-    assert "it has no decode kernel" in pallas_gpu.refuse_decode_attention()
+def test_what_it_has_no_kernel_for_is_an_error_by_name() -> None:
+    with target.interpreted(), pytest.raises(ConfigError, match="cannot run quantize: it has no such kernel"):
+        pallas_kernels.quantize(jnp.zeros((1, 1, 128, 128)), StreamSpec(128, 4), implementation="pallas_gpu")

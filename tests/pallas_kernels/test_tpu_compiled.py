@@ -124,6 +124,23 @@ def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("width", "stored", "dtype"),
+    [
+        (4096, (4, "token"), "bfloat16"),
+        (1024, (3, "channel"), "bfloat16"),
+        (2048, (2, "token", 256), "float32"),
+    ],
+)
+def test_quantize_compiles(device: Any, width: int, stored: Any, dtype: Any) -> None:
+    spec = StreamSpec(width, *stored)
+    run = lambda x: pallas_kernels.quantize(x, spec, implementation="pallas_tpu")  # noqa: E731
+    program = compiled(run, device, shape(2, 4, 128, width, dtype=dtype))
+    assert program.as_text().count("tpu_custom_call") == 1
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("width", "stored", "predict", "lift"),
     [
         (2048, 2048, ((2048, 2048),), None),  # xquant-cl of llama-3.1-8b
@@ -153,7 +170,8 @@ def test_accumulate_compiles_and_adds_in_place(device: Any, width: int, stored: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cache", "kernels"), [("xquant:4", ("decode_attention",)), ("xquant-cl:2", ("decode_attention", "accumulate"))]
+    ("cache", "kernels"),
+    [("xquant:4", ("decode_attention", "quantize")), ("xquant-cl:2", ("decode_attention", "accumulate", "quantize"))],
 )
 def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str, kernels: tuple[str, ...]) -> None:
     """The whole of `generate`, prefill and decode with a donated cache of 128 k tokens, compiled for a v5e."""

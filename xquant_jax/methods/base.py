@@ -6,6 +6,7 @@ A method is a small frozen dataclass whose fields are its options; a new one is 
 import abc
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -22,7 +23,7 @@ from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.history import attend_history
 from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, StreamSpec, as_blocks, as_tokens, dequantize, quantize
+from xquant_jax.quantization import Blocks, StreamSpec, as_blocks, as_tokens, dequantize
 
 ABSORB_UP_TO = 16
 """New tokens per step up to which values are absorbed (decode and drafts); beyond, rebuilding them is cheaper."""
@@ -204,12 +205,14 @@ class Method(abc.ABC):
         window: dict[str, Array],
         running: Blocks | None,
         specs: dict[str, StreamSpec],
+        implementation: str | None = None,
     ) -> tuple[dict[str, Blocks], dict[str, Array], Blocks | None]:
         """Quantizes whole blocks of one layer's window vectors [B, S, C], and reads them back.
 
         The only place where streams are written. Returns them packed, [B, S/128, ...], vectors like the window's, and
         the running sum with this layer in it.
         """
+        quantize = partial(pallas_kernels.quantize, implementation=implementation)
         below = None if running is None else as_tokens(dequantize(running)).astype(jnp.float32)
         vectors, books = self.store(factors, window, below), self.codebooks(factors)
         blocks = {name: quantize(as_blocks(v), specs[name], books.get(name)) for name, v in vectors.items()}
