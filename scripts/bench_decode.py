@@ -32,6 +32,7 @@ from jax import lax
 
 import xquant_jax as xq
 from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, target, triton_tiles
+from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.triton_ahead import SUMS
 from pallas_kernels.triton_tiles import Tiles
 from xquant_jax.attention import Geometry
@@ -65,11 +66,13 @@ class Shape:
 LLAMA_3 = Shape("Llama-3.1-8B", 32, 8, 128, 4096)
 LLAMA_2 = Shape("Llama-2-7B", 32, 32, 128, 4096)
 TINY = Shape("tiny", 4, 2, 64, 256)
+TINY_2 = Shape("tiny, K = H", 4, 4, 64, 256)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is timed. form: of the keys' rebuild, or `bf16` for keys and values as they are."""
+    """What is timed. form: of the keys' rebuild, or `bf16` for keys and values as they are. rebuild_dtype: of the
+    matrix that keys are rebuilt with."""
 
     shape: Shape
     form: str
@@ -77,6 +80,7 @@ class Row:
     batch: int
     context: int
     implementation: str
+    rebuild_dtype: str = "bf16"
 
     @property
     def method(self) -> str:
@@ -84,10 +88,10 @@ class Row:
             return "int8" if self.bits == 8 else f"kivi:{self.bits}"
         if self.form in ("bf16", "fp8"):
             return self.form
+        basis = f",basis={'joint' if self.form == 'dense' else 'per_head'}"
         multi_head = self.shape.heads == self.shape.kv_heads
-        return f"xquant:{self.bits}" + (
-            "" if multi_head else f",basis={'joint' if self.form == 'dense' else 'per_head'}"
-        )
+        small = "" if self.rebuild_dtype == "bf16" else f",rebuild_dtype={self.rebuild_dtype}"
+        return f"xquant:{self.bits}{'' if multi_head else basis}{small}"
 
     def streams(self) -> tuple[StreamSpec, StreamSpec | None]:
         """Of keys and of values; one for both where X itself is stored."""
@@ -141,17 +145,21 @@ def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
     key = random_blocks(key_spec, row.batch, blocks, 1)
     value = random_blocks(value_spec, row.batch, blocks, 2) if value_spec else None
     form = {"dense": (key_spec.width, s.keys), "per_head": (s.kv_heads, s.dim, s.dim)}.get(row.form)
-    matrix = None
+    rebuild = KeyRebuild()
     if form:
         matrix = (jax.random.normal(jax.random.key(3), form) / math.sqrt(form[-2])).astype(jnp.bfloat16)
+        rebuild = KeyRebuild(matrix)
+        if row.rebuild_dtype != "bf16":
+            small = in_eight_bits(matrix[None], row.rebuild_dtype, key_spec.group)
+            rebuild = dataclasses.replace(rebuild, **{name: a[0] for name, a in small.items()})
 
-    def attend(q: jax.Array, layer: jax.Array, key: Blocks, value: Blocks | None, matrix: Any) -> jax.Array:
+    def attend(q: jax.Array, layer: jax.Array, key: Blocks, value: Blocks | None, rebuild: KeyRebuild) -> jax.Array:
         positions = jnp.full((row.batch, 1), row.context + 5)
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(s.dim)), s.dim**-0.5)
         return decode_attention(
             q,
             key,
-            KeyRebuild(matrix),
+            rebuild,
             value or key,
             jnp.full(row.batch, blocks),
             geometry,
@@ -161,7 +169,7 @@ def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
             implementation=row.implementation,
         ).out
 
-    return attend, (key, value, matrix)
+    return attend, (key, value, rebuild)
 
 
 def plain(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
@@ -312,6 +320,7 @@ def of_layers(smoke: bool) -> Iterator[Row]:
         for form, bits in (("bf16", 16), ("per_head", 4), ("dense", 2), ("identity", 8)):
             for implementation in ("xla",) if form == "bf16" else ("xla", kernel):
                 yield Row(TINY, form, bits, 2, 256, implementation)
+        yield Row(TINY_2, "dense", 4, 2, 256, kernel, "fp8")
         return
     sizes = [
         (8, 65536),
@@ -343,6 +352,8 @@ def of_layers(smoke: bool) -> Iterator[Row]:
             yield Row(LLAMA_2, "bf16", 16, batch, context, "cudnn")
             for bits in (4, 2, 3):
                 yield Row(LLAMA_2, "dense", bits, batch, context, kernel)
+            for rebuild_dtype in ("fp8", "int8"):
+                yield Row(LLAMA_2, "dense", 4, batch, context, kernel, rebuild_dtype)
 
 
 def checks(smoke: bool) -> Iterator[Row]:
@@ -350,6 +361,8 @@ def checks(smoke: bool) -> Iterator[Row]:
     for shape, bits in itertools.product(shapes, (4,) if smoke else (2, 3, 4, 8)):
         for form in ("dense",) if shape is LLAMA_2 else ("per_head", "dense", "identity"):
             yield Row(shape, form, bits, 2, 256 if smoke else 4096, "triton")
+    for bits, rebuild_dtype in ((4, "fp8"),) if smoke else ((4, "fp8"), (4, "int8"), (8, "int8")):
+        yield Row(TINY_2 if smoke else LLAMA_2, "dense", bits, 2, 256 if smoke else 4096, "triton", rebuild_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,7 +466,13 @@ def measure(smoke: bool, deadline: float) -> dict[str, Any]:
         "skipped": [],
     }
     for row in checks(smoke):
-        found = error(row)
+        try:
+            found = error(row)
+        except ConfigError as problem:
+            if row.rebuild_dtype == "bf16":
+                raise
+            result["skipped"].append({**named(row), "reason": str(problem)})  # GPUs before Hopper
+            continue
         result["checks"].append({**named(row), "error": found})
         if not found < ALLOWED:
             raise SystemExit(f"{row.implementation} is wrong at {named(row)}: relative error {found:.3g} > {ALLOWED}")
@@ -537,47 +556,56 @@ def installed(package: str) -> str | None:
         return None
 
 
-def candidates(form: str) -> list[Tiles]:
+def candidates(row: Row | SumRow) -> list[Tiles]:
     """Tiles that are worth a try."""
-    if form == "dense":
-        cuts = itertools.product((32, 64, 128), ((2, 8, 1), (2, 8, 2), (2, 8, 3), (1, 4, 2), (1, 8, 2)))
+    if isinstance(row, SumRow) and row.sum == "Llama-2-7B":  # without products
+        return [Tiles(blocks, warps=warps) for blocks, warps in itertools.product((1, 2), (4, 8))]
+    if isinstance(row, SumRow) or row.form == "dense":
+        chunks = (32, 64, 128) if isinstance(row, SumRow) or row.rebuild_dtype == "bf16" else (64, 128)
+        cuts = itertools.product(chunks, ((2, 8, 1), (2, 8, 2), (2, 8, 3), (1, 4, 2), (1, 8, 2)))
         return [Tiles(blocks, chunk, warps, stages) for chunk, (blocks, warps, stages) in cuts]
     cuts = itertools.product(
-        (True, False), (0,) if form == "identity" else (0, 16, 64), ((1, 4, 2), (1, 4, 3), (1, 8, 2), (2, 8, 2))
+        (True, False), (0,) if row.form == "identity" else (0, 16, 64), ((1, 4, 2), (1, 4, 3), (1, 8, 2), (2, 8, 2))
     )
     return [Tiles(blocks, chunk, warps, stages, fused) for fused, chunk, (blocks, warps, stages) in cuts]
 
 
 def tune(smoke: bool, deadline: float, table: Path) -> None:
-    """Times tiles of the kernels that read keys, and writes the fastest of each shape into the table of this device."""
+    """Times tiles of the kernels that read keys or add to sums, and writes the fastest of each shape into the table of
+    this device."""
     known = json.loads(table.read_text()) if table.exists() else {}
     mine = known.setdefault(jax.local_devices()[0].device_kind, {})
     if smoke:
-        rows = [Row(TINY, "per_head", 4, 2, 256, "triton")]
+        rows: list[Row | SumRow] = [Row(TINY, "per_head", 4, 2, 256, "triton"), SumRow("tiny", 2, 256, "triton")]
     else:
         forms = [("per_head", 4), ("dense", 4), ("per_head", 2), ("per_head", 3), ("identity", 8), ("identity", 4)]
         rows = [Row(LLAMA_3, form, bits, 8, 65536, "triton") for form, bits in forms]
+        rows += [Row(LLAMA_2, "dense", 4, 8, 32768, "triton", dtype) for dtype in ("bf16", "fp8", "int8")]
+        rows += [SumRow(name, 8, 65536, "triton") for name in ("Llama-3.1-8B", "Llama-2-7B")]
     for number, row in enumerate(rows):
         now = time.monotonic()
         until = now + (deadline - now) / (len(rows) - number)
         best: tuple[float, Tiles] | None = None
         shapes: set[str] = set()
-        for tiles in candidates(row.form)[: 2 if smoke else None]:
+        kernel, label = ("sum", row.sum) if isinstance(row, SumRow) else ("decode", row.method)
+        for tiles in candidates(row)[: 2 if smoke else None]:
             if time.monotonic() > until:
-                print(f"{row.method}: {tiles} and what follows was not tried, out of time", file=sys.stderr)
+                print(f"{label}: {tiles} and what follows was not tried, out of time", file=sys.stderr)
                 break
 
-            def choose(shape: triton_tiles.Shape, tiles: Tiles = tiles, shapes: set[str] = shapes) -> Tiles:
-                if shape.kernel != "decode":
+            def choose(
+                shape: triton_tiles.Shape, tiles: Tiles = tiles, shapes: set[str] = shapes, kernel: str = kernel
+            ) -> Tiles:
+                if shape.kernel != kernel:
                     return triton_tiles.by_rule(shape, triton_tiles.capability() or 9.0)
                 shapes.add(str(shape))
                 return tiles
 
             with mock.patch.object(triton_tiles, "choose", choose):
                 try:
-                    taken = seconds(row, smoke, repeats=3)
+                    taken = row.seconds(smoke) if isinstance(row, SumRow) else seconds(row, smoke, repeats=3)
                 except Exception as problem:  # noqa: BLE001  tiles that do not compile or fit are no candidates
-                    print(f"{row.method}: {tiles} {type(problem).__name__}", file=sys.stderr)
+                    print(f"{label}: {tiles} {type(problem).__name__}", file=sys.stderr)
                     continue
             if best is None or taken < best[0]:
                 best = taken, tiles

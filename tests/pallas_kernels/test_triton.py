@@ -403,7 +403,7 @@ def test_the_benchmark_runs_on_the_interpreter(tmp_path: Path) -> None:
     assert not result["skipped"]
     assert all(check["error"] < 0.03 for check in result["checks"])
     kernels = {row["method"] for row in result["layers"] if row["implementation"] == "triton"}
-    assert kernels == {"xquant:4,basis=per_head", "xquant:2,basis=joint", "int8"}
+    assert kernels == {"xquant:4,basis=per_head", "xquant:2,basis=joint", "int8", "xquant:4,rebuild_dtype=fp8"}
     assert {row["implementation"] for row in result["sums"]} == {"triton", "xla"}
     assert {step["cache"] for step in result["steps"]} == {"bf16", "xquant:4"}
     assert plot.stat().st_size > 1000
@@ -415,7 +415,7 @@ def test_tuning_writes_a_table_that_is_then_used(tmp_path: Path, monkeypatch: py
     benchmark("--tune", "--table", table)
     monkeypatch.setattr(triton_tiles, "TABLE", table)
     triton_tiles._table.cache_clear()
-    shape = triton_tiles.Shape("decode", "per_head", 64, 4, 8)
     (written,) = json.loads(table.read_text()).values()
-    assert dataclasses.asdict(triton_tiles.choose(shape)) == written[str(shape)]
+    for shape in (triton_tiles.Shape("decode", "per_head", 64, 4, 8), triton_tiles.Shape("sum", "dense", bits=2)):
+        assert dataclasses.asdict(triton_tiles.choose(shape)) == written[str(shape)]
     triton_tiles._table.cache_clear()
