@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, xla
@@ -94,15 +95,18 @@ def recorded() -> Iterator[set[str]]:
 
 
 def remat_project(
-    stream: Blocks, weight: Float[Array, "C N"], *, implementation: str | None = None
+    stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None, implementation: str | None = None
 ) -> Float[Array, "B S N"]:
     """Rematerializes x^ W from the history blocks [B, N, ...] of one layer (paper, section 3.1).
+
+    dtype: of the result, which is summed in float32; by default the weight's
 
     Raises `ConfigError` if the widths differ or the implementation cannot be had.
     """
     if stream.spec.width != weight.shape[0]:
         raise ConfigError(f"a stream of width {stream.spec.width} cannot be multiplied by a {weight.shape} weight")
-    return _backend(implementation, "remat_project", stream, weight).remat_project(stream, weight)
+    backend = _backend(implementation, "remat_project", stream, weight, dtype=dtype)
+    return backend.remat_project(stream, weight, dtype=dtype)
 
 
 def decode_attention(
@@ -180,7 +184,9 @@ def quantize(
     """
     if spec.bits == UNQUANTIZED:
         return xla.quantize(x, spec)
-    return _backend(implementation, "quantize", x, spec, codebook).quantize(x, spec, codebook)
+    backend = _backend(implementation, "quantize", x, spec, codebook)
+    with jax.named_scope("quantize"):
+        return backend.quantize(x, spec, codebook)
 
 
 def _backend(implementation: str | None, operation: str, *args: Any, **kwargs: Any) -> ModuleType:

@@ -56,8 +56,10 @@ CONSUMERS = 2
 """Warpgroups that multiply, a block each; one more copies."""
 
 
-def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | None:
+def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
+    if dtype not in (None, jnp.bfloat16):
+        return "its results are bfloat16"
     spec, columns = stream.spec, weight.shape[1]
     if not target.current().interpret and jax.default_backend() == "gpu":
         device = jax.devices()[0]
@@ -79,7 +81,7 @@ def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | N
     return None
 
 
-def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "B S N"]:
+def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
     """See `pallas_kernels.api.remat_project`."""
     batch, num_blocks = stream.words[0].shape[:2]
     blocks = batch * num_blocks

@@ -54,12 +54,12 @@ def refuse_quantize(x: Array, spec: StreamSpec, codebook: Array | None = None) -
     return None
 
 
-def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> str | None:
+def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> str | None:
     """Why the kernel cannot take these, or None."""
     return _refuse_device() or _refuse_type(weight) or _refuse_stream("the", stream.spec, at_once=64)
 
 
-def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "B S N"]:
+def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
     """See `pallas_kernels.api.remat_project`."""
     batch, blocks = stream.words[0].shape[:2]
     columns = weight.shape[1]
@@ -69,7 +69,7 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "
         *_arrays(stream),
         _operand(weight),
         grid=(triton.cdiv(columns, COLUMNS), triton.cdiv(batch * blocks, tiles.blocks)),
-        outputs=[jax.ShapeDtypeStruct((batch * blocks * BLOCK, columns), weight.dtype)],
+        outputs=[jax.ShapeDtypeStruct((batch * blocks * BLOCK, columns), dtype or weight.dtype)],
         warps=tiles.warps,
         stages=tiles.stages,
         NUM_BLOCKS=batch * blocks,

@@ -1,5 +1,7 @@
 """The operations in plain XLA: their definition, and what runs where no kernel does."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -7,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.history import accumulate_history, attend_history
-from xquant_jax.quantization import Blocks, Leaf, dequantize
+from xquant_jax.quantization import Blocks, Leaf, as_tokens, dequantize
 from xquant_jax.quantization import quantize as quantize  # one of the operations
 
 
@@ -79,10 +81,9 @@ def expand(z: Float[Array, "B S C"], matrix: Array | None, num_kv_heads: int) ->
     return jnp.einsum("bske,ked->bskd", z.reshape(split), matrix)
 
 
-def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "B S N"]:
+def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
     """Dequantizes the blocks [B, N, ...] of one layer and multiplies: x^ W."""
-    x = dequantize(stream)
-    return x.reshape(x.shape[0], -1, x.shape[-1]).astype(weight.dtype) @ weight
+    return times(as_tokens(dequantize(stream)), weight).astype(dtype or weight.dtype)
 
 
 def decode_attention(

@@ -3,9 +3,8 @@
     python scripts/tpu_static_cost.py [--chips v5e v6e] [--models llama-3.1-8b] [--bits 4] [--kernels quantize]
         [--json OUT]
 
-Compiles `decode_attention`, `accumulate` and `quantize` ahead of time (libtpu) for one layer at 32 k context and reads
-what libtpu writes down: the bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit
-does in them, and spills.
+Compiles the operations ahead of time (libtpu) for one layer at 32 k context and reads what libtpu writes down: the
+bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit does in them, and spills.
 The bundles of a step of the grid, divided by the tokens that it takes, times 1024, are set against the least that
 the matrix unit, the vector unit or the memory needs for the same tokens: ratio = bound / bundles. A ratio above 1 means
 that the schedule issues matrix products faster than the unit takes them: then the bound is what it costs.
@@ -18,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,17 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, quantize, target  # noqa: E402
+from pallas_kernels import (  # noqa: E402
+    Accumulation,
+    KeyRebuild,
+    accumulate,
+    decode_attention,
+    quantize,
+    remat_project,
+    target,
+)
 from pallas_kernels.eight_bits import in_eight_bits  # noqa: E402
-from pallas_kernels.pallas_tpu import quantizing, running_sum  # noqa: E402
+from pallas_kernels.pallas_tpu import project, quantizing, running_sum  # noqa: E402
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan  # noqa: E402
 from xquant_jax.attention import Geometry  # noqa: E402
 from xquant_jax.packing import BLOCK  # noqa: E402
@@ -86,6 +94,10 @@ class Model:
         """What is quantized and packed."""
         axes = ("token",) if self.heads == self.kv_heads else ("channel", "token")
         return [Case(axis, b) for axis in axes for b in bits]
+
+    def projections(self, bits: list[int]) -> list["Case"]:
+        """What a running sum is multiplied with before the difference to it is stored."""
+        return [Case("cl", 8)] if 8 in bits and self.heads > self.kv_heads else []
 
     def sums(self, bits: list[int]) -> list["Case"]:
         """What xquant-cl adds to a running sum."""
@@ -200,6 +212,24 @@ def compile_quantize(chip: str, model: Model, case: Case) -> StreamSpec:
     return spec
 
 
+def compile_remat_project(chip: str, model: Model, case: Case) -> tuple[StreamSpec, int]:
+    """The product of a running sum with a square matrix, compiled for a chip."""
+    device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+    spec = StreamSpec(2 * model.kv_heads * model.dim, case.bits)
+    stream = jax.eval_shape(lambda: allocate_blocks(spec, (1, CONTEXT // BLOCK)))
+    matrix = jax.ShapeDtypeStruct((spec.width, spec.width), jnp.bfloat16)
+    args = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), (stream, matrix)
+    )
+
+    def run(stream: Blocks, matrix: Any) -> Any:
+        return remat_project(stream, matrix, dtype=jnp.float32, implementation="pallas_tpu")
+
+    with target.compiling_for("tpu", device.device_kind):
+        jax.jit(run).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    return spec, spec.width // project.COLUMNS
+
+
 @dataclasses.dataclass
 class Region:
     """Consecutive bundles at one depth of loops; `opens` where a loop begins."""
@@ -254,14 +284,15 @@ def clear_dump() -> None:
     DUMP.mkdir()
 
 
-def read_schedule(kernel: str, loops: list[tuple[int, int]]) -> tuple[int, float, int]:
+def read_schedule(kernel: str, loops: Sequence[tuple[int, float]]) -> tuple[float, float, int]:
     """Bundles of a step of the grid of what was compiled last, those that its vector operations need, and spills in
     the loops that run. `loops`: as `trips` returns them."""
     (bundles,) = DUMP.glob(f"*{kernel}*-final_bundles.txt")
     (utilization,) = DUMP.glob(f"*{kernel}*-final_hlo-static-per-bundle-utilization.txt")
     slots, used = read_units(utilization.read_text())
-    left, turns, inside = iter(loops), {0: 0}, 0
-    total, vector, spills = 0, 0, 0
+    left, inside = iter(loops), 0
+    turns: dict[int, float] = {0: 0}
+    total, vector, spills = 0.0, 0.0, 0
     for region in read_regions(bundles.read_text()):
         if region.opens:
             depth, count = next(left)
@@ -337,6 +368,18 @@ def quantize_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
     return row(chip, "quantize", {"model": name, **dataclasses.asdict(case)}, schedule, quantizing.TILE, 0, moved)
 
 
+def project_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
+    """The row of `remat_project`: the sum read, float32 written."""
+    clear_dump()
+    spec, parts = compile_remat_project(chip, MODELS[name], case)
+    tile = project.TILE
+    strips = tile * spec.width // 128 / project.UNROLL  # unpacked before the first of the parts
+    schedule = read_schedule("remat_project", [(1, parts), (2, strips / parts), (2, tile // project.TOGETHER)])
+    moved = _bytes(spec) + 4 * spec.width + 2 * spec.width**2 / (tile * BLOCK)
+    case_of_row = {"model": name, **dataclasses.asdict(case)}
+    return row(chip, "remat_project", case_of_row, schedule, tile, spec.width**2, moved)
+
+
 def _bytes(spec: StreamSpec) -> float:
     """Of a token."""
     return spec.width * (spec.bits + 32 / spec.group) / 8
@@ -346,6 +389,7 @@ KERNELS = {
     "decode_attention": (Model.cases, static_cost),
     "accumulate": (Model.sums, sum_cost),
     "quantize": (Model.streams, quantize_cost),
+    "remat_project": (Model.projections, project_cost),
 }
 
 

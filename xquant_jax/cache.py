@@ -188,24 +188,29 @@ def _extend(
         vectors = sharding.gather(vectors, split, axis=2)
         return window.at[:, rows, jnp.where(exists, places, width)].set(vectors.astype(window.dtype), mode="drop")
 
-    def rebuild(window: Array, vectors: Array, in_window: Array, counts: Array) -> Array:
-        """Into a wider window, layer by layer; places behind the new vectors keep whatever was there."""
-        own = room // sharding.devices_along(lies.blocks)
-        places = own * sharding.shard_index(lies.blocks) + jnp.arange(own)
-        start, end = in_window[:, None], (in_window + counts)[:, None]
+    def widen(window: Array, vectors: Array, in_window: Array, counts: Array) -> Array:
+        """Into a wider window, all of a sequence at once: what lies behind the first `counts` means nothing."""
+        devices = sharding.devices_along(lies.blocks)
+        own = room // devices
 
-        def layer(old_and_new: tuple[Array, Array]) -> Array:
-            old = sharding.gather(old_and_new[0], lies.blocks, axis=1)
-            new = sharding.gather(old_and_new[1], split, axis=1).astype(old.dtype)
-            width = old.shape[1]
-            kept = jnp.minimum(places, width - 1)
-            source = jnp.where((places >= start) & (places < end), width + places - start, kept)
-            return jnp.take_along_axis(jnp.concatenate([old, new], axis=1), source[..., None], axis=1)
+        def layers(window: Float[Array, "*L B W C"], vectors: Float[Array, "*L B T C"]) -> Float[Array, "*L B _own C"]:
+            window = _pad(sharding.gather(window, lies.blocks, axis=window.ndim - 2), room)
+            vectors = sharding.gather(vectors, split, axis=vectors.ndim - 2).astype(window.dtype)
+            outer = (0,) * (window.ndim - 3)
 
-        return lax.map(layer, (window, vectors))
+            def sequence(b: Array, window: Array) -> Array:
+                new = lax.dynamic_slice_in_dim(vectors, b, 1, axis=-3)
+                return lax.dynamic_update_slice(window, new, (*outer, b, in_window[b], 0))
+
+            wide = lax.fori_loop(0, window.shape[-3], sequence, window)
+            return lax.dynamic_slice_in_dim(wide, own * sharding.shard_index(lies.blocks), own, axis=-2)
+
+        if devices == 1:
+            return layers(window, vectors)
+        return lax.map(lambda both: layers(*both), (window, vectors))  # what is gathered stays small
 
     batch = sharding.RULES.spec("batch")
-    extend = write if window.shape[2] >= room else rebuild
+    extend = write if window.shape[2] >= room else widen
     shares = (lies.window, P(None, *new_vectors_spec(lies, length)), batch, batch)
     return _layer_by_layer(sharding.on_shards(extend, shares, lies.window)(window, vectors, in_window, counts))
 
@@ -231,19 +236,21 @@ def flush(cache: Cache, factors: tuple[Any, ...], implementation: str | None = N
     Layer after layer, as a method may store the difference to what was read back from the layer before (`factors`
     are those of the forward pass). `implementation`: of the kernels, see `pallas_kernels.api`.
     """
-    return _settle(cache, _quantize_whole_blocks(cache, factors, implementation))
+    with jax.named_scope("flush"):
+        return _settle(cache, _quantize_whole_blocks(cache, factors, implementation))
 
 
 def flush_when_due(cache: Cache, factors: tuple[Any, ...], implementation: str | None = None) -> Cache:
     """`flush` if a sequence has a whole block in its window, under one `lax.cond`; only histories pass through it."""
-    due = jnp.any(cache.in_window >= BLOCK)
-    histories = lax.cond(
-        due,
-        lambda cache: _quantize_whole_blocks(cache, factors, implementation),
-        lambda cache: tuple(segment.history for segment in cache.segments),
-        cache,
-    )
-    return _settle(cache, histories)
+    with jax.named_scope("flush"):
+        due = jnp.any(cache.in_window >= BLOCK)
+        histories = lax.cond(
+            due,
+            lambda cache: _quantize_whole_blocks(cache, factors, implementation),
+            lambda cache: tuple(segment.history for segment in cache.segments),
+            cache,
+        )
+        return _settle(cache, histories)
 
 
 def _quantize_whole_blocks(

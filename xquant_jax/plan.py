@@ -26,6 +26,7 @@ from xquant_jax.config import ModelConfig
 from xquant_jax.counting import Operations, count
 from xquant_jax.devices import Device
 from xquant_jax.errors import ConfigError
+from xquant_jax.history import TILE_BLOCKS
 from xquant_jax.loading import DEMO
 from xquant_jax.methods import METHODS, CacheConfig
 from xquant_jax.model import Transformer, forward
@@ -252,7 +253,7 @@ class Costs:
         """Operations and bytes of a step with `context` tokens in every sequence; contexts may be an array."""
         step, flushing = _operations(self.config, _without_bits(self.cache_config), 1)
         tokens = self._looked_at(context)
-        flops = step.once + flushing.once / BLOCK + step.per_round * tokens / BLOCK
+        flops = step.once + flushing / BLOCK + step.per_round * tokens / BLOCK
         return batch * flops, self._read_once + batch * (self._window + self._read_per_token(context))
 
     def prefill(self, device: Device, batch: int, context: int) -> float:
@@ -260,7 +261,7 @@ class Costs:
         step, flushing = _operations(self.config, _without_bits(self.cache_config), self.chunk)
         before = np.arange(0, context, self.chunk, dtype=np.float64)  # tokens that a chunk finds stored
         share = np.minimum(context - before, self.chunk) / self.chunk  # of the last chunk only so much is needed
-        flops = (step.once + flushing.once) * share + step.per_round * self._looked_at(before) / BLOCK
+        flops = (step.once + flushing) * share + step.per_round * self._looked_at(before) / BLOCK
         moved = self._read_once + batch * (self._window + self._read_per_token(before))
         return float(device.seconds(batch * flops, moved).sum())
 
@@ -383,7 +384,7 @@ def _factor_bytes(config: ModelConfig, cache_config: CacheConfig) -> tuple[int, 
 
 
 @lru_cache(maxsize=256)
-def _operations(config: ModelConfig, cache_config: CacheConfig, tokens: int) -> tuple[Operations, Operations]:
+def _operations(config: ModelConfig, cache_config: CacheConfig, tokens: int) -> tuple[Operations, int]:
     """Of a step of one sequence with so many new tokens, a round being a block of history; and of its flush."""
     model, params = Transformer(config, "xla"), parameter_shapes(config)
     one_layer, _ = factors_of_one_layer(config, cache_config)
@@ -392,7 +393,9 @@ def _operations(config: ModelConfig, cache_config: CacheConfig, tokens: int) -> 
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=1, tokens=BLOCK))
     step = jax.make_jaxpr(partial(forward, model), return_shape=True)
     jaxpr, (_, longer) = step(params, shape((1, tokens)), cache, factors, shape((1,)))
-    return count(jaxpr), count(jax.make_jaxpr(partial(flush, implementation="xla"))(longer, factors))
+    flushing = count(jax.make_jaxpr(partial(flush, implementation="xla"))(longer, factors))
+    rounds = -(-((BLOCK - 1 + tokens) // BLOCK) // TILE_BLOCKS)  # of adding to a running sum
+    return count(jaxpr), flushing.once + rounds * flushing.per_round
 
 
 def _without_bits(cache_config: CacheConfig) -> CacheConfig:

@@ -22,10 +22,12 @@ from xquant_jax.packing import BLOCK, PLANES
 from xquant_jax.quantization import Blocks, StreamSpec
 
 TILE = 8  # blocks
-COLUMNS = 512
+COLUMNS = 256
+TOGETHER = 4  # blocks that share a reading of the columns
+UNROLL = 4
 
 
-def refuse_remat_project(stream: Blocks, weight: Array) -> str | None:
+def refuse_remat_project(stream: Blocks, weight: Array, *, dtype: Any = None) -> str | None:
     """Why the kernel cannot take these arguments; None if it can."""
     if reason := refuse_stream(stream.spec):
         return f"the stream {reason}"
@@ -39,7 +41,7 @@ def _bytes(width: int) -> int:
     return 2 * width * (TILE * BLOCK + 2 * COLUMNS) + 2 * TILE * BLOCK * width + 8 * TILE * BLOCK * COLUMNS
 
 
-def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "B S N"]:
+def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
     """See `pallas_kernels.api.remat_project`."""
     spec = stream.spec
     batch, blocks = stream.words[0].shape[:2]
@@ -49,19 +51,21 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "
     padded = jnp.pad(weight.astype(jnp.bfloat16), ((0, 0), (0, columns - weight.shape[1])))
     arrays = [*stream.words, *(by_block(x, spec.axis, leading=1) for x in (stream.scale, stream.zero))]
 
+    rows = (tile, width // (LANES if spec.axis == "channel" else spec.group), 1, LANES)
+
     def of_tile(rest: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec((None, tile, *rest), lambda b, t, n: (b, t, *[0] * len(rest)))
 
     out = pl.pallas_call(
         functools.partial(_kernel, spec, tile),
-        out_shape=jax.ShapeDtypeStruct((batch, blocks, BLOCK, columns), weight.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, blocks, BLOCK, columns), dtype or weight.dtype),
         grid=(batch, pl.cdiv(blocks, tile), columns // part),
         in_specs=[
             *(of_tile(a.shape[2:]) for a in arrays),
             pl.BlockSpec((width, part), lambda b, t, n: (0, n)),
         ],
         out_specs=pl.BlockSpec((None, tile, BLOCK, part), lambda b, t, n: (b, t, 0, n)),
-        scratch_shapes=[pltpu.VMEM((tile, BLOCK, width), jnp.bfloat16)],
+        scratch_shapes=[pltpu.VMEM((tile, BLOCK, width), jnp.bfloat16), *[pltpu.VMEM(rows, jnp.float32)] * 2],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=chip.current().vmem * 7 // 8
         ),
@@ -72,33 +76,31 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"]) -> Float[Array, "
 
 
 def _kernel(spec: StreamSpec, tile: int, *refs: Any) -> None:
-    *words, scale, zero, weight, out, x = refs
+    *words, scale, zero, weight, out, x, scales, zeros = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _dequantize() -> None:
-        for block in range(tile):
+        for given, rows in ((scale, scales), (zero, zeros)):
+            rows[...] = given[...].astype(jnp.float32).reshape(tile, -1, LANES)[:, :, None]
 
-            def strip(number: Array, _: None, block: int = block) -> None:
-                lanes = pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
-                planes = [words[n][block, :, lanes] for n in range(len(PLANES[spec.bits]))]
-                x[block, :, lanes] = unpack.in_order(
-                    planes, spec.bits, *_scales(spec, scale, zero, block, number, lanes)
-                )
+        def strip(number: Array, _: None) -> None:
+            block, n = lax.div(number, jnp.int32(strips)), lax.rem(number, jnp.int32(strips))
+            lanes = pl.ds(pl.multiple_of(n * LANES, LANES), LANES)
+            row = n if spec.axis == "channel" else lax.div(n, jnp.int32(spec.group // LANES))
+            s, z = scales[block, row], zeros[block, row]
+            if spec.axis == "token":
+                s, z = unpack.columns(s, z)
+            planes = [words[plane][block, :, lanes] for plane in range(len(PLANES[spec.bits]))]
+            x[block, :, lanes] = unpack.in_order(planes, spec.bits, s, z)
 
-            lax.fori_loop(0, spec.width // LANES, strip, None)
+        strips = spec.width // LANES
+        lax.fori_loop(0, tile * strips, strip, None, unroll=math.gcd(UNROLL, tile * strips))
 
-    def block(number: Array, _: None) -> None:
-        product = jnp.dot(x[number], weight[...], preferred_element_type=jnp.float32)
-        out[number] = product.astype(out.dtype)
+    def product(number: Array, _: None) -> None:
+        blocks = pl.ds(number * together, together)
+        left = x[blocks].reshape(together * BLOCK, spec.width)
+        right = jnp.dot(left, weight[...], preferred_element_type=jnp.float32)
+        out[blocks] = right.astype(out.dtype).reshape(together, BLOCK, -1)
 
-    lax.fori_loop(0, tile, block, None)
-
-
-def _scales(spec: StreamSpec, scale: Any, zero: Any, block: int, strip: Array, lanes: Any) -> list[Array]:
-    """Scale and zero of 128 channels, float32 [1, 128] along the channel, [128, 1] along the token."""
-    if spec.axis == "channel":
-        return [a[block : block + 1, lanes].astype(jnp.float32) for a in (scale, zero)]
-    group = lax.div(strip, jnp.int32(spec.group // LANES))
-    row = lax.broadcasted_iota(jnp.int32, scale.shape[1:], 0)
-    picked = [jnp.where(row == group, a[block].astype(jnp.float32), 0.0) for a in (scale, zero)]
-    return [jnp.sum(a, axis=0, keepdims=True).T for a in picked]
+    together = math.gcd(TOGETHER, tile)
+    lax.fori_loop(0, tile // together, product, None)

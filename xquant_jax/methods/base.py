@@ -6,7 +6,7 @@ A method is a small frozen dataclass whose fields are its options; a new one is 
 import abc
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
+from pallas_kernels.xla import times
 from xquant_jax import attention, rope
 from xquant_jax.attention import Geometry, Part
 from xquant_jax.cache import Segment
@@ -181,8 +182,8 @@ class Method(abc.ABC):
     def encode(self, factors: Any, new: NewTokens) -> dict[str, Float[Array, "B T _C"]]:
         """The window's vectors of new tokens."""
 
-    def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
-        """Stream vectors [B, S, C] from the window's; `running` is the sum of the layers below, [B, S, C]."""
+    def store(self, factors: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
+        """Stream vectors [B, S, C] from the window's; `predicted`: what the running sum becomes if nothing is added."""
         return window
 
     def accumulation(self, factors: Any) -> pallas_kernels.Accumulation:
@@ -213,16 +214,20 @@ class Method(abc.ABC):
         the running sum with this layer in it.
         """
         quantize = partial(pallas_kernels.quantize, implementation=implementation)
-        below = None if running is None else as_tokens(dequantize(running)).astype(jnp.float32)
-        vectors, books = self.store(factors, window, below), self.codebooks(factors)
+        accumulation = self.accumulation(factors) if self.accumulates else None
+        predicted = None
+        if accumulation is not None and accumulation.predict is not None:
+            predicted = _predicted(accumulation.predict, running, implementation)
+        vectors, books = self.store(factors, window, predicted), self.codebooks(factors)
         blocks = {name: quantize(as_blocks(v), specs[name], books.get(name)) for name, v in vectors.items()}
-        stored = {name: as_tokens(dequantize(b, books.get(name))) for name, b in blocks.items()}
-        if not self.accumulates:
-            return blocks, stored, running
+        if accumulation is None:
+            return blocks, {name: as_tokens(dequantize(b, books.get(name))) for name, b in blocks.items()}, running
         assert running is not None
-        assert below is not None
-        total = self.accumulation(factors)(below, next(iter(stored.values())))
-        running = quantize(as_blocks(total), running.spec)
+        (stream,) = (jax.tree.map(lambda a: a[None], stream) for stream in blocks.values())
+        all_blocks = jnp.full(*running.words[0].shape[:2])
+        running = pallas_kernels.accumulate(  # as in decode
+            running, stream, accumulation, all_blocks, layer=0, implementation=implementation
+        )
         return blocks, dict.fromkeys(window, as_tokens(dequantize(running))), running
 
     def without_sink(self, window: dict[str, Array], begins: Bool[Array, " B"]) -> dict[str, Array]:
@@ -312,3 +317,13 @@ class Method(abc.ABC):
             )
         both = attention.merge(recent, old)
         return (both if absorbed is None else Part(absorbed.project(both.out), both.lse)), running
+
+
+def _predicted(predict: tuple[Array, ...], running: Blocks | None, implementation: str | None) -> Array:
+    """The running sum times the matrices, float32 [B, S, C]."""
+    assert running is not None
+    if not predict:
+        return as_tokens(dequantize(running)).astype(jnp.float32)
+    first, *others = predict
+    project = partial(pallas_kernels.remat_project, dtype=jnp.float32, implementation=implementation)
+    return reduce(times, others, project(running, first))

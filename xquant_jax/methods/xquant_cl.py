@@ -171,9 +171,9 @@ class XQuantCL(Method):
                 x = new.h
         return {"x": x @ factors["basis"] if "predict" in factors else x}
 
-    def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
-        assert running is not None
-        difference = window["x"].astype(jnp.float32) - self.accumulation(factors).predicted(running)
+    def store(self, factors: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
+        assert predicted is not None
+        difference = window["x"].astype(jnp.float32) - predicted
         return {"delta": self._project(factors, difference)}
 
     def accumulation(self, factors: Any) -> Accumulation:
@@ -248,7 +248,7 @@ class Base(XQuantCL):
         self._check(config)
         return {"base": StreamSpec(self._stored_width(config), self.bits, "token")}
 
-    def store(self, factors: Any, window: dict[str, Array], running: Array | None) -> dict[str, Array]:
+    def store(self, factors: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
         return {"base": self._project(factors, window["x"].astype(jnp.float32))}
 
     def accumulation(self, factors: Any) -> Accumulation:
