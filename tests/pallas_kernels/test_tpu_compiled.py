@@ -23,7 +23,10 @@ from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks
 from xquant_jax.rope import Rope
 from xquant_jax.sampling import Sampling
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+]
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 BLOCKS = 32_768 // 128

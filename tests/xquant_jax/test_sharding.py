@@ -173,6 +173,7 @@ def test_every_device_holds_its_share(
     assert held[mesh.devices.flat[0]] <= whole.total / 8 + first_tokens + 64  # 64: two numbers for every sequence
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("spec", ["xquant:4,group=8", "xquant:4,basis=joint", "kvquant:3"])
 def test_history_never_travels(models: dict[bool, xq.Model], spec: str) -> None:
     """The compiled step copies nothing that is as large as a layer's history, and exchanges nothing of the kind."""
