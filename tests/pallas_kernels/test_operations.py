@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,9 @@ KERNEL_TOLERANCE = 1e-2
 # what a test is run with: a backend and a kind of device; pallas_gpu has no decoding, and tests of its own
 RUNS = {name: (name, None) for name in api.BACKENDS if name != "pallas_gpu"}
 RUNS |= {"pallas_tpu-v5p": ("pallas_tpu", "TPU v5p"), "pallas_tpu-v6e": ("pallas_tpu", "TPU v6 lite")}
+
+
+quantized = jax.jit(quantize, static_argnames="spec")
 
 
 @pytest.fixture
@@ -154,7 +158,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
 
     def stream(bits: int, axis, seed: int) -> Blocks:
         x = random(layers, batch, case.blocks, 128, width, seed=seed)
-        return quantize(jnp.asarray(x), StreamSpec(width, bits, axis))
+        return quantized(jnp.asarray(x), StreamSpec(width, bits, axis))
 
     key = stream(case.key_bits, case.axis, seed=1)
     value = key if case.one_stream else stream(case.value_bits, "token", seed=2)
@@ -162,21 +166,16 @@ def test_decode_attention(implementation: str, case: Case) -> None:
     q = random(batch, case.new, case.heads, dim)
     frequencies = Rope().frequencies(dim)
     positions = 128 * flushed[:, None] + 40 + np.arange(case.new)
-    geometry = Geometry(
-        jnp.asarray(positions), case.sliding_window, jnp.asarray(frequencies), dim**-0.5, rotated=case.rotated
-    )
-    part = pallas_kernels.decode_attention(
-        jnp.asarray(q),
-        key,
-        rebuild,
-        value,
-        jnp.asarray(flushed),
-        geometry,
-        layer=jnp.int32(1),
-        num_kv_heads=kv_heads,
-        value_heads=value_heads,
-        implementation=implementation,
-    )
+
+    @jax.jit
+    def attend(q, key, rebuild, value, flushed, positions, frequencies, layer):
+        geometry = Geometry(positions, case.sliding_window, frequencies, dim**-0.5, rotated=case.rotated)
+        heads = {"num_kv_heads": kv_heads, "value_heads": value_heads}
+        return pallas_kernels.decode_attention(
+            q, key, rebuild, value, flushed, geometry, layer=layer, **heads, implementation=implementation
+        )
+
+    part = attend(q, key, rebuild, value, flushed, positions, frequencies, jnp.int32(1))
     z = np.asarray(dequantize(key))[1].reshape(batch, -1, width).astype(np.float64)
     if case.form == "per_head":
         keys = np.einsum("bske,ked->bskd", z.reshape(batch, -1, kv_heads, dim), matrix)
@@ -201,9 +200,12 @@ def test_decode_attention(implementation: str, case: Case) -> None:
 @pytest.mark.parametrize("axis", ["token", "channel"])
 def test_remat_project(implementation: str, bits: int, axis) -> None:
     batch, width, columns = 2, 256, 192
-    blocks = quantize(jnp.asarray(random(batch, 3, 128, width)), StreamSpec(width, bits, axis))
+    blocks = quantized(random(batch, 3, 128, width), StreamSpec(width, bits, axis))
     weight = random(width, columns) / 16
-    got = pallas_kernels.remat_project(blocks, jnp.asarray(weight), implementation=implementation)
+    project = jax.jit(
+        lambda blocks, weight: pallas_kernels.remat_project(blocks, weight, implementation=implementation)
+    )
+    got = project(blocks, weight)
     expected = np.asarray(dequantize(blocks)).reshape(batch, 3 * 128, width).astype(np.float64) @ weight
     np.testing.assert_allclose(got, expected, atol=TOLERANCE.get(implementation, KERNEL_TOLERANCE))
 
@@ -244,9 +246,9 @@ SUMS = [
 )
 def test_accumulate(implementation: str, case: Sum) -> None:
     batch = len(case.flushed)
-    below = quantize(jnp.asarray(random(batch, case.blocks, 128, case.width)), StreamSpec(case.width, 8))
+    below = quantized(jnp.asarray(random(batch, case.blocks, 128, case.width)), StreamSpec(case.width, 8))
     difference = random(2, batch, case.blocks, 128, case.stored, seed=1) / 4
-    stream = quantize(jnp.asarray(difference), StreamSpec(case.stored, case.bits, case.axis))
+    stream = quantized(jnp.asarray(difference), StreamSpec(case.stored, case.bits, case.axis))
     predict = lift = None
     expected = np.asarray(dequantize(stream))[1].astype(np.float64)
     if case.lift:
@@ -263,9 +265,14 @@ def test_accumulate(implementation: str, case: Sum) -> None:
         None if predict is None else tuple(jnp.asarray(matrix) for matrix in predict),
         None if lift is None else jnp.asarray(lift),
     )
-    total = pallas_kernels.accumulate(
-        below, stream, accumulation, jnp.asarray(case.flushed), layer=jnp.int32(1), implementation=implementation
-    )
+
+    @jax.jit
+    def add(below, stream, accumulation, flushed, layer):
+        return pallas_kernels.accumulate(
+            below, stream, accumulation, flushed, layer=layer, implementation=implementation
+        )
+
+    total = add(below, stream, accumulation, jnp.asarray(case.flushed), jnp.int32(1))
     assert total.spec == below.spec
     scale = np.repeat(np.asarray(total.scale, np.float64), 128, axis=-1)
     for row, flushed in enumerate(case.flushed):
