@@ -141,3 +141,23 @@ def forget_programs() -> None:
 def _few_programs() -> Iterator[None]:
     yield
     forget_programs()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Both processes of `make test` keep what they compile in one folder, a new one in every run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def _optimizations(request: pytest.FixtureRequest) -> None:
+    """Compiling takes most of the time of the tests: only those marked `optimized` have code made as users have it."""
+    disable = request.node.get_closest_marker("optimized") is None
+    if disable != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", disable)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(disable))  # of commands that a test starts
+        jax.clear_caches()  # they are not told apart by it

@@ -9,6 +9,8 @@ import pytest
 
 from xquant_jax.cli import main
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[1]
 PLAN, BATCH = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("plan.md", "batch.md"))
 

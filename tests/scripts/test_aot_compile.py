@@ -14,7 +14,10 @@ from xquant_jax.methods import CacheConfig
 from xquant_jax.plan import Costs
 
 pytest.importorskip("libtpu", reason="no libtpu here, the compiler for TPUs")
-pytestmark = pytest.mark.filterwarnings("ignore:decode_attention runs without a kernel")
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.filterwarnings("ignore:decode_attention runs without a kernel"),
+]
 
 ROOT = Path(__file__).parents[2]
 LLAMA_8B, LLAMA_70B, LLAMA_2 = "llama-3.1-8b", "llama-3.1-70b", "llama-2-7b"

@@ -99,7 +99,7 @@ def test_a_killed_job_goes_on_where_it_stopped(
     model: Path, prompts: Path, tmp_path: Path, count: int, victim: int, mesh: str
 ) -> None:
     results = tmp_path / "results.jsonl"
-    options = ("--mesh", mesh, "--max-new-tokens", "200", "--slots", "2")
+    options = ("--mesh", mesh, "--max-new-tokens", "80", "--slots", "2")
     processes = start(count, model, prompts, results, *options)
     deadline = time.monotonic() + SECONDS
     while not (results.exists() and results.read_bytes().count(b"\n") >= 4):
@@ -115,7 +115,7 @@ def test_a_killed_job_goes_on_where_it_stopped(
     processes = start(count, model, prompts, results, *options)
     errors = ends(processes)
     assert [process.returncode for process in processes] == [0] * count, errors
-    check(results, 200)
+    check(results, 80)
     after = records(results)
     assert all(after[line] == record for line, record in before.items())
 

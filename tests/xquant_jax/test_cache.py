@@ -14,6 +14,8 @@ from xquant_jax.errors import CacheFullError
 from xquant_jax.methods import CacheConfig
 from xquant_jax.quantization import dequantize
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = tiny_config(width=256, num_heads=8, num_kv_heads=2, head_dim=64)  # R = 128
 LENGTHS = np.asarray([300, 255, 127, 1], np.int32)
 

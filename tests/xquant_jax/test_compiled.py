@@ -12,6 +12,8 @@ from xquant_jax.decoding import Decoding, advance
 from xquant_jax.methods import CacheConfig
 from xquant_jax.sampling import Sampling
 
+pytestmark = pytest.mark.optimized
+
 BATCH, NEW, CHUNK = 2, 64, 16
 
 

@@ -9,6 +9,8 @@ from hypothesis.extra import numpy as hnp
 
 from xquant_jax.packing import PLANES, pack, unpack
 
+pytestmark = pytest.mark.optimized
+
 SHAPES = st.tuples(st.integers(1, 3), st.just(128), st.integers(1, 5))
 
 

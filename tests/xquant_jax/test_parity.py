@@ -12,6 +12,8 @@ import xquant_jax as xq
 from tests.conftest import GOLDEN
 from xquant_jax.cache import allocate, flush, flush_when_due
 
+pytestmark = pytest.mark.optimized
+
 CASES = sorted(path.parent for path in GOLDEN.glob("*/golden.npz"))
 TOLERANCE = 1e-4  # of the logits' range: float32 rounding through the layers
 

@@ -12,6 +12,8 @@ from xquant_jax.errors import ConfigError
 from xquant_jax.packing import unpack
 from xquant_jax.quantization import StreamSpec, default_group, dequantize, quantize
 
+pytestmark = pytest.mark.optimized
+
 WIDTH = 6
 TINY = 2.0**-126  # denormal float32 numbers count as zero on the devices
 LARGEST = float(np.nextafter(np.float32(1e38), np.float32(0)))

@@ -50,7 +50,8 @@ def run_library(
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [
-        *((kind, f"xquant:{bits}") for kind in ("K=H", "K<H") for bits in (2, 3, 4, 8)),
+        *((kind, f"xquant:{bits}") for kind in ("K=H", "K<H") for bits in (2, 3, 8)),
+        *(pytest.param(kind, "xquant:4", marks=pytest.mark.optimized) for kind in ("K=H", "K<H")),
         *(("K=H", f"xquant:4,rebuild_dtype={dtype}") for dtype in ("int8", "fp8")),
         *(("K<H", f"xquant:{bits},basis=joint") for bits in (2, 3, 4, 8)),
         ("K<H", "xquant:3,key_basis=joint"),
