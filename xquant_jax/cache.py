@@ -225,9 +225,12 @@ def _check_append(cache: Cache, counts: Array, length: int) -> None:
     if any(isinstance(a, Tracer) for a in (cache.lengths, cache.flushed, counts)):
         return
     check_room(cache.capacity, int((cache.lengths + counts).max()))
-    width = max(next(iter(cache.segments[0].window.values())).shape[2], _window_room(length, cache.layout))
-    if int((cache.in_window + counts).max()) > width:
-        raise CacheFullError(f"the window holds {width} tokens and whole blocks were not flushed; call flush first")
+    width, room = next(iter(cache.segments[0].window.values())).shape[2], _window_room(length, cache.layout)
+    fits = int((cache.in_window + counts).max()) <= width if width >= room else int(cache.in_window.max()) < BLOCK
+    if not fits:
+        raise CacheFullError(
+            f"the window holds {max(width, room)} tokens and whole blocks were not flushed; call flush first"
+        )
 
 
 def flush(cache: Cache, factors: tuple[Any, ...], implementation: str | None = None) -> Cache:

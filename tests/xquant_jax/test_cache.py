@@ -124,6 +124,11 @@ def test_appending_without_a_flush_or_beyond_the_capacity_is_an_error() -> None:
     cache = append(append(cache, new, hundred), new, hundred)
     with pytest.raises(CacheFullError, match="whole blocks were not flushed"):
         append(cache, new, hundred)
+    whole = append(
+        allocate(CacheConfig.parse("xquant:4"), CONFIG, batch=1, tokens=512), vectors(cache, 128), hundred + 28
+    )
+    with pytest.raises(CacheFullError, match="whole blocks were not flushed"):
+        append(whole, vectors(cache, 200), hundred)
     cache = append(flush(cache, none(cache)), new, hundred)
     with pytest.raises(CacheFullError, match=r"holds 383 tokens .* need 400"):
         append(flush(cache, none(cache)), new, hundred)
