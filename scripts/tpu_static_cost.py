@@ -266,7 +266,9 @@ def trips(plan: Plan) -> list[tuple[int, int]]:
     whole tile exists. The grid is the loop at depth 1, and turns once for every tile."""
     large, small = plan.chunks
     if plan.looped:
-        return [(1, 1), (2, plan.tile // small), (3, plan.key.width // 128), (3, plan.groups // plan.unroll)]
+        inner = [(3, plan.key.width // 128), (3, plan.groups // plan.unroll)]
+        rest = [(2, 0), *inner] if large > small else []
+        return [(1, 1), (2, plan.tile // large), *inner, *rest]
     return [(1, 1), (2, plan.tile // large), (2, 0)]
 
 
@@ -299,7 +301,7 @@ def read_schedule(kernel: str, loops: Sequence[tuple[int, float]]) -> tuple[floa
             if depth != region.depth:
                 raise SystemExit(f"a loop at depth {region.depth} where the kernel has one at depth {depth}")
             inside = max(inside, 1)
-            turns[depth] = count * max(turns[depth - 1], 1)
+            turns[depth] = count * (turns[depth - 1] if depth > 1 else 1)
         times = turns[max(region.depth, inside)] if region.depth else turns.get(inside, 0)
         units = used[region.first : region.first + region.size]
         total += times * region.size

@@ -366,7 +366,7 @@ def _chunk(plan: Plan, size: int, block: Array, tile: Array, end: Array, window:
 
     if plan.int8:
         rebuild8.read(plan, size, block, refs)
-        lax.fori_loop(0, plan.groups, lambda n, _: _rebuild(plan, n, None, refs), None, unroll=plan.unroll)
+        lax.fori_loop(0, plan.groups, lambda n, _: _rebuild(plan, size, block, n, None, refs), None, unroll=plan.unroll)
     elif plan.looped:
 
         def strip(number: Array, _: None) -> None:
@@ -377,7 +377,7 @@ def _chunk(plan: Plan, size: int, block: Array, tile: Array, end: Array, window:
 
         def rebuild(n: Array, _: None) -> None:
             x = [pltpu.bitcast(refs["x"][i * unpack.PAIRS : (i + 1) * unpack.PAIRS], jnp.bfloat16) for i in range(size)]
-            _rebuild(plan, n, x, refs)
+            _rebuild(plan, size, block, n, x, refs)
 
         lax.fori_loop(0, plan.key.width // LANES, strip, None)
         lax.fori_loop(0, plan.groups, rebuild, None)
@@ -386,7 +386,7 @@ def _chunk(plan: Plan, size: int, block: Array, tile: Array, end: Array, window:
         for n in range(plan.groups):
             if n == 0 or not plan.dense:
                 x = [_dequantized(plan, block + i, n * channels, channels, refs) for i in range(size)]
-            _rebuild(plan, n, x, refs)
+            _rebuild(plan, size, block, n, x, refs)
     for n in range(plan.groups):
         _score(plan, size, block, n, refs)
     probability, shrunk = _softmax(plan, size, tile + block, end, window, refs)
@@ -408,18 +408,25 @@ def _dequantized(plan: Plan, block: Array, first: Any, channels: int, refs: dict
     return unpack.scaled_along_tokens(planes, key.bits, scales)
 
 
-def _rebuild(plan: Plan, n: Array | int, blocks: list[Array] | None, refs: dict[str, Any]) -> None:
-    """Keys of a group to scratch, rotated by their place, and the inverse of their norms. `blocks`: x^, unless codes
-    are multiplied."""
+def _rebuild(
+    plan: Plan, size: int, block: Array, n: Array | int, blocks: list[Array] | None, refs: dict[str, Any]
+) -> None:
+    """Keys of a group to scratch, rotated by their place, and the inverse of their norms. `blocks`: x^ of the `size`
+    blocks from `block` of the tile, unless codes are multiplied."""
+    step = min(size, plan.turn)
+    if step == plan.turn:
+        places = slice(None)
+    else:  # a chunk within a turn
+        places = pl.ds(pl.multiple_of(lax.rem(block, jnp.int32(plan.turn)) * BLOCK, BLOCK), step * BLOCK)
     column = n * plan.width if isinstance(n, int) else pl.multiple_of(n * plan.width, plan.width)
     if blocks is None:
         products = iter([rebuild8.product(plan, n, column, refs)])
     else:
         matrix = refs["matrix"][:, pl.ds(column, plan.width)] if plan.dense else refs["matrix"][n]
-        chunks = (blocks[first : first + plan.turn] for first in range(0, len(blocks), plan.turn))
+        chunks = (blocks[first : first + step] for first in range(0, size, step))
         products = (jnp.dot(jnp.concatenate(x), matrix, preferred_element_type=jnp.float32) for x in chunks)
     for number, k in enumerate(products):
-        first = number * plan.turn
+        first = number * step
         if plan.bias:
             k = k + refs["bias"][n]
         if plan.norm_eps is not None:
@@ -427,8 +434,8 @@ def _rebuild(plan: Plan, n: Array | int, blocks: list[Array] | None, refs: dict[
         if "cos" in refs:
             if plan.chip.bf16_alu:
                 k = k.astype(jnp.bfloat16)
-            sine = (k if plan.sines_apart else pltpu.roll(k, plan.width // 2, 1)) * refs["sin"][...]
-            k = k * refs["cos"][...]
+            sine = (k if plan.sines_apart else pltpu.roll(k, plan.width // 2, 1)) * refs["sin"][places]
+            k = k * refs["cos"][places]
             if plan.sines_apart:
                 _to_scratch(plan, refs["sines"], n, first, sine.astype(jnp.bfloat16))
             else:
@@ -444,31 +451,34 @@ def _keys_scratch(plan: Plan, tokens: int) -> Any:
 
 
 def _to_scratch(plan: Plan, ref: Any, n: Array | int, first: int, k: Array) -> None:
+    """Keys from block `first` of a chunk on."""
     if plan.chip.bf16_alu:
         k = pltpu.bitcast(k, jnp.uint32)
-    ref[n, first * k.shape[0] // plan.turn : (first // plan.turn + 1) * k.shape[0]] = k
+    row = first * (unpack.PAIRS if plan.chip.bf16_alu else BLOCK)
+    ref[n, row : row + k.shape[0]] = k
 
 
-def _from_scratch(plan: Plan, ref: Any, n: int, first: int) -> Array:
-    """`plan.turn` blocks, bfloat16."""
+def _from_scratch(plan: Plan, ref: Any, n: int, first: int, size: int) -> Array:
+    """`size` blocks, bfloat16."""
     if plan.chip.bf16_alu:
-        return pltpu.bitcast(ref[n, first * unpack.PAIRS : (first + plan.turn) * unpack.PAIRS], jnp.bfloat16)
-    return ref[n, first * BLOCK : (first + plan.turn) * BLOCK]
+        return pltpu.bitcast(ref[n, first * unpack.PAIRS : (first + size) * unpack.PAIRS], jnp.bfloat16)
+    return ref[n, first * BLOCK : (first + size) * BLOCK]
 
 
 def _score(plan: Plan, size: int, block: Array, n: int, refs: dict[str, Any]) -> None:
     """Products of a group's queries and keys to scratch."""
-    for first in range(0, size, plan.turn):
+    step = min(size, plan.turn)
+    for first in range(0, size, step):
         q = refs["turned"][n]
         if not plan.rotated:
             q = _turn(plan, q, lax.div(block, jnp.int32(plan.turn)) + first // plan.turn, refs)
-        tokens = slice(first * BLOCK, (first + plan.turn) * BLOCK)
-        scores = _dot_transposed(q.astype(jnp.bfloat16), _from_scratch(plan, refs["keys"], n, first))
+        tokens = slice(first * BLOCK, (first + step) * BLOCK)
+        scores = _dot_transposed(q.astype(jnp.bfloat16), _from_scratch(plan, refs["keys"], n, first, step))
         if "sines" in refs:
             q = pltpu.roll(q, plan.width // 2, 1)
-            scores += _dot_transposed(q.astype(jnp.bfloat16), _from_scratch(plan, refs["sines"], n, first))
+            scores += _dot_transposed(q.astype(jnp.bfloat16), _from_scratch(plan, refs["sines"], n, first, step))
         if plan.norm_eps is not None:  # a key's norm is one number: it divides the scores
-            squares = _dot_transposed(refs["members"][...], _from_scratch(plan, refs["squares"], n, first))
+            squares = _dot_transposed(refs["members"][...], _from_scratch(plan, refs["squares"], n, first, step))
             scores = scores * lax.rsqrt(squares / plan.dim + plan.norm_eps)
         refs["scores"][n * plan.group_rows : (n + 1) * plan.group_rows, tokens] = scores[: plan.group_rows]
 

@@ -16,6 +16,8 @@ from xquant_jax.quantization import Blocks, StreamSpec
 
 TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
 """Blocks of a step of the grid; of them, blocks that are worked on together, and that the last few are."""
+LOOPED_CHUNK = 8
+"""`CHUNK` where groups are a loop: the matrix unit takes the more rows for each part of a large matrix."""
 WORKING_ROOM = 12 * 2**20
 """Bytes of vector memory for everything but words, a dense rebuild matrix and the results that go with it."""
 UNROLL_UP_TO = 2**20
@@ -49,15 +51,32 @@ class Plan:
     @property
     def tile(self) -> int:
         """Blocks of a step of the grid: fewer than usual where vector memory has no room for two steps' words."""
-        matrix = (1 if self.int8 else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
-        results = _result_bytes(self.new * self.heads, self.value.width) if self.dense else 0
-        room = self.chip.vmem * 7 // 8 - matrix - results - WORKING_ROOM
+        room = self._room - self._chunk_bytes(self._looped_chunk) if self.looped else self._room
         streams = [self.key] if self.shared else [self.key, self.value]
         words = sum(BLOCK * spec.width * spec.bits // 8 for spec in streams)
         tile = TILE
         while tile > 1 and 2 * tile * words > room:
             tile //= 2
         return min(tile, self.num_blocks)
+
+    @property
+    def _room(self) -> int:
+        """Bytes of vector memory that are left for words, and for chunks of more than the least."""
+        matrix = (1 if self.int8 else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
+        results = _result_bytes(self.new * self.heads, self.value.width) if self.dense else 0
+        return self.chip.vmem * 7 // 8 - matrix - results - WORKING_ROOM
+
+    def _chunk_bytes(self, blocks: int) -> int:
+        """What a larger chunk takes more than the least one: x^, keys, and what is kept beside them."""
+        keys = (1 + self.sines_apart + (self.norm_eps is not None)) * self.kv_heads * self.dim
+        return (blocks - SMALL_CHUNK) * BLOCK * 2 * (self.key.width + keys)
+
+    @property
+    def _looped_chunk(self) -> int:
+        blocks = SMALL_CHUNK if self.int8 else LOOPED_CHUNK
+        while blocks > SMALL_CHUNK and 2 * self._chunk_bytes(blocks) > self._room:  # as much is left for words
+            blocks //= 2
+        return blocks
 
     @property
     def splits(self) -> int:
@@ -72,12 +91,13 @@ class Plan:
     def chunks(self) -> tuple[int, int]:
         """Blocks that are worked on together: while there are enough of them, and where fewer are left."""
         small = math.gcd(SMALL_CHUNK, self.tile)
-        return (small, small) if self.looped else (math.gcd(CHUNK, self.tile), small)
+        return math.gcd(self._looped_chunk if self.looped else CHUNK, self.tile), small
 
     @property
     def turn(self) -> int:
-        """Blocks that share the constant tables of RoPE."""
-        return self.chunks[1]
+        """Blocks that share the constant tables of RoPE, and a product with a part of the matrix."""
+        large, small = self.chunks
+        return large if self.looped else small
 
     @property
     def sines_apart(self) -> bool:
