@@ -420,7 +420,7 @@ def _rebuild(
         places = pl.ds(pl.multiple_of(lax.rem(block, jnp.int32(plan.turn)) * BLOCK, BLOCK), step * BLOCK)
     column = n * plan.width if isinstance(n, int) else pl.multiple_of(n * plan.width, plan.width)
     if blocks is None:
-        products = iter([rebuild8.product(plan, n, column, refs)])
+        products = iter([rebuild8.product(plan, size, n, column, refs)])
     else:
         matrix = refs["matrix"][:, pl.ds(column, plan.width)] if plan.dense else refs["matrix"][n]
         chunks = (blocks[first : first + step] for first in range(0, size, step))

@@ -69,11 +69,12 @@ class Plan:
     def _chunk_bytes(self, blocks: int) -> int:
         """What a larger chunk takes more than the least one: x^, keys, and what is kept beside them."""
         keys = (1 + self.sines_apart + (self.norm_eps is not None)) * self.kv_heads * self.dim
-        return (blocks - SMALL_CHUNK) * BLOCK * 2 * (self.key.width + keys)
+        scales = 2 * LANES * self.key_groups if self.int8 else 0  # float32, in all lanes
+        return (blocks - SMALL_CHUNK) * BLOCK * 2 * (self.key.width + keys + scales)
 
     @property
     def _looped_chunk(self) -> int:
-        blocks = SMALL_CHUNK if self.int8 else LOOPED_CHUNK
+        blocks = LOOPED_CHUNK
         while blocks > SMALL_CHUNK and 2 * self._chunk_bytes(blocks) > self._room:  # as much is left for words
             blocks //= 2
         return blocks

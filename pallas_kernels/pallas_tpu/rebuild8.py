@@ -74,15 +74,15 @@ def read(plan: Plan, size: int, block: Array, refs: dict[str, Any]) -> None:
     lax.fori_loop(0, plan.key.width // LANES, strip, None)
 
 
-def product(plan: Plan, n: Array | int, column: Any, refs: dict[str, Any]) -> Array:
-    """Keys of group `n` of heads, whose first is `column`, before bias: float32 [tokens, g d]."""
-    columns = pl.ds(column, plan.width)
-    keys = jnp.dot(refs["zeros"][...], refs["matrix_sums"][:, columns], preferred_element_type=jnp.float32)
+def product(plan: Plan, size: int, n: Array | int, column: Any, refs: dict[str, Any]) -> Array:
+    """Keys of `size` blocks for group `n` of heads, whose first is `column`, before bias: float32 [tokens, g d]."""
+    columns, tokens = pl.ds(column, plan.width), size * BLOCK
+    keys = jnp.dot(refs["zeros"][:tokens], refs["matrix_sums"][:, columns], preferred_element_type=jnp.float32)
     for group in range(plan.key_groups):
         channels = slice(group * plan.key.group, (group + 1) * plan.key.group)
-        codes = pltpu.bitcast(refs["codes"][:, channels], jnp.int8)
+        codes = pltpu.bitcast(refs["codes"][: tokens // 4, channels], jnp.int8)
         exact = jnp.dot(codes, refs["matrix"][channels, columns], preferred_element_type=jnp.int32)
-        scale = jnp.concatenate([refs["scales"][group]] * (plan.width // LANES), axis=1)
+        scale = jnp.concatenate([refs["scales"][group, :tokens]] * (plan.width // LANES), axis=1)
         keys = keys + exact.astype(jnp.float32) * scale
     return keys * refs["column_scales"][n]
 

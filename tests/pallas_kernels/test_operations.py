@@ -123,10 +123,11 @@ def plain_attention(q, keys, values, flushed, positions, sliding_window, frequen
     return out, lse
 
 
-LOOPED = Case(
-    "dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, blocks=16, flushed=(7, 11)
-)
-"""So many multiplications that groups are a loop on a TPU: chunks of eight blocks, then of two."""
+LOOPED = [
+    Case("dense", 2, 2, 1, 16, 16, axis="token", width=1152, one_stream=True, blocks=16, flushed=(7, 11)),
+    Case("dense", 8, 8, axis="token", width=256, one_stream=True, small="int8", blocks=16, flushed=(7, 11)),
+]
+"""So many multiplications that groups are a loop on a TPU, or int8: chunks of eight blocks, then of two."""
 
 AS_ON_A_V5E = [case for case in CASES if case.blocks == 18 or (case.small == "int8" and case.key_bits == 4)]
 """Where tiles end, which a v6e has as large; a matrix in int8, of which it is tried at other bit widths."""
@@ -138,7 +139,7 @@ RUN_CASES = [  # a v5p differs from a v5e where it cuts an odd number of sequenc
         id=f"{run}-{case.small or case.form}-{case.key_bits}-{case.value_bits}-{case.new}-{case.kv_heads}",
     )
     for run in sorted(RUNS)
-    for case in (*CASES, *([LOOPED] if run.startswith("pallas_tpu") else []))
+    for case in (*CASES, *(LOOPED if run.startswith("pallas_tpu") else []))
     if run != "pallas_tpu-v5p" or len(case.flushed) % 2
     if run != "pallas_tpu-v6e" or case not in AS_ON_A_V5E
     if case.small != "fp8" or run in ("xla", "triton")
