@@ -1,4 +1,4 @@
-"""Pallas Mosaic kernels for TPU v5e, v5p and v6e."""
+"""Pallas Mosaic kernels for TPU v5e, v5p, v6e and v7x."""
 
 from pallas_kernels.pallas_tpu.attention import decode_attention
 from pallas_kernels.pallas_tpu.plan import refuse_decode_attention

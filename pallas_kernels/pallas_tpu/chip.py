@@ -25,10 +25,19 @@ class Chip:
 V5E = Chip(mxu=128, bf16_alu=False, vmem=128 * 2**20)
 V5P = Chip(mxu=128, bf16_alu=False, vmem=64 * 2**20, cores=2)
 V6E = Chip(mxu=256, bf16_alu=True, vmem=128 * 2**20)
+V7X = Chip(mxu=256, bf16_alu=True, vmem=64 * 2**20, int8=False)  # each core is a device; fp8 in place of int8
 
-UNKNOWN = dataclasses.replace(V5E, int8=False)  # a v7x multiplies fp8 in its place
+UNKNOWN = dataclasses.replace(V5E, vmem=64 * 2**20, int8=False)
 
-CHIPS = {"TPU v5 lite": V5E, "TPU v5e": V5E, "TPU v5": V5P, "TPU v5p": V5P, "TPU v6 lite": V6E, "TPU v6e": V6E}
+CHIPS = {
+    "TPU v5 lite": V5E,
+    "TPU v5e": V5E,
+    "TPU v5": V5P,
+    "TPU v5p": V5P,
+    "TPU v6 lite": V6E,
+    "TPU v6e": V6E,
+    "TPU7x": V7X,
+}
 
 
 def current() -> Chip:
