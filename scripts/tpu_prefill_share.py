@@ -138,8 +138,8 @@ def share(chip: str, model: str, cache: str, chunk: int, batch: int, implementat
     programs = Programs(Transformer(config, implementation))
     with target.compiling_for("tpu", device.device_kind):
         lowered = jax.jit(programs.prefill, donate_argnums=4).trace(*args).lower(lowering_platforms=("tpu",))
-    bits: Any = cache_config.method
-    took = cycles(lowered.compile().as_text() or "", kernels, bits.bits)
+    bits = getattr(cache_config.method, "bits", 0)  # bf16 has none, and no running sum that would ask
+    took = cycles(lowered.compile().as_text() or "", kernels, bits)
     return {
         "chip": chip,
         "model": model,
