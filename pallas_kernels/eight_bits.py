@@ -18,6 +18,11 @@ TYPES: dict[str, tuple[Any, float]] = {"int8": (jnp.int8, 127.0), "fp8": (E4M3, 
 """By the name that users type: the type, and the largest number of it that is used."""
 
 
+def name_of(dtype: Any) -> str | None:
+    """The name of a type; None if it is none of these."""
+    return next((name for name, (known, _) in TYPES.items() if dtype == known), None)
+
+
 def in_eight_bits(matrix: Float[Array, "L C R"], name: str, group: int) -> dict[str, Array]:
     """Dense matrices of `L` layers as the fields of `KeyRebuild`: matrix [L, C, R], scale [L, R], sums [L, C/G, R].
 

@@ -21,8 +21,7 @@ import triton.language as tl
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import target, triton_tiles
-from pallas_kernels.eight_bits import TYPES
+from pallas_kernels import eight_bits, target, triton_tiles
 from pallas_kernels.triton_launch import CAN_UPDATE, launch
 from pallas_kernels.triton_tiles import Shape, Tiles
 from pallas_kernels.xla import Accumulation, KeyRebuild
@@ -109,7 +108,7 @@ def refuse_decode_attention(
     latent = key_stream.spec.width // num_kv_heads
     if form == "per_head" and latent not in HEAD_DIMS:
         return f"a latent of {latent} for each head is not taken; 64, 128 and 256 are"
-    if form in TYPES and (reason := _refuse_eight_bits(form, key_stream.spec, value_heads)):
+    if form in eight_bits.TYPES and (reason := _refuse_eight_bits(form, key_stream.spec, value_heads)):
         return reason
     if value_heads not in (1, num_kv_heads):
         return f"values in {value_heads} parts are not taken; 1 and {num_kv_heads} are"
@@ -170,7 +169,7 @@ def decode_attention(
         jnp.stack(rope.rotation(at, geometry.frequencies)) for at in (in_tile, 64 * jnp.arange(2 * num_blocks))
     ]
     bias, norm = (turned if a is None else _operand(a) for a in (key_rebuild.bias, key_rebuild.norm))
-    if form in TYPES:
+    if form in eight_bits.TYPES:
         matrices = _eight_bits(key_rebuild)
     else:
         matrix = turned if key_rebuild.matrix is None else _operand(key_rebuild.matrix)
@@ -388,8 +387,8 @@ def _parts(batch: int, splits: int, rows: int, width: int) -> list[jax.ShapeDtyp
 def _form(rebuild: KeyRebuild) -> str:
     if rebuild.matrix is None:
         return "identity"
-    if rebuild.scale is not None:
-        return "int8" if rebuild.matrix.dtype == jnp.int8 else "fp8"
+    if small := eight_bits.name_of(rebuild.matrix.dtype):
+        return small
     return "dense" if rebuild.matrix.ndim == 2 else "per_head"
 
 

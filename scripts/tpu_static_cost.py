@@ -60,17 +60,20 @@ UNITS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vs
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """topology: a name that libtpu knows. macs: multiply-adds a cycle and core in bfloat16. bandwidth: bytes a cycle
-    and core (v5e: 819 GB/s at 1.5 GHz; v5p: 2,765 GB/s at 1.75 GHz, two cores; v6e: 1,640 GB/s at an assumed 1.75)."""
+    and core (v5e: 819 GB/s at 1.5 GHz; v5p: 2,765 GB/s at 1.75 GHz, two cores; v6e: 1,640 GB/s at an assumed 1.75; v7x:
+    7,380 GB/s, two cores, at an assumed 2.2). eight_bits: what it multiplies twice as fast."""
 
     topology: str
     macs: int
     bandwidth: float
+    eight_bits: str = "int8"
 
 
 CHIPS = {
     "v5e": Chip("v5e:2x2", 4 * 128 * 128, 819 / 1.5),
     "v5p": Chip("v5p:2x2x1", 4 * 128 * 128, 2765 / 1.75 / 2),
     "v6e": Chip("v6e:2x2", 4 * 256 * 256, 1640 / 1.75),
+    "v7x": Chip("tpu7x:2x2x1", 4 * 256 * 256, 7380 / 2.2 / 2, "fp8"),
 }
 
 
@@ -85,8 +88,8 @@ class Model:
     def cases(self, bits: list[int]) -> list["Case"]:
         """What is compiled; the running sum of xquant-cl has 8 bits."""
         if self.heads == self.kv_heads:
-            small = [Case("x", b, "int8", group) for group in (128, 256) for b in bits]
-            return [Case("x", b) for b in bits] + small
+            small = [("int8", b) for b in bits] + [("fp8", b) for b in bits if b <= 4]
+            return [Case("x", b) for b in bits] + [Case("x", b, name, g) for g in (128, 256) for name, b in small]
         plain = [Case(basis, b) for basis in ("per_head", "joint") for b in bits]
         return plain + [Case("cl", 8, dtype) for dtype in ("bf16", "int8") if 8 in bits]
 
@@ -344,7 +347,7 @@ def static_cost(chip: str, name: str, case: Case) -> dict[str, Any]:
     per_head = case.basis == "per_head"
     values = model.dim if per_head else plan.value.width
     rebuild = plan.key.width * (model.dim if per_head else model.kv_heads * model.dim)
-    macs = rebuild / (2 if plan.int8 else 1) + model.heads * (model.dim + values)  # in bfloat16, or that long
+    macs = rebuild / (2 if plan.eight_bits else 1) + model.heads * (model.dim + values)  # in bfloat16, or that long
     streams = [plan.key] if plan.shared else [plan.key, plan.value]
     stored = sum(_bytes(spec) for spec in streams)
     return row(chip, "decode_attention", {"model": name, **dataclasses.asdict(case)}, schedule, plan.tile, macs, stored)
@@ -407,7 +410,12 @@ def main() -> None:
     for name in arguments.models:
         for kernel in arguments.kernels:
             cases, cost = KERNELS[kernel]
-            rows += [cost(chip, name, case) for case in cases(MODELS[name], arguments.bits) for chip in arguments.chips]
+            rows += [
+                cost(chip, name, case)
+                for case in cases(MODELS[name], arguments.bits)
+                for chip in arguments.chips
+                if case.rebuild_dtype in ("bf16", CHIPS[chip].eight_bits)
+            ]
     shutil.rmtree(DUMP)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

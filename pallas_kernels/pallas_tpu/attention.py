@@ -91,7 +91,7 @@ def _attend(
         "position": _row_positions(plan, positions),
         "matrix": _matrix(plan, key_rebuild.matrix),
     }
-    if plan.int8:
+    if plan.eight_bits:
         inputs |= rebuild8.inputs(plan, key_rebuild, _columns)
     if key_rebuild.bias is not None:
         inputs["bias"] = _columns(plan, key_rebuild.bias.astype(jnp.float32)[None])
@@ -122,12 +122,11 @@ def _columns(plan: Plan, x: Array) -> Array:
 
 def _matrix(plan: Plan, matrix: Array | None) -> Array:
     """The rebuild matrix of each group, bfloat16 [K/g, channels, g d], or side by side [channels, K d] if dense (then
-    int8 too); the identity where keys are stored."""
+    in 8 bits too); the identity where keys are stored."""
     if plan.dense:
         assert matrix is not None
-        x = matrix.astype(jnp.int8 if plan.int8 else jnp.bfloat16).reshape(
-            -1, plan.groups, plan.group, 2, plan.dim // 2
-        )
+        x = matrix if plan.eight_bits else matrix.astype(jnp.bfloat16)
+        x = x.reshape(-1, plan.groups, plan.group, 2, plan.dim // 2)
         return jnp.swapaxes(x, 2, 3).reshape(matrix.shape)  # nothing moves where a group is one head
     if matrix is None:
         matrix = jnp.broadcast_to(jnp.eye(plan.dim), (plan.kv_heads, plan.dim, plan.dim))
@@ -228,13 +227,13 @@ def _call(
         "value_scales": pltpu.VMEM((plan.tile, token_groups, LANES), jnp.float32),
         "value_zeros": pltpu.VMEM((plan.tile, token_groups, LANES), jnp.float32),
     }
-    if plan.int8:
+    if plan.eight_bits:
         scratch |= rebuild8.scratch(plan, tokens)
     else:
         for what in ("key_scales", "key_zeros"):  # rows that may be picked by a number known only when it runs
             by_row = (1, plan.key.width) if plan.key.axis == "channel" else (plan.key_groups, 1, LANES)
             scratch[what] = pltpu.VMEM((plan.tile, *by_row), jnp.float32)
-    if plan.looped and not plan.int8:
+    if plan.looped and not plan.eight_bits:
         scratch["x"] = pltpu.VMEM((tokens // 2, plan.key.width), jnp.uint32)  # likewise
     if plan.sines_apart and "cos" in inputs:
         scratch["sines"] = scratch["keys"]
@@ -350,7 +349,7 @@ def _read_scales(plan: Plan, count: Array, refs: dict[str, Any]) -> None:
         if plan.key.axis == "channel":
             for block in range(plan.tile):
                 refs[f"key_{what}s"][block] = refs[f"key_{what}"][block : block + 1].astype(jnp.float32)
-        elif not plan.int8:
+        elif not plan.eight_bits:
             by_group = refs[f"key_{what}"][...].astype(jnp.float32)
             refs[f"key_{what}s"][...] = by_group.reshape(plan.tile, -1, 1, LANES)
         given = refs[f"value_{what}"][...].astype(jnp.float32).reshape(plan.tile, -1, LANES)
@@ -364,7 +363,7 @@ def _chunk(plan: Plan, size: int, block: Array, tile: Array, end: Array, window:
     """Attends to `size` blocks from `block` of the tile that begins with block `tile` of the sequence."""
     channels = plan.group_channels
 
-    if plan.int8:
+    if plan.eight_bits:
         rebuild8.read(plan, size, block, refs)
         lax.fori_loop(0, plan.groups, lambda n, _: _rebuild(plan, size, block, n, None, refs), None, unroll=plan.unroll)
     elif plan.looped:

@@ -9,8 +9,8 @@ from pallas_kernels import target
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """mxu: rows and columns of a matrix unit. bf16_alu: whether the vector unit computes in bfloat16. int8: whether the
-    matrix unit multiplies int8.
+    """mxu: rows and columns of a matrix unit. bf16_alu: whether the vector unit computes in bfloat16. eight_bits: what
+    the matrix unit multiplies twice as fast, a name of `eight_bits.TYPES`, if anything.
 
     vmem: bytes of vector memory of a core. cores: those that share the chip's work (megacore).
     """
@@ -19,15 +19,15 @@ class Chip:
     bf16_alu: bool
     vmem: int
     cores: int = 1
-    int8: bool = True
+    eight_bits: str | None = "int8"
 
 
 V5E = Chip(mxu=128, bf16_alu=False, vmem=128 * 2**20)
 V5P = Chip(mxu=128, bf16_alu=False, vmem=64 * 2**20, cores=2)
 V6E = Chip(mxu=256, bf16_alu=True, vmem=128 * 2**20)
-V7X = Chip(mxu=256, bf16_alu=True, vmem=64 * 2**20, int8=False)  # each core is a device; fp8 in place of int8
+V7X = Chip(mxu=256, bf16_alu=True, vmem=64 * 2**20, eight_bits="fp8")  # each core is a device
 
-UNKNOWN = dataclasses.replace(V5E, vmem=64 * 2**20, int8=False)
+UNKNOWN = dataclasses.replace(V5E, vmem=64 * 2**20, eight_bits=None)
 
 CHIPS = {
     "TPU v5 lite": V5E,

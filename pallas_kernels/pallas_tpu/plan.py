@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels import eight_bits
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
 from pallas_kernels.xla import KeyRebuild
@@ -41,7 +41,7 @@ class Plan:
     dim: int  # d
     value_heads: int
     dense: bool
-    int8: bool  # whether the dense matrix is of int8
+    eight_bits: str | None  # the type of the dense matrix, if it has 8: a name of `eight_bits.TYPES`
     rotated: bool
     bias: bool
     norm_eps: float | None
@@ -62,14 +62,14 @@ class Plan:
     @property
     def _room(self) -> int:
         """Bytes of vector memory that are left for words, and for chunks of more than the least."""
-        matrix = (1 if self.int8 else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
+        matrix = (1 if self.eight_bits else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
         results = _result_bytes(self.new * self.heads, self.value.width) if self.dense else 0
         return self.chip.vmem * 7 // 8 - matrix - results - WORKING_ROOM
 
     def _chunk_bytes(self, blocks: int) -> int:
         """What a larger chunk takes more than the least one: x^, keys, and what is kept beside them."""
         keys = (1 + self.sines_apart + (self.norm_eps is not None)) * self.kv_heads * self.dim
-        scales = 2 * LANES * self.key_groups if self.int8 else 0  # float32, in all lanes
+        scales = 2 * LANES * self.key_groups if self.eight_bits else 0  # float32, in all lanes
         return (blocks - SMALL_CHUNK) * BLOCK * 2 * (self.key.width + keys + scales)
 
     @property
@@ -109,17 +109,17 @@ class Plan:
     @property
     def looped(self) -> bool:
         """Whether groups are a loop in the kernel; unrolled, they overlap better."""
-        return self.int8 or self.groups * self.group_channels * self.width > UNROLL_UP_TO
+        return self.eight_bits is not None or self.groups * self.group_channels * self.width > UNROLL_UP_TO
 
     @property
     def unroll(self) -> int:
-        """Groups in a turn of that loop: two products of int8 overlap, which have more to do between them."""
-        return math.gcd(2, self.groups) if self.int8 else 1
+        """Groups in a turn of that loop: two products in 8 bits overlap, which have more to do between them."""
+        return math.gcd(2, self.groups) if self.eight_bits else 1
 
     @property
     def ways(self) -> int:
         """Tokens whose codes share a word when keys are rebuilt: the order of keys, see `unpack`."""
-        return 4 if self.int8 else 2
+        return 4 if self.eight_bits == "int8" else 2
 
     @property
     def key_groups(self) -> int:
@@ -222,7 +222,7 @@ def make_plan(
         dim=dim,
         value_heads=value_heads,
         dense=key_rebuild.matrix is not None and key_rebuild.matrix.ndim == 2,
-        int8=key_rebuild.matrix is not None and key_rebuild.matrix.dtype == jnp.int8,
+        eight_bits=None if key_rebuild.matrix is None else eight_bits.name_of(key_rebuild.matrix.dtype),
         rotated=geometry.rotated,
         bias=key_rebuild.bias is not None,
         norm_eps=None if key_rebuild.norm is None else key_rebuild.norm_eps,
@@ -260,16 +260,19 @@ def refuse_decode_attention(
     if (matrix is None or matrix.ndim == 3) and key.width != num_kv_heads * dim:
         return f"the key stream is {key.width} wide, and {num_kv_heads} heads of dimension {dim} are rebuilt one by one"
     if matrix is not None and key_rebuild.scale is not None:
-        if matrix.dtype != jnp.int8:
-            return f"keys are rebuilt with a matrix of {matrix.dtype}; it takes bfloat16 and int8"
-        if not chip.current().int8:
-            return "the matrix unit of this TPU is not known to multiply int8; it takes bfloat16"
+        small, takes = eight_bits.name_of(matrix.dtype), chip.current().eight_bits
+        if small is None or small != takes:
+            multiplied = "bfloat16" if takes is None else f"bfloat16 and {takes}"
+            return f"keys are rebuilt with a matrix of {matrix.dtype}; the matrix unit of this TPU takes {multiplied}"
         if key.axis != "token":
             return (
-                "the key stream is quantized along the channel; it takes a matrix of int8 for streams along the token"
+                f"the key stream is quantized along the channel; it takes a matrix of {small} for streams along the "
+                f"token"
             )
+        if small == "fp8" and key.bits > 4:
+            return f"keys of {key.bits} bits are not rebuilt in fp8, which holds codes of up to 4"
     if matrix is not None and matrix.ndim == 2:
-        dense = matrix.size * (1 if matrix.dtype == jnp.int8 else 2)
+        dense = matrix.size * (1 if eight_bits.name_of(matrix.dtype) else 2)
         results = _result_bytes(q.shape[1] * q.shape[2], value.width)
         if dense + results + WORKING_ROOM > chip.current().vmem * 7 // 8:
             return (

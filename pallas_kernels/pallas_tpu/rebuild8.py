@@ -1,11 +1,13 @@
-"""Keys from codes and a matrix of int8, on the matrix unit for 8 bits: a part of the `decode_attention` kernel.
+"""Keys from codes and a matrix of 8 bits, on the matrix unit for such: a part of the `decode_attention` kernel.
 
-For every group of channels the product of codes and matrix is exact in int32. It is scaled by the token's scale of
-that group and added up in float32; zeros meet the matrix' sums over the group; last comes each column's own scale.
+For every group of channels the product of codes and matrix is summed in int32, or in float32 if both are e4m3. It is
+scaled by the token's scale of that group and added up in float32; zeros meet the matrix' sums over the group; last
+comes each column's own scale.
 
-Four codes lie in a word, so rows are tokens in the order of `unpack.interleaved(4)`. Scales along the token come as
-rows of 128 tokens: a product with a permutation turns them into columns, which are spread over lanes, once for all
-heads.
+Codes for int8 lie four to a word, so rows are tokens in the order of `unpack.interleaved(4)`. To e4m3 they come from
+bfloat16, in its order: as bytes, small codes would be numbers below the smallest normal one. Scales along the token
+come as rows of 128 tokens: a product with a permutation turns them into columns, which are spread over lanes, once for
+all heads.
 """
 
 from typing import Any
@@ -16,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.eight_bits import TYPES
 from pallas_kernels.pallas_tpu import unpack
 from pallas_kernels.pallas_tpu.plan import Plan
 from pallas_kernels.pallas_tpu.streams import LANES
@@ -52,7 +55,7 @@ def _zero_rows(plan: Plan) -> int:
 def read(plan: Plan, size: int, block: Array, refs: dict[str, Any]) -> None:
     """Codes, zeros and scales of `size` blocks from `block` of the tile to scratch."""
     row, token = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
-    order = (unpack.token_of(row, 4) == token).astype(jnp.bfloat16)
+    order = (unpack.token_of(row, plan.ways) == token).astype(jnp.bfloat16)
     for i in range(size):
         rows = slice(i * BLOCK, (i + 1) * BLOCK)
         scale, zero = (refs[f"key_{what}"][block + i].astype(jnp.float32) for what in ("scale", "zero"))
@@ -69,21 +72,31 @@ def read(plan: Plan, size: int, block: Array, refs: dict[str, Any]) -> None:
         lanes = pl.ds(pl.multiple_of(number * LANES, LANES), LANES)
         for i in range(size):
             planes = [refs[f"key_words{n}"][block + i, :, lanes] for n in range(len(PLANES[plan.key.bits]))]
-            refs["codes"][i * unpack.QUADS : (i + 1) * unpack.QUADS, lanes] = unpack.quads(planes, plan.key.bits)
+            refs["codes"][i * unpack.QUADS : (i + 1) * unpack.QUADS, lanes] = _codes(plan, planes)
 
     lax.fori_loop(0, plan.key.width // LANES, strip, None)
 
 
+def _codes(plan: Plan, planes: list[Array]) -> Array:
+    """A block's codes, less `unpack.quads_offset`, as 8-bit numbers four to a word: uint32 [32, W]."""
+    bits = plan.key.bits
+    if plan.eight_bits == "int8":
+        return unpack.quads(planes, bits)
+    codes = unpack.numbers(planes, bits) - jnp.bfloat16(unpack.offset(bits))
+    return pltpu.bitcast(codes.astype(TYPES["fp8"][0]), jnp.uint32)
+
+
 def product(plan: Plan, size: int, n: Array | int, column: Any, refs: dict[str, Any]) -> Array:
     """Keys of `size` blocks for group `n` of heads, whose first is `column`, before bias: float32 [tokens, g d]."""
-    columns, tokens = pl.ds(column, plan.width), size * BLOCK
+    columns, tokens, matrix = pl.ds(column, plan.width), size * BLOCK, refs["matrix"]
+    summed = jnp.int32 if plan.eight_bits == "int8" else jnp.float32
     keys = jnp.dot(refs["zeros"][:tokens], refs["matrix_sums"][:, columns], preferred_element_type=jnp.float32)
     for group in range(plan.key_groups):
         channels = slice(group * plan.key.group, (group + 1) * plan.key.group)
-        codes = pltpu.bitcast(refs["codes"][: tokens // 4, channels], jnp.int8)
-        exact = jnp.dot(codes, refs["matrix"][channels, columns], preferred_element_type=jnp.int32)
+        codes = pltpu.bitcast(refs["codes"][: tokens // 4, channels], matrix.dtype)
+        of_group = jnp.dot(codes, matrix[channels, columns], preferred_element_type=summed)
         scale = jnp.concatenate([refs["scales"][group, :tokens]] * (plan.width // LANES), axis=1)
-        keys = keys + exact.astype(jnp.float32) * scale
+        keys = keys + of_group.astype(jnp.float32) * scale
     return keys * refs["column_scales"][n]
 
 

@@ -10,7 +10,7 @@ from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.pallas_tpu import chip, refuse_decode_attention
 from xquant_jax.attention import Geometry
 from xquant_jax.packing import unpack
-from xquant_jax.quantization import StreamSpec, allocate_blocks, dequantize, quantize
+from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
 
 LAYERS, C, R, GROUP = 2, 96, 40, 32
 
@@ -52,8 +52,10 @@ def test_scaled_integer_products_and_sums_are_the_definition(name: str, bits: in
 
 
 def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
-    def refusal(name: str, axis="token") -> str:
-        stream = jax.eval_shape(lambda: allocate_blocks(StreamSpec(256, 4, axis), (1, 1, 1)))
+    def refusal(name: str, axis="token", bits=4) -> str:
+        def stream(axis) -> Blocks:
+            return jax.eval_shape(lambda: allocate_blocks(StreamSpec(256, bits, axis), (1, 1, 1)))
+
         matrix = jax.eval_shape(
             lambda: {k: a[0] for k, a in in_eight_bits(jnp.zeros((1, 256, 128)), name, 128).items()}
         )
@@ -61,12 +63,17 @@ def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
         geometry = Geometry(jnp.zeros((1, 1), jnp.int32), 8, jnp.zeros(32), 1.0)
         heads = {"layer": 0, "num_kv_heads": 2, "value_heads": 1}
         q = jnp.zeros((1, 1, 2, 64))
-        return refuse_decode_attention(q, stream, rebuild, stream, jnp.zeros(1), geometry, **heads) or ""
+        return refuse_decode_attention(q, stream(axis), rebuild, stream("token"), jnp.zeros(1), geometry, **heads) or ""
 
-    for kind in (kind for kind, of in chip.CHIPS.items() if of.int8):
+    for kind in chip.CHIPS:
+        takes, other, dtype = ("fp8", "int8", "int8") if kind == "TPU7x" else ("int8", "fp8", "float8_e4m3fn")
         with target.compiling_for("tpu", kind):
-            assert refusal("int8") == ""
-            assert "a matrix of float8_e4m3fn; it takes bfloat16 and int8" in refusal("fp8")
-            assert "quantized along the channel" in refusal("int8", "channel")
+            assert refusal(takes) == ""
+            reason = f"a matrix of {dtype}; the matrix unit of this TPU takes bfloat16 and {takes}"
+            assert reason in refusal(other)
+            assert f"quantized along the channel; it takes a matrix of {takes}" in refusal(takes, "channel")
     with target.compiling_for("tpu", "TPU7x"):
-        assert "is not known to multiply int8; it takes bfloat16" in refusal("int8")
+        assert "keys of 8 bits are not rebuilt in fp8, which holds codes of up to 4" in refusal("fp8", bits=8)
+    with target.compiling_for("tpu", "TPU v9"):
+        for name in ("int8", "fp8"):
+            assert refusal(name).endswith("the matrix unit of this TPU takes bfloat16")

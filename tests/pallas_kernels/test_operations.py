@@ -29,7 +29,8 @@ KERNEL_TOLERANCE = 1e-2
 
 # what a test is run with: a backend and a kind of device; pallas_gpu has no decoding, and tests of its own
 RUNS = {name: (name, None) for name in api.BACKENDS if name != "pallas_gpu"}
-RUNS |= {"pallas_tpu-v5p": ("pallas_tpu", "TPU v5p"), "pallas_tpu-v6e": ("pallas_tpu", "TPU v6 lite")}
+KINDS = {"v5p": "TPU v5p", "v6e": "TPU v6 lite", "v7x": "TPU7x"}
+RUNS |= {f"pallas_tpu-{chip}": ("pallas_tpu", kind) for chip, kind in KINDS.items()}
 
 
 quantized = jax.jit(quantize, static_argnames="spec")
@@ -126,13 +127,24 @@ def plain_attention(q, keys, values, flushed, positions, sliding_window, frequen
 LOOPED = [
     Case("dense", 2, 2, 1, 16, 16, axis="token", width=1152, one_stream=True, blocks=16, flushed=(7, 11)),
     Case("dense", 8, 8, axis="token", width=256, one_stream=True, small="int8", blocks=16, flushed=(7, 11)),
+    Case("dense", 2, 2, axis="token", width=256, one_stream=True, small="fp8", blocks=16, flushed=(7, 11)),
 ]
-"""So many multiplications that groups are a loop on a TPU, or int8: chunks of eight blocks, then of two."""
+"""So many multiplications that groups are a loop on a TPU, or 8 bits: chunks of eight blocks, then of two."""
 
 AS_ON_A_V5E = [case for case in CASES if case.blocks == 18 or (case.small == "int8" and case.key_bits == 4)]
 """Where tiles end, which a v6e has as large; a matrix in int8, of which it is tried at other bit widths."""
 
-RUN_CASES = [  # a v5p differs from a v5e where it cuts an odd number of sequences in two
+
+def differs(run: str, case: Case) -> bool:
+    """Whether a run tries what no other one does: a v5p cuts an odd number of sequences in two, a v7x takes fp8."""
+    if run == "pallas_tpu-v7x" or (case.small == "fp8" and run.startswith("pallas_tpu")):
+        return run == "pallas_tpu-v7x" and case.small == "fp8"
+    return (run != "pallas_tpu-v5p" or len(case.flushed) % 2 == 1) and (
+        run != "pallas_tpu-v6e" or case not in AS_ON_A_V5E
+    )
+
+
+RUN_CASES = [
     pytest.param(
         run,
         case,
@@ -140,9 +152,7 @@ RUN_CASES = [  # a v5p differs from a v5e where it cuts an odd number of sequenc
     )
     for run in sorted(RUNS)
     for case in (*CASES, *(LOOPED if run.startswith("pallas_tpu") else []))
-    if run != "pallas_tpu-v5p" or len(case.flushed) % 2
-    if run != "pallas_tpu-v6e" or case not in AS_ON_A_V5E
-    if case.small != "fp8" or run in ("xla", "triton")
+    if differs(run, case)
 ]
 
 
@@ -252,6 +262,7 @@ SUMS = [
     [  # a v6e works on more channels together, a v5p cuts an odd number of sequences in two
         (run, case)
         for run in sorted(RUNS)
+        if run != "pallas_tpu-v7x"
         for case in (SUMS[:2] if run == "pallas_tpu-v6e" else SUMS)
         if run != "pallas_tpu-v5p" or len(case.flushed) % 2
     ],
