@@ -47,7 +47,7 @@ from xquant_jax.plan import factors_of_one_layer, parameter_shapes, read_config
 from xquant_jax.sharding import P
 from xquant_jax.weights import parameter_specs
 
-CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
+CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.74}
 """GiB of a device's memory that programs can use, as the compiler states it when one does not fit."""
 
 TRIES = 6
@@ -287,7 +287,7 @@ def shortened(config: ModelConfig, layers: int) -> ModelConfig:
 
 def topology_devices(name: str) -> Any:
     """The devices of a slice such as v5e:4x4. Raises `ConfigError` for one that does not exist or is not known."""
-    ways_out = "write v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ..."
+    ways_out = "write v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1 ..."
     try:
         devices = topologies.get_topology_desc(name, "tpu").devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
@@ -320,7 +320,7 @@ def show(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", required=True, help="v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
+    parser.add_argument("--topology", required=True, help="v5e:2x2, v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1 ...")
     parser.add_argument("--config", required=True, type=Path, help="a config.json")
     parser.add_argument("--cache", default="xquant:4")
     parser.add_argument("--context", required=True, help="tokens per sequence, or largest: as many as fit")

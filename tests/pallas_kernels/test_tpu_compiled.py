@@ -67,6 +67,7 @@ LARGEST = [  # of each form of the rebuild: these are compiled for a v5p and a v
     ("llama-3.1-8b", 8, "stored", 1),
     ("llama-2-7b", 8, "x", 1),
     ("llama-2-7b", 3, "x int8", 8),
+    ("llama-2-7b", 3, "x fp8", 8),
     ("llama-3.1-8b", 8, "cl int8", 1),
 ]
 OTHERS = [
@@ -85,7 +86,7 @@ OTHERS = [
         (chip, *case)
         for chip in TOPOLOGIES
         for case in (LARGEST if chip in ("v5p", "v7x") else LARGEST + OTHERS)
-        if chip != "v7x" or "int8" not in case[2]
+        if ("int8" if chip == "v7x" else "fp8") not in case[2]
     ],
     indirect=["device"],
 )

@@ -227,7 +227,7 @@ def test_the_demo_model_and_directories_are_planned_too(capsys) -> None:
 
 def test_devices_of_the_package_name_their_source() -> None:
     names = [device.name for device in read_devices()]
-    assert names == ["v5e", "v5p", "v6e", "A100", "H100", "H200", "B200", "L4", "RTX 4090"]
+    assert names == ["v5e", "v5p", "v6e", "v7x", "A100", "H100", "H200", "B200", "L4", "RTX 4090"]
     assert all(len(device.source) > 20 for device in read_devices())
 
 
