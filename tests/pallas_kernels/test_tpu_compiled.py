@@ -69,13 +69,11 @@ LARGEST = [  # of each form of the rebuild: these are compiled for a v5p and a v
     ("llama-2-7b", 3, "x int8", 8),
     ("llama-2-7b", 3, "x fp8", 8),
     ("llama-3.1-8b", 8, "cl int8", 1),
+    ("qwen3-8b", 4, "per_head", 1),
 ]
 OTHERS = [
     ("llama-3.1-8b", 4, "per_head", 1),
-    ("qwen3-8b", 4, "per_head", 1),
     ("llama-2-7b", 4, "x", 1),
-    ("llama-2-7b", 2, "x int8", 1),
-    ("llama-2-7b", 4, "x int8", 1),
 ]
 
 

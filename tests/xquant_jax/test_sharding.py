@@ -36,7 +36,7 @@ VARIANTS = {  # of methods that are tried on every mesh: these are tried on the 
     "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16",
     "xquant-cl:4,first=1@4,input=residual",
 }
-AT_ONCE = ["bf16,dtype=float32", "xquant:4,group=8", "xquant-cl:2,first=1@4"]
+AT_ONCE = ["bf16", "xquant:4,group=8", "xquant-cl:2,first=1@4"]
 TOKENS = 2**20
 """Enough that a tile's temporaries are nothing beside the cache, of which only shapes are made."""
 
