@@ -1,4 +1,4 @@
-"""Fused operations on quantized streams: a reference in plain XLA is the definition, one file per backend."""
+"""Fused operations on quantized streams: a reference in plain XLA is the definition; a file or folder per backend."""
 
 from pallas_kernels.api import (
     Accumulation,

@@ -38,8 +38,6 @@ from pallas_kernels import target
 from xquant_jax.packing import BLOCK, PLANES
 from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
 
-PLATFORM = "gpu"
-
 HOPPER = "9.0"
 """The only compute capability that has `wgmma`."""
 

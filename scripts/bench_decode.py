@@ -31,10 +31,11 @@ import numpy as np
 from jax import lax
 
 import xquant_jax as xq
-from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, target, triton_tiles
+from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, target
 from pallas_kernels.eight_bits import in_eight_bits
-from pallas_kernels.triton_ahead import SUMS
-from pallas_kernels.triton_tiles import Tiles
+from pallas_kernels.triton import tiling
+from pallas_kernels.triton.ahead import SUMS
+from pallas_kernels.triton.tiling import Tiles
 from xquant_jax.attention import Geometry
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -466,23 +467,11 @@ def measure(smoke: bool, deadline: float) -> dict[str, Any]:
         "skipped": [],
     }
     for row in checks(smoke):
-        try:
-            found = error(row)
-        except ConfigError as problem:
-            if row.rebuild_dtype == "bf16":
-                raise
-            result["skipped"].append({**named(row), "reason": str(problem)})  # GPUs before Hopper
-            continue
-        result["checks"].append({**named(row), "error": found})
-        if not found < ALLOWED:
-            raise SystemExit(f"{row.implementation} is wrong at {named(row)}: relative error {found:.3g} > {ALLOWED}")
+        check(result, named(row), functools.partial(error, row), optional=row.rebuild_dtype != "bf16")
     for row in sums(smoke):
         if row.implementation != "xla":
             short = dataclasses.replace(row, context=min(row.context, 4096))
-            found = short.error()
-            result["checks"].append({**dataclasses.asdict(short), "error": found})
-            if not found < ALLOWED:
-                raise SystemExit(f"{row.implementation} is wrong at {short}: relative error {found:.3g} > {ALLOWED}")
+            check(result, dataclasses.asdict(short), short.error, optional=True)
     for row in sums(smoke):
         attempt(result, "sums", dataclasses.asdict(row), functools.partial(row.seconds, smoke), deadline)
     config, steps = step_rows(smoke)
@@ -523,6 +512,20 @@ def best_bf16(result: dict[str, Any], model: str, batch: int, context: int) -> f
     """Seconds of the fastest attention to bf16 keys and values of this size."""
     same = {"model": model, "method": "bf16", "batch": batch, "context": context}
     return min((e["seconds"] for e in result["layers"] if same.items() <= e.items()), default=None)
+
+
+def check(result: dict[str, Any], name: dict[str, Any], f: Callable[[], float], *, optional: bool) -> None:
+    """Ends the program if a kernel is wrong. `optional`: one that not every GPU and version can run."""
+    try:
+        found = f()
+    except ConfigError as problem:
+        if not optional:
+            raise
+        result["skipped"].append({**name, "reason": str(problem)})
+        return
+    result["checks"].append({**name, "error": found})
+    if not found < ALLOWED:
+        raise SystemExit(f"{name['implementation']} is wrong at {name}: relative error {found:.3g} > {ALLOWED}")
 
 
 def attempt(result: dict[str, Any], part: str, name: dict[str, Any], f: Callable[[], float], deadline: float) -> None:
@@ -594,14 +597,14 @@ def tune(smoke: bool, deadline: float, table: Path) -> None:
                 break
 
             def choose(
-                shape: triton_tiles.Shape, tiles: Tiles = tiles, shapes: set[str] = shapes, kernel: str = kernel
+                shape: tiling.Shape, tiles: Tiles = tiles, shapes: set[str] = shapes, kernel: str = kernel
             ) -> Tiles:
                 if shape.kernel != kernel:
-                    return triton_tiles.by_rule(shape, triton_tiles.capability() or 9.0)
+                    return tiling.by_rule(shape, tiling.capability() or 9.0)
                 shapes.add(str(shape))
                 return tiles
 
-            with mock.patch.object(triton_tiles, "choose", choose):
+            with mock.patch.object(tiling, "choose", choose):
                 try:
                     taken = row.seconds(smoke) if isinstance(row, SumRow) else seconds(row, smoke, repeats=3)
                 except Exception as problem:  # noqa: BLE001  tiles that do not compile or fit are no candidates
@@ -646,7 +649,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="start no further row after this long")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, kernels on the interpreter")
     parser.add_argument("--tune", action="store_true", help="measure tile sizes and write their table instead")
-    parser.add_argument("--table", type=Path, default=triton_tiles.TABLE, help="the table of tile sizes")
+    parser.add_argument("--table", type=Path, default=tiling.TABLE, help="the table of tile sizes")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     with target.interpreted() if args.smoke else contextlib.nullcontext():
@@ -667,6 +670,9 @@ def main() -> None:
         print(f"{name} {1e3 * e['seconds']:9.3f} ms a layer")
     for e in result["steps"]:
         print(f"step {e['cache']:24} {e['batch']:3} x {e['context']:6} {1e3 * e['seconds']:9.2f} ms")
+    for e in result["skipped"]:
+        what = " ".join(str(value) for name, value in e.items() if name != "reason")
+        print(f"skipped: {what}: {e['reason']}")
 
 
 if __name__ == "__main__":

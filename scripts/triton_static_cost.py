@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.eight_bits import TYPES
-from pallas_kernels.triton_ahead import MODELS, SUMS, Launch, Machine, compiled, of_model, of_sum
+from pallas_kernels.triton.ahead import MODELS, SUMS, Launch, Machine, compiled, of_model, of_sum
 
 MATRIX = {8.0: 1024, 8.9: 512, 9.0: 2048}  # bfloat16 products a cycle and multiprocessor: A100, L40S, H100 and H200
 ISSUED = 4  # instructions a cycle and multiprocessor

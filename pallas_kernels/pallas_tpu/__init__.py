@@ -6,10 +6,7 @@ from pallas_kernels.pallas_tpu.project import refuse_remat_project, remat_projec
 from pallas_kernels.pallas_tpu.quantizing import quantize, refuse_quantize
 from pallas_kernels.pallas_tpu.running_sum import accumulate, refuse_accumulate
 
-PLATFORM = "tpu"
-
 __all__ = [
-    "PLATFORM",
     "accumulate",
     "decode_attention",
     "quantize",

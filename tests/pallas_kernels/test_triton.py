@@ -26,10 +26,11 @@ from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
 from xquant_jax.rope import Rope
 
 jax_triton = pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
-backend, ahead, triton_tiles = (
-    importlib.import_module(f"pallas_kernels.{name}") for name in ("triton", "triton_ahead", "triton_tiles")
+backend = importlib.import_module("pallas_kernels.triton")
+ahead, launching, running_sum, tiling = (
+    importlib.import_module(f"pallas_kernels.triton.{name}") for name in ("ahead", "launching", "running_sum", "tiling")
 )
-Tiles = triton_tiles.Tiles
+Tiles = tiling.Tiles
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 64
 FLUSHED = np.asarray([0, 1, 8, 9], np.int32)  # nothing, one block, one block short of everything, everything
@@ -118,8 +119,8 @@ def test_both_ways_to_read_values_agree_with_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("tiles", [Tiles(fused=True), Tiles(blocks=2, chunk=16, fused=True), Tiles(blocks=4)], ids=str)
 def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """9 blocks over 2, 3 and 9 parts: lengths end within, at and one block next to the end of a part and of a tile."""
-    monkeypatch.setattr(triton_tiles, "choose", lambda shape: tiles)
-    monkeypatch.setattr(backend, "_splits", lambda *_: splits)
+    monkeypatch.setattr(tiling, "choose", lambda shape: tiles)
+    monkeypatch.setattr(tiling, "splits", lambda *_: splits)
     check(Case())
 
 
@@ -160,8 +161,8 @@ def of_sums(predict: int = 1, width: int = 256) -> tuple[Blocks, Blocks, Accumul
 @pytest.mark.parametrize("tiles", [Tiles(chunk=64), Tiles(blocks=2, chunk=32), Tiles(blocks=4, chunk=64)], ids=str)
 def test_sums_in_ranges_agree_with_the_reference(tiles: Tiles, predict: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """9 blocks in ranges of 2 or 4: the last has one block."""
-    monkeypatch.setattr(triton_tiles, "choose", lambda shape: tiles)
-    monkeypatch.setattr(backend, "LEAST_RANGE", 1)
+    monkeypatch.setattr(tiling, "choose", lambda shape: tiles)
+    monkeypatch.setattr(running_sum, "LEAST_RANGE", 1)
     arguments = of_sums(predict)
     with target.interpreted():
         assert backend.refuse_accumulate(*arguments, layer=1) is None
@@ -235,7 +236,7 @@ def test_sums_that_cannot_be_taken_are_refused_with_a_reason(monkeypatch: pytest
             backend.refuse_accumulate(below, wide, accumulation, flushed, layer=0)
             == "the stream's groups of 64 channels are not taken; multiples of 128 are"
         )
-    monkeypatch.setattr(backend, "CAN_UPDATE", False)
+    monkeypatch.setattr(launching, "CAN_UPDATE", False)
     assert reason() == "jax-triton before 0.4 cannot update arrays in place; pip install --upgrade jax-triton"
 
 
@@ -283,7 +284,7 @@ def test_where_keys_are_not_rebuilt_in_eight_bits_is_said(monkeypatch: pytest.Mo
     assert reason("fp8", bits=8) == "keys of 8 bits are not rebuilt in fp8; up to 4 bits are"
     assert "along the channel are not rebuilt in int8" in (reason("int8", key_axis="channel") or "")
     assert "where all heads read the whole value stream" in (reason("int8", value_heads=KV_HEADS) or "")
-    monkeypatch.setattr(triton_tiles, "capability", lambda: 8.9)
+    monkeypatch.setattr(tiling, "capability", lambda: 8.9)
     assert "compute capability 9.0 (Hopper) and newer, and this GPU has 8.9" in (reason("fp8") or "")
 
 
@@ -413,9 +414,9 @@ def test_the_benchmark_runs_on_the_interpreter(tmp_path: Path) -> None:
 def test_tuning_writes_a_table_that_is_then_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "tiles.json"
     benchmark("--tune", "--table", table)
-    monkeypatch.setattr(triton_tiles, "TABLE", table)
-    triton_tiles._table.cache_clear()
+    monkeypatch.setattr(tiling, "TABLE", table)
+    tiling._table.cache_clear()
     (written,) = json.loads(table.read_text()).values()
-    for shape in (triton_tiles.Shape("decode", "per_head", 64, 4, 8), triton_tiles.Shape("sum", "dense", bits=2)):
-        assert dataclasses.asdict(triton_tiles.choose(shape)) == written[str(shape)]
-    triton_tiles._table.cache_clear()
+    for shape in (tiling.Shape("decode", "per_head", 64, 4, 8), tiling.Shape("sum", "dense", bits=2)):
+        assert dataclasses.asdict(tiling.choose(shape)) == written[str(shape)]
+    tiling._table.cache_clear()

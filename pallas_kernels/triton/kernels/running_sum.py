@@ -1,10 +1,10 @@
-"""The Triton kernels of `accumulate`: a running sum read, added to and quantized again, in place.
+"""The kernels of `accumulate`: a running sum read, added to and quantized again, in place.
 
 What is multiplied with a matrix is needed by the programs of all columns, and each of them overwrites its part of the
 sum: so `lay_out` first writes it down elsewhere, in bfloat16 and for a range of blocks at a time. `add` then makes the
 products, and every program quantizes the 128 columns of its tokens, which are whole groups, where they lie.
 
-Tiles and halves are those of `triton_kernels`.
+Tiles and halves are those of `codes`.
 """
 
 from typing import no_type_check
@@ -12,7 +12,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton_kernels import _at_history, _load_vectors
+from pallas_kernels.triton.kernels.codes import at_history, load_vectors
 
 COLUMNS = tl.constexpr(128)  # of a program: a group of the sum
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -71,21 +71,21 @@ def lay_out(
         return
     exists = first + tl.arange(0, BLOCKS) < end
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
-    words, words_high, scales, zeros = _at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
+    words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     columns = column + tl.arange(0, COLUMNS)
     if MULTIPLY:
         low = tl.full((BLOCKS * 64, COLUMNS), 0.0, tl.float32)
         high = tl.full((BLOCKS * 64, COLUMNS), 0.0, tl.float32)
         for channel in range(0, WIDTH, CHUNK):
             right = tl.load(matrix + (channel + tl.arange(0, CHUNK))[:, None] * OUT_WIDTH + columns[None, :])
-            left_low, left_high = _load_vectors(
+            left_low, left_high = load_vectors(
                 words, words_high, scales, zeros, first, exists, channel,
                 WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC,
             )  # fmt: skip
             low = tl.dot(left_low, right, low, input_precision=PRECISION)
             high = tl.dot(left_high, right, high, input_precision=PRECISION)
     else:
-        low, high = _load_vectors(
+        low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, column,
             WIDTH, BITS, GROUP, BLOCKS, COLUMNS, DTYPE, ARITHMETIC,
         )  # fmt: skip
@@ -135,16 +135,16 @@ def add(
         high = tl.full((BLOCKS * 64, COLUMNS), 0.0, tl.float32)
     else:
         history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
-        words, words_high, scales, zeros = _at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
-        low, high = _load_vectors(
+        words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
+        low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, column,
             WIDTH, BITS, GROUP, BLOCKS, COLUMNS, tl.float32, tl.float32,
         )  # fmt: skip
-    sum_words, sum_words_high, sum_scales, sum_zeros = _at_history(
+    sum_words, sum_words_high, sum_scales, sum_zeros = at_history(
         sum_words, sum_words_high, sum_scales, sum_zeros, row.to(tl.int64) * NUM_BLOCKS, SUM_WIDTH, 8, COLUMNS
     )
     if ADD_SUM:
-        sum_low, sum_high = _load_vectors(
+        sum_low, sum_high = load_vectors(
             sum_words, sum_words_high, sum_scales, sum_zeros, first, exists, column,
             SUM_WIDTH, 8, COLUMNS, BLOCKS, COLUMNS, tl.float32, tl.float32,
         )  # fmt: skip

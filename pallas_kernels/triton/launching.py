@@ -23,9 +23,10 @@ from jaxtyping import Array
 from triton import knobs
 from triton.runtime import interpreter
 
-from pallas_kernels import target, triton_kernels, triton_running_sum
+from pallas_kernels import target
+from pallas_kernels.triton.kernels import attention, codes, keys, project, running_sum
 
-MODULES = (triton_kernels, triton_running_sum)
+MODULES = (codes, keys, attention, project, running_sum)
 """Where the kernels are; later ones import from earlier ones."""
 
 _NEW_CALL = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # jax-triton 0.4; 0.3 says out_shape
@@ -37,7 +38,7 @@ partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
 _one_at_a_time = threading.Lock()  # the interpreter patches triton.language while it runs
 
 
-def launch(
+def run(
     kernel: str,
     *inputs: Array,
     grid: tuple[int] | tuple[int, int] | tuple[int, int, int],

@@ -22,9 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import pallas_kernels.triton
-from pallas_kernels import eight_bits, target, triton_tiles
-from pallas_kernels.triton_launch import find
+from pallas_kernels import eight_bits, target
+from pallas_kernels.triton import accumulate, decode_attention, launching, tiling
 from pallas_kernels.xla import Accumulation, KeyRebuild
 from xquant_jax.attention import Geometry
 from xquant_jax.quantization import StreamSpec, quantize
@@ -112,7 +111,7 @@ def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = 
 
     def operation(q: Any, key: Any, rebuild: Any, value: Any, flushed: Any, positions: Any) -> Any:
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
-        return pallas_kernels.triton.decode_attention(
+        return decode_attention(
             q,
             key,
             rebuild,
@@ -158,7 +157,7 @@ def of_sum(name: str, bits: int, capability: float, amd: bool = False) -> list[L
 
     matrices = tuple(array(a, b) for a, b in itertools.pairwise((width, *predict)))
     return launches(
-        functools.partial(pallas_kernels.triton.accumulate, layer=0),
+        functools.partial(accumulate, layer=0),
         history(StreamSpec(width, 8)),
         history(StreamSpec(stored, bits), 1),
         Accumulation(matrices, array(stored, width) if lift else None),
@@ -191,9 +190,9 @@ def launches(operation: Callable[..., Any], *args: Any, capability: float, amd: 
         return [jnp.zeros(a.shape, a.dtype) for a in written]
 
     with (
-        mock.patch.object(pallas_kernels.triton, "launch", record),
-        mock.patch.object(triton_tiles, "capability", return_value=capability),
-        mock.patch.object(triton_tiles, "is_amd", return_value=amd),
+        mock.patch.object(launching, "run", record),
+        mock.patch.object(tiling, "capability", return_value=capability),
+        mock.patch.object(tiling, "is_amd", return_value=amd),
         target.compiling_for("gpu"),
     ):
         jax.eval_shape(operation, *args)
@@ -218,7 +217,7 @@ def compiled_for_amd(launch: Launch, architecture: str) -> str:
 
 
 def _compile(launch: Launch, gpu: GPUTarget) -> Any:
-    function = find(launch.kernel)
+    function = launching.find(launch.kernel)
     arrays = [name for name in function.arg_names if name not in launch.constants]
     types = dict(zip(arrays, (TYPES[str(a.dtype)] for a in launch.arrays), strict=True))
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}

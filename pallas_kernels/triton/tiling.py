@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 
-TABLE = Path(__file__).with_name("triton_tiles.json")
+TABLE = Path(__file__).with_name("tiles.json")
+
+TILES_PER_SPLIT = 4
+"""At least: less work does not pay for a program of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,12 @@ def by_rule(shape: Shape, capability: float) -> Tiles:
     return Tiles(
         chunk=0 if hopper and shape.dim <= 128 else 16, warps=8 if shape.queries > 16 else 4, fused=hopper and light
     )
+
+
+def splits(programs: int, num_blocks: int, blocks: int) -> int:
+    """Parts to cut each sequence into, so that two rounds of programs fill the device; `blocks`: of a tile."""
+    wanted = -(-4 * multiprocessors() // programs)
+    return max(1, min(wanted, num_blocks // (TILES_PER_SPLIT * blocks)))
 
 
 def capability() -> float | None:

@@ -1,0 +1,258 @@
+"""`decode_attention`: one kernel, or two that hand scores over.
+
+Where each kv head has values of its own, one kernel reads a head's blocks and does everything. Where all heads read the
+whole value stream (X itself, a joint basis), its accumulator would not fit: one kernel computes scores, which are few,
+and a second one weighs values with them, a tile of channels at a time. Sequences are split over programs, and the parts
+are merged by their log-sum-exp.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import triton
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import eight_bits, target
+from pallas_kernels.triton import launching, operands, tiling
+from pallas_kernels.xla import KeyRebuild
+from xquant_jax import rope
+from xquant_jax.attention import LOWEST, Geometry, Part
+from xquant_jax.packing import BLOCK
+from xquant_jax.quantization import Blocks, StreamSpec
+
+HEAD_DIMS = (64, 128, 256)
+LEAST_QUERIES = 8  # of a kv head: what one matrix instruction takes
+LONGEST = 16  # new tokens
+MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it
+VALUE_CHANNELS = 128  # of one program, where all heads read the whole value stream
+VALUE_QUERIES = 64  # likewise
+EIGHT_BIT_CHANNELS = 128  # at once, where keys are rebuilt in 8 bits
+MOST_GROUPS = 128  # of such a key stream
+
+
+def refuse_decode_attention(
+    q: Float[Array, "B T H d"],
+    key_stream: Blocks,
+    key_rebuild: KeyRebuild,
+    value_stream: Blocks,
+    flushed: Int[Array, " B"],
+    geometry: Geometry,
+    *,
+    layer: Int[Array, ""] | int,
+    num_kv_heads: int,
+    value_heads: int,
+) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    length, heads, dim = q.shape[1:]
+    queries = length * heads // num_kv_heads
+    value_dim = value_stream.spec.width // value_heads
+    if dim not in HEAD_DIMS:
+        return f"a head dimension of {dim} is not taken; 64, 128 and 256 are"
+    if length > LONGEST:
+        return f"{length} new tokens are not taken; up to {LONGEST} are"
+    if queries > MOST_QUERIES:
+        return f"{queries} queries for one kv head are not taken; up to {MOST_QUERIES} are"
+    form = _form(key_rebuild)
+    latent = key_stream.spec.width // num_kv_heads
+    if form == "per_head" and latent not in HEAD_DIMS:
+        return f"a latent of {latent} for each head is not taken; 64, 128 and 256 are"
+    if form in eight_bits.TYPES and (reason := _refuse_eight_bits(form, key_stream.spec, value_heads)):
+        return reason
+    if value_heads not in (1, num_kv_heads):
+        return f"values in {value_heads} parts are not taken; 1 and {num_kv_heads} are"
+    if value_stream.spec.axis != "token":
+        return "values quantized along the channel are not taken; along the token they are"
+    if value_heads > 1 and value_dim not in HEAD_DIMS:
+        return f"values of {value_dim} for each head are not taken; 64, 128 and 256 are"
+    return (
+        operands.refuse_device()
+        or operands.refuse_type(q)
+        or operands.refuse_stream(
+            "the key",
+            key_stream.spec,
+            at_once={"dense": 64, "int8": EIGHT_BIT_CHANNELS, "fp8": EIGHT_BIT_CHANNELS, "identity": dim // 2}.get(
+                form, latent
+            ),
+        )
+        or operands.refuse_stream("the value", value_stream.spec, value_dim if value_heads > 1 else VALUE_CHANNELS)
+    )
+
+
+def decode_attention(
+    q: Float[Array, "B T H d"],
+    key_stream: Blocks,
+    key_rebuild: KeyRebuild,
+    value_stream: Blocks,
+    flushed: Int[Array, " B"],
+    geometry: Geometry,
+    *,
+    layer: Int[Array, ""] | int,
+    num_kv_heads: int,
+    value_heads: int,
+) -> Part:
+    """See `pallas_kernels.api.decode_attention`."""
+    batch, length, heads, dim = q.shape
+    num_blocks = key_stream.words[0].shape[2]
+    width = value_stream.spec.width
+    shared = heads // num_kv_heads
+    queries = max(LEAST_QUERIES, triton.next_power_of_2(length * shared))
+    form = _form(key_rebuild)
+    per_head = value_heads == num_kv_heads and width // value_heads in HEAD_DIMS
+    has_norm = key_rebuild.norm is not None
+    tiles = tiling.choose(tiling.Shape("decode", form, dim, key_stream.spec.bits, queries, has_norm))
+
+    turned = q.astype(jnp.float32) * (geometry.scale * math.log2(math.e))
+    if not geometry.rotated:
+        turned = rope.rotate_heads(turned, geometry.positions, geometry.frequencies)
+    turned = turned.reshape(batch, length, num_kv_heads, shared, dim).swapaxes(1, 2)
+    turned = _pad(turned.reshape(batch, num_kv_heads, length * shared, dim), queries, axis=2)
+    positions = _pad(jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1), queries, axis=1, value=-1)
+    earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
+    oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
+    bounds = jnp.stack([oldest, flushed, earliest, latest], axis=1).astype(jnp.int32)
+    scalars = jnp.stack([jnp.asarray(layer), jnp.asarray(geometry.sliding_window)]).astype(jnp.int32)
+    number = jnp.arange(tiles.blocks * BLOCK // 2)
+    in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks
+    rotations = [
+        jnp.stack(rope.rotation(at, geometry.frequencies)) for at in (in_tile, 64 * jnp.arange(2 * num_blocks))
+    ]
+    bias, norm = (turned if a is None else operands.operand(a) for a in (key_rebuild.bias, key_rebuild.norm))
+    if form in eight_bits.TYPES:
+        matrices = _eight_bits(key_rebuild)
+    else:
+        matrix = turned if key_rebuild.matrix is None else operands.operand(key_rebuild.matrix)
+        matrices = (matrix,) * 3
+    inputs = (scalars, bounds, turned, positions, *rotations, *operands.arrays(key_stream))
+    constants = {
+        "NUM_BLOCKS": num_blocks,
+        "BATCH": batch,
+        "KV_HEADS": num_kv_heads,
+        "QUERIES": queries,
+        "LENGTH": length,
+        "SHARED": shared,
+        "DIM": dim,
+        "NORM_EPS": key_rebuild.norm_eps,
+        "FORM": form,
+        "HAS_BIAS": key_rebuild.bias is not None,
+        "HAS_NORM": has_norm,
+        "ROPE": not geometry.rotated,
+        "BLOCKS": tiles.blocks,
+        "CHUNK": operands.chunk(tiles, key_stream.spec) or key_stream.spec.width // num_kv_heads,
+        "ASSEMBLY": not target.current().interpret and not tiling.is_amd(),
+        **operands.types(),
+    }
+    splits = tiling.splits(batch * num_kv_heads, num_blocks, tiles.blocks)
+    if per_head and tiles.fused:
+        out, lse = launching.run(
+            "decode",
+            *inputs,
+            matrices[0],
+            bias,
+            norm,
+            *operands.arrays(value_stream),
+            grid=(batch * num_kv_heads, splits),
+            outputs=_parts(batch, splits, length * heads, width // value_heads),
+            warps=tiles.warps,
+            stages=tiles.stages,
+            **constants,
+            **operands.stream_constants(key_stream.spec, "KEY_"),
+            **operands.stream_constants(value_stream.spec, "VALUE_"),
+        )
+    else:
+        (scores,) = launching.run(
+            "decode_scores",
+            *inputs,
+            *matrices,
+            bias,
+            norm,
+            grid=(batch * num_kv_heads, splits),
+            outputs=[jax.ShapeDtypeStruct((batch, length * heads, num_blocks * BLOCK), jnp.float32)],
+            warps=tiles.warps,
+            stages=tiles.stages,
+            **constants,
+            **operands.stream_constants(key_stream.spec),
+        )
+        channels = width // value_heads if per_head else VALUE_CHANNELS
+        rows = length * (shared if per_head else heads)
+        at_once = min(VALUE_QUERIES, max(LEAST_QUERIES, triton.next_power_of_2(rows)))
+        tiles = tiling.choose(tiling.Shape("values", "", channels, value_stream.spec.bits, at_once))
+        programs = batch * (width // channels), triton.cdiv(rows, at_once)
+        splits = tiling.splits(math.prod(programs), num_blocks, tiles.blocks)
+        out, lse = launching.run(
+            "decode_values",
+            scalars,
+            bounds,
+            scores,
+            *operands.arrays(value_stream),
+            grid=(programs[0], splits, programs[1]),
+            outputs=_parts(batch, splits, length * heads, channels if per_head else width),
+            warps=tiles.warps,
+            stages=tiles.stages,
+            NUM_BLOCKS=num_blocks,
+            BATCH=batch,
+            KV_HEADS=num_kv_heads,
+            QUERIES=at_once,
+            LENGTH=length,
+            SHARED=shared,
+            PER_HEAD=per_head,
+            CHANNELS=channels,
+            BLOCKS=tiles.blocks,
+            **operands.stream_constants(value_stream.spec),
+            **operands.types(),
+        )
+    part = _merge(out, lse)
+    return Part(part.out.reshape(batch, length, heads, -1), part.lse.reshape(batch, length, heads))
+
+
+def _merge(out: Float[Array, "B splits rows C"], lse: Float[Array, "B splits rows"]) -> Part:
+    """Attention over all splits; as `attention.merge`, of parts that lie in one array."""
+    top = jnp.maximum(lse.max(axis=1), LOWEST)
+    weights = jnp.exp(lse - top[:, None])
+    total = weights.sum(axis=1)
+    merged = jnp.einsum("bsr,bsrc->brc", weights, out, precision="highest")
+    return Part(merged / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total))
+
+
+def _parts(batch: int, splits: int, rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
+    shapes = (batch, splits, rows, width), (batch, splits, rows)
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def _form(rebuild: KeyRebuild) -> str:
+    if rebuild.matrix is None:
+        return "identity"
+    if small := eight_bits.name_of(rebuild.matrix.dtype):
+        return small
+    return "dense" if rebuild.matrix.ndim == 2 else "per_head"
+
+
+def _eight_bits(rebuild: KeyRebuild) -> tuple[Array, Array, Array]:
+    """The matrix as int8 [R, C], its sums in two halves that bfloat16 holds [2, C/G, R], scales of columns [R]."""
+    assert rebuild.matrix is not None
+    assert rebuild.sums is not None
+    assert rebuild.scale is not None
+    high = lax.reduce_precision(rebuild.sums, exponent_bits=8, mantissa_bits=7)
+    sums = operands.operand(jnp.stack([high, rebuild.sums - high]))
+    return lax.bitcast_convert_type(rebuild.matrix, jnp.int8).T, sums, rebuild.scale
+
+
+def _pad(a: Array, size: int, axis: int, value: int = 0) -> Array:
+    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(a.shape)]
+    return jnp.pad(a, widths, constant_values=value)
+
+
+def _refuse_eight_bits(form: str, key: StreamSpec, value_heads: int) -> str | None:
+    capability = tiling.capability()
+    if capability and capability < 9:
+        return f"keys are rebuilt in {form} on compute capability 9.0 (Hopper) and newer, and this GPU has {capability}"
+    if key.axis == "channel":
+        return f"keys quantized along the channel are not rebuilt in {form}; those along the token are"
+    if form == "fp8" and key.bits > 4:
+        return f"keys of {key.bits} bits are not rebuilt in fp8; up to 4 bits are"
+    if key.width // key.group > MOST_GROUPS:
+        return f"keys in {key.width // key.group} groups are not rebuilt in {form}; up to {MOST_GROUPS} groups are"
+    if value_heads > 1:
+        return f"keys are rebuilt in {form} where all heads read the whole value stream, and these have one each"
+    return None

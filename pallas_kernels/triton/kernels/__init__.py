@@ -1,0 +1,1 @@
+"""The Triton kernels. They know nothing of JAX."""

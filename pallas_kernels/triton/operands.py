@@ -1,0 +1,75 @@
+"""What every launch hands to a kernel, and what no kernel takes."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import triton.language as tl
+from jaxtyping import Array
+
+from pallas_kernels import target
+from pallas_kernels.triton import tiling
+from xquant_jax.packing import BLOCK
+from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
+
+
+def arrays(stream: Blocks) -> tuple[Array, ...]:
+    """Words of the lower and the upper plane (or the lower one again), scales and zeros."""
+    return stream.words[0], stream.words[-1], stream.scale, stream.zero
+
+
+def stream_constants(spec: StreamSpec, prefix: str = "") -> dict[str, Any]:
+    """What a kernel is compiled for; a group of 0 stands for groups along the channel."""
+    group = 0 if spec.axis == "channel" else spec.group
+    return {f"{prefix}WIDTH": spec.width, f"{prefix}BITS": spec.bits, f"{prefix}GROUP": group}
+
+
+def chunk(tiles: tiling.Tiles, spec: StreamSpec) -> int:
+    """Channels of a rebuild at once: no more than one group of them."""
+    return math.gcd(tiles.chunk, spec.group) if spec.axis == "token" and tiles.chunk else tiles.chunk
+
+
+def types() -> dict[str, Any]:
+    """Types to multiply and to unpack in. The interpreter knows no bfloat16 arithmetic."""
+    if target.current().interpret:
+        return {"DTYPE": tl.float32, "ARITHMETIC": tl.float32, "PRECISION": "ieee"}
+    return {"DTYPE": tl.bfloat16, "ARITHMETIC": tl.bfloat16, "PRECISION": "tf32"}
+
+
+def operand_type() -> Any:
+    """Of what the matrix unit multiplies."""
+    return jnp.float32 if target.current().interpret else jnp.bfloat16
+
+
+def operand(a: Array) -> Array:
+    """As the matrix unit takes it."""
+    return a.astype(operand_type())
+
+
+def refuse_type(a: Array) -> str | None:
+    if a.dtype in (jnp.bfloat16, jnp.float16) or target.current().interpret:
+        return None
+    return f"{a.dtype} is not taken; bfloat16 and float16 are"
+
+
+def refuse_device() -> str | None:
+    capability = tiling.capability()
+    if capability and capability < 8:
+        return f"a GPU of compute capability {capability} is not taken; 8.0 (Ampere) and newer are"
+    return None
+
+
+def refuse_stream(which: str, spec: StreamSpec, at_once: int) -> str | None:
+    """A group must hold all the channels that are read at once, or be a channel's part of a block."""
+    if spec.bits == UNQUANTIZED:
+        return f"{which} stream is not quantized"
+    if spec.format != "uniform":
+        return f"{which} stream's format {spec.format} is not taken; uniform is"
+    if spec.width % at_once:
+        return f"{which} stream's width {spec.width} is not a multiple of {at_once}"
+    if spec.axis == "channel":
+        if spec.group != BLOCK:
+            return f"{which} stream's groups of {spec.group} tokens are not taken; whole blocks of {BLOCK} are"
+    elif spec.group % at_once:
+        return f"{which} stream's groups of {spec.group} channels are not taken; multiples of {at_once} are"
+    return None
