@@ -49,7 +49,7 @@ def check(implementation: str | None) -> None:
         )
     try:
         _module(implementation)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise ConfigError(f"implementation={implementation!r} {_missing(error, platform)}") from error
 
 
@@ -205,14 +205,16 @@ def _refusal(name: str, operation: str, *args: Any, **kwargs: Any) -> str | None
         return None
     try:
         module = _module(name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         return _missing(error, BACKENDS[name])
     refuse = getattr(module, f"refuse_{operation}", None)
     return refuse(*args, **kwargs) if refuse else "it has no such kernel"
 
 
-def _missing(error: ModuleNotFoundError, platform: str | None) -> str:
-    return f"needs {error.name}, which is not installed; pip install 'xquant-jax[{platform}]'"
+def _missing(error: ImportError, platform: str | None) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs {error.name}, which is not installed; pip install 'xquant-jax[{platform}]'"
+    return f"cannot be imported: {str(error).splitlines()[0]}"
 
 
 @functools.cache

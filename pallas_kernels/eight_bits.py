@@ -5,6 +5,7 @@ g of channels. So K = x^ W = sum over g of s_g (q_g W_g) + z_g (1 W_g), where a 
 exactly, in int8 or, for codes of up to 4 bits, in e4m3. Only W is rounded.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ def name_of(dtype: Any) -> str | None:
     return next((name for name, (known, _) in TYPES.items() if dtype == known), None)
 
 
+@functools.partial(jax.jit, static_argnames=("name", "group"))
 def in_eight_bits(matrix: Float[Array, "L C R"], name: str, group: int) -> dict[str, Array]:
     """Dense matrices of `L` layers as the fields of `KeyRebuild`: matrix [L, C, R], scale [L, R], sums [L, C/G, R].
 
@@ -38,4 +40,4 @@ def in_eight_bits(matrix: Float[Array, "L C R"], name: str, group: int) -> dict[
         sums = small.astype(jnp.float32).reshape(-1, group, w.shape[1]).sum(axis=1)
         return {"matrix": small, "scale": scale, "sums": sums}
 
-    return jax.jit(lambda matrix: lax.map(layer, matrix))(matrix)  # layer by layer: float32 of one at a time
+    return lax.map(layer, matrix)  # layer by layer: float32 of one at a time

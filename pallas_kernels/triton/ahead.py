@@ -224,6 +224,8 @@ def _compile(launch: Launch, gpu: GPUTarget) -> Any:
     # buffers of XLA are aligned
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types}
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    if gpu.backend == "cuda":
+        options["ptx_version"] = launching.PTX_VERSION
     return triton.compile(ASTSource(function, signature, launch.constants, aligned), target=gpu, options=options)
 
 

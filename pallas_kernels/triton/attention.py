@@ -25,7 +25,7 @@ from xquant_jax.quantization import Blocks, StreamSpec
 HEAD_DIMS = (64, 128, 256)
 LEAST_QUERIES = 8  # of a kv head: what one matrix instruction takes
 LONGEST = 16  # new tokens
-MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it
+MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it; half of it with dimension 256
 VALUE_CHANNELS = 128  # of one program, where all heads read the whole value stream
 VALUE_QUERIES = 64  # likewise
 EIGHT_BIT_CHANNELS = 128  # at once, where keys are rebuilt in 8 bits
@@ -52,8 +52,8 @@ def refuse_decode_attention(
         return f"a head dimension of {dim} is not taken; 64, 128 and 256 are"
     if length > LONGEST:
         return f"{length} new tokens are not taken; up to {LONGEST} are"
-    if queries > MOST_QUERIES:
-        return f"{queries} queries for one kv head are not taken; up to {MOST_QUERIES} are"
+    if queries > (most := MOST_QUERIES * 128 // max(dim, 128)):
+        return f"{queries} queries of dimension {dim} for one kv head are not taken; up to {most} are"
     form = _form(key_rebuild)
     latent = key_stream.spec.width // num_kv_heads
     if form == "per_head" and latent not in HEAD_DIMS:
@@ -101,7 +101,8 @@ def decode_attention(
     form = _form(key_rebuild)
     per_head = value_heads == num_kv_heads and width // value_heads in HEAD_DIMS
     has_norm = key_rebuild.norm is not None
-    tiles = tiling.choose(tiling.Shape("decode", form, dim, key_stream.spec.bits, queries, has_norm))
+    spec = key_stream.spec
+    tiles = tiling.choose(tiling.Shape("decode", form, dim, spec.bits, queries, has_norm, spec.width))
 
     turned = q.astype(jnp.float32) * (geometry.scale * math.log2(math.e))
     if not geometry.rotated:
@@ -177,7 +178,7 @@ def decode_attention(
         channels = width // value_heads if per_head else VALUE_CHANNELS
         rows = length * (shared if per_head else heads)
         at_once = min(VALUE_QUERIES, max(LEAST_QUERIES, triton.next_power_of_2(rows)))
-        tiles = tiling.choose(tiling.Shape("values", "", channels, value_stream.spec.bits, at_once))
+        tiles = tiling.choose(tiling.Shape("values", "", channels, value_stream.spec.bits, at_once, width=width))
         programs = batch * (width // channels), triton.cdiv(rows, at_once)
         splits = tiling.splits(math.prod(programs), num_blocks, tiles.blocks)
         out, lse = launching.run(

@@ -24,10 +24,14 @@ from triton import knobs
 from triton.runtime import interpreter
 
 from pallas_kernels import target
+from pallas_kernels.triton import tiling
 from pallas_kernels.triton.kernels import attention, codes, keys, project, running_sum
 
 MODULES = (codes, keys, attention, project, running_sum)
 """Where the kernels are; later ones import from earlier ones."""
+
+PTX_VERSION = 87
+"""Of NVIDIA's assembly: JAX assembles it with its own CUDA (12.8 or newer), and Triton's may be newer."""
 
 _NEW_CALL = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # jax-triton 0.4; 0.3 says out_shape
 CAN_UPDATE = _NEW_CALL
@@ -57,7 +61,9 @@ def run(
         run = functools.partial(interpret, kernel, grid=grid, outputs=shapes, updates=len(updated), **constants)
         return list(jax.pure_callback(run, shapes, *inputs, *updated))
     # contraction to fma is what makes scale and zero one instruction for two elements
-    options = {"backend_options": {"enable_fp_fusion": True}} if _NEW_CALL else {"enable_fp_fusion": True}
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if _NEW_CALL:
+        options = {"backend_options": options if tiling.is_amd() else options | {"ptx_version": PTX_VERSION}}
     refs = [jax.new_ref(a) for a in updated]
     written = jax_triton.triton_call(
         *inputs,

@@ -26,7 +26,7 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = N
     """See `pallas_kernels.api.remat_project`."""
     batch, blocks = stream.words[0].shape[:2]
     columns = weight.shape[1]
-    tiles = tiling.choose(tiling.Shape("project", "dense", bits=stream.spec.bits))
+    tiles = tiling.choose(tiling.Shape("project", "dense", bits=stream.spec.bits, width=stream.spec.width))
     (out,) = launching.run(
         "project",
         *operands.arrays(stream),

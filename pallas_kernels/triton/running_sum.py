@@ -43,6 +43,9 @@ def refuse_accumulate(
         return f"a matrix of {narrow[0]} rows is not taken; multiples of {COLUMNS} are"
     if not launching.CAN_UPDATE:
         return "jax-triton before 0.4 cannot update arrays in place; pip install --upgrade jax-triton"
+    capability = tiling.capability()
+    if matrices and capability and 10 <= capability < 11:
+        return f"Triton's compiler fails on the products of sums for compute capability {capability}"
     return (
         operands.refuse_device()
         or next((reason for reason in map(operands.refuse_type, matrices) if reason), None)
@@ -66,7 +69,8 @@ def accumulate(
     """
     batch, num_blocks = running.words[0].shape[:2]
     predict, lift = accumulation.predict or (), accumulation.lift
-    tiles = tiling.choose(tiling.Shape("sum", "" if lift is None and not predict else "dense", bits=stream.spec.bits))
+    form = "dense" if predict or lift is not None else ""
+    tiles = tiling.choose(tiling.Shape("sum", form, bits=stream.spec.bits, width=running.spec.width))
     size = num_blocks
     if predict or lift is not None:
         size = min(num_blocks, max(triton.cdiv(num_blocks, RANGES), triton.cdiv(LEAST_RANGE, batch)))

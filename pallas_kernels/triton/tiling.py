@@ -36,7 +36,8 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What tiles depend on. kernel: decode, values, project or sum; form: of the rebuild; queries: of a program."""
+    """What tiles depend on. kernel: decode, values, project or sum; form: of the rebuild; queries: of a program; width:
+    of the stream."""
 
     kernel: str
     form: str = ""
@@ -44,9 +45,11 @@ class Shape:
     bits: int = 4
     queries: int = 0
     norm: bool = False
+    width: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.form} d={self.dim} bits={self.bits} queries={self.queries} norm={self.norm}"
+        cut = f"d={self.dim} bits={self.bits} queries={self.queries} norm={self.norm} width={self.width}"
+        return f"{self.kernel} {self.form} {cut}"
 
 
 def choose(shape: Shape) -> Tiles:
@@ -64,6 +67,8 @@ def by_rule(shape: Shape, capability: float) -> Tiles:
         return Tiles(blocks=2, chunk=64, warps=8, stages=2) if shape.form == "dense" else Tiles(warps=8)
     if shape.form in ("int8", "fp8"):
         return Tiles(blocks=2, chunk=128, warps=8, stages=1)
+    if shape.dim > 128 and shape.form != "identity":  # halves of keys fill the registers
+        return Tiles(chunk=16, warps=8, stages=1)
     if shape.form == "dense":  # tall tiles, to use each part of a large matrix often
         return Tiles(blocks=2, chunk=64, warps=8, stages=1) if hopper else Tiles(blocks=2, chunk=16, warps=8)
     light = shape.queries <= 8 and shape.bits in (2, 4) and not shape.norm
@@ -75,8 +80,11 @@ def by_rule(shape: Shape, capability: float) -> Tiles:
 
 
 def splits(programs: int, num_blocks: int, blocks: int) -> int:
-    """Parts to cut each sequence into, so that two rounds of programs fill the device; `blocks`: of a tile."""
-    wanted = -(-4 * multiprocessors() // programs)
+    """Parts to cut each sequence into: for no more programs than two rounds take, two at once on each multiprocessor.
+
+    blocks: of a tile
+    """
+    wanted = 4 * multiprocessors() // programs
     return max(1, min(wanted, num_blocks // (TILES_PER_SPLIT * blocks)))
 
 
