@@ -22,6 +22,7 @@ from xquant_jax.generation import (
     Completion,
     Prompt,
     bucket_length,
+    check_length,
     check_max_new_tokens,
     checked_seeds,
     checked_stops,
@@ -170,6 +171,7 @@ class Batch:
         check_max_new_tokens(limit)
         (seed,) = checked_seeds(self.seed if request.seed is None else request.seed, 1)
         tokens = prompt_tokens(self.model, "the prompt", request.prompt)
+        check_length(len(tokens) + limit)
         bucket = bucket_length(len(tokens), self.prefill_chunk)
         transcript = Transcript(self.model.tokenizer, tokens, frozenset(self.ends), self.stop, limit)
         return _Sequence(index, request.prompt, tokens, limit, seed, bucket, transcript)

@@ -26,7 +26,7 @@ from xquant_jax.packing import BLOCK
 from xquant_jax.quantization import allocate_blocks
 from xquant_jax.scoring import CHUNK, PROTOCOLS, Scorer
 
-IDENTITY = ("model", "text", "seq_len", "protocol", "chunk", "dtype", "text_sha256")
+IDENTITY = ("model", "weights", "text", "seq_len", "protocol", "chunk", "dtype", "text_sha256")
 """Fields of `Evaluation` that say what is measured, and that a JSON begins with."""
 
 LOGITS_AT_ONCE = 2**28
@@ -44,13 +44,15 @@ class Windows:
 
 @dataclasses.dataclass
 class Measurement:
-    """One method's results so far. Losses: mean nats per predicted token, of each window in turn."""
+    """One method's results so far. Losses: mean nats per predicted token, of each window in turn. calibration: hash of
+    the file whose levels or directions the method takes, if it takes any."""
 
     cache: str
     paper_ratio: float
     allocated: CacheBytes
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    calibration: str | None = None
 
 
 @dataclasses.dataclass
@@ -58,6 +60,7 @@ class Evaluation:
     """A run: what is measured on what, and the measurements so far. `baseline` is the model without a cache."""
 
     model: str
+    weights: str  # fingerprint
     text: str
     seq_len: int
     protocol: str
@@ -95,6 +98,7 @@ class Evaluation:
             return self.row(m) | {
                 "allocated": dataclasses.asdict(m.allocated),
                 "seconds": m.seconds,
+                "calibration": m.calibration,
                 "window_nlls": losses,
             }
 
@@ -111,7 +115,9 @@ class Evaluation:
         def measurement(row: Any) -> Measurement:
             losses = [math.nan if loss is None else float(loss) for loss in row["window_nlls"]]
             allocated = CacheBytes(**row["allocated"])
-            return Measurement(row["cache"], float(row["paper_ratio"]), allocated, losses, float(row["seconds"]))
+            return Measurement(
+                row["cache"], float(row["paper_ratio"]), allocated, losses, float(row["seconds"]), row["calibration"]
+            )
 
         try:
             return cls(
@@ -135,6 +141,13 @@ class Evaluation:
                 raise ConfigError(
                     f"the earlier run has {name}={other}, this one {name}={value}: they cannot be one table; "
                     f"leave --resume out or choose another file"
+                )
+        mine = {m.cache: m.calibration for m in self.measurements}
+        for m in earlier.measurements:
+            if mine.get(m.cache, m.calibration) != m.calibration:
+                raise ConfigError(
+                    f"the earlier run measured {m.cache} with another calibration: they cannot be one table; leave "
+                    f"--resume out or choose another file"
                 )
         self.baseline = earlier.baseline
         found = {m.cache: m for m in earlier.measurements}
@@ -223,10 +236,16 @@ def prepare(
 
     def measurement(spec: str) -> Measurement:
         cache = CacheConfig.parse(spec)
-        return Measurement(spec, paper_ratio(cache, model.config), allocated(cache, model.config, seq_len))
+        return Measurement(
+            spec,
+            paper_ratio(cache, model.config),
+            allocated(cache, model.config, seq_len),
+            calibration=model.calibration_hash(cache),
+        )
 
     return Evaluation(
         model=name,
+        weights=model.fingerprint,
         text=text,
         seq_len=seq_len,
         protocol=protocol,

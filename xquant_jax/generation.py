@@ -191,6 +191,7 @@ class _Batch:
         check_max_new_tokens(max_new_tokens)
         ends = checked_stops(model, stop, stop_ids)
         longest = max(map(len, tokens))
+        check_length(longest + max_new_tokens)
         bucket, chunk = bucket_length(longest, prefill_chunk)
         if cache_tokens is not None:
             check_room(cache_tokens, longest + max_new_tokens - 1)
@@ -347,7 +348,7 @@ def _encode(model: Model, name: str, prompt: str) -> list[int]:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise PromptError(f"{name} is not valid Unicode: {error.reason}") from error
-    return model.tokenizer.encode(prompt)
+    return _token_ids(model, name, model.tokenizer.encode(prompt))  # a tokenizer may have more tokens than the model
 
 
 def _token_ids(model: Model, what: str, ids: Sequence[int] | np.ndarray) -> list[int]:
@@ -360,6 +361,16 @@ def _token_ids(model: Model, what: str, ids: Sequence[int] | np.ndarray) -> list
         if not 0 <= plain[-1] < size:
             raise PromptError(f"{what} holds token id {token}; the model's ids are 0 to {size - 1}")
     return plain
+
+
+LONGEST = 2**24
+"""Tokens of a sequence: positions are exact in float32 up to here."""
+
+
+def check_length(tokens: int) -> None:
+    """Raises `ConfigError` for a sequence, prompt and answer, that no cache is made for."""
+    if tokens > LONGEST:
+        raise ConfigError(f"prompt and answer may take {tokens:,} tokens; shorten them to {LONGEST:,}")
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:

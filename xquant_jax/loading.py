@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cached_property, partial
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Model:
     calibration: Path  # file of what `xquant calibrate` found; need not exist
     mesh: Mesh | None = None  # devices that the parameters are spread over
     _factors: dict[tuple[str, bool, int], Any] = dataclasses.field(default_factory=dict, repr=False)
+    _built: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> ModelConfig:
@@ -62,13 +64,19 @@ class Model:
         if self.mesh is None:
             sharding.check_model(self.config, mesh)
             params = sharding.place(self.params, parameter_specs(self.params), mesh)
-            return dataclasses.replace(self, params=params, mesh=mesh, _factors={})
+            return dataclasses.replace(self, params=params, mesh=mesh, _factors={}, _built={})
         if mesh != self.mesh:
             raise ConfigError(f"the model lies on {self.mesh}, not on {mesh}; load it with mesh=... of the one to use")
         return self
 
     def factors(self, cache_config: CacheConfig) -> tuple[Any, ...]:
-        """`CacheConfig.factors`, on a mesh where the cache needs them."""
+        """`CacheConfig.factors`, on a mesh where the cache needs them; of the cache asked for last they are kept."""
+        if self._built.get("cache") != cache_config or self._built["params"] is not self.params:
+            self._built.clear()  # before others take their place
+            self._built.update(cache=cache_config, params=self.params, factors=self._built_factors(cache_config))
+        return self._built["factors"]
+
+    def _built_factors(self, cache_config: CacheConfig) -> tuple[Any, ...]:
         if self.mesh is None:
             return cache_config.factors(self)
         with sharding.using(self.mesh):
@@ -112,6 +120,11 @@ class Model:
     @cached_property
     def _calibration(self) -> Calibration:
         return Calibration.read(self.calibration, self.fingerprint)
+
+    def calibration_hash(self, cache_config: CacheConfig) -> str | None:
+        """Of the calibration file, if it is there and the cache takes something from it."""
+        calibrated = any(method.needs(self.config) for method, _ in cache_config.segments(self.config))
+        return sha256(self.calibration.read_bytes()).hexdigest() if calibrated and self.calibration.exists() else None
 
     def calibrated(self, need: Need) -> dict[str, Array]:
         """What `xquant calibrate` found on text. Raises `ConfigError` if it was not run, or with another model."""
@@ -197,6 +210,6 @@ def _stop_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
     settings = read_json(path) if path.exists() else {}
     ids = settings.get("eos_token_id", config.get("eos_token_id"))
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int) for i in ids):
+    if not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
         raise CheckpointError(f"{path}: eos_token_id={ids} is neither a token id nor a list of them")
     return tuple(ids)

@@ -23,10 +23,17 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
+        """Raises `CheckpointError` for a file that is none.
+
+        Truncation and padding that it may hold, those of batches in training, do not apply.
+        """
         try:
-            return cls(Backend.from_file(str(path)))
+            backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer file prescribes."""

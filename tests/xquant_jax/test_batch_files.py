@@ -117,20 +117,23 @@ def test_malformed_lines_are_reported_with_their_number_and_the_rest_is_done(
         14: (b'{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens=0"),
         15: (b"[" * 100_000, "not JSON"),
         16: (b'{"prompt": "a \\ud800 b"}', "not valid Unicode"),
+        17: (b'{"prompt": "x", "id": NaN}', "its id holds a number that JSON does not have"),
+        18: (b'{"prompt": "x", "id": "\\ud800"}', "its id is not valid Unicode"),
+        19: (b'{"prompt": "x", "max_new_tokens": 99999999999999999999}', "shorten them to 16,777,216"),
     }
     good = b'{"prompt": "Tom", "id": "good", "max_new_tokens": 3}'
-    asked.write_bytes(b"\n".join(errors[n][0] if n in errors else good for n in range(1, 17)))
+    asked.write_bytes(b"\n".join(errors[n][0] if n in errors else good for n in range(1, 20)))
     for _ in range(2):  # the second run finds nothing to do and says the same
         assert main(["batch", stories, str(asked), str(results), "--cache", "bf16"]) == 0
         reported = capsys.readouterr().err
         written = {record["line"]: record for record in read(results)}
-        assert written.keys() == set(range(1, 17))
-        assert len(read(results)) == 16
+        assert written.keys() == set(range(1, 20))
+        assert len(read(results)) == 19
         assert len(written[3]["tokens"]) == 3
         for number, (_, message) in errors.items():
             assert message in written[number]["error"]
         assert "line 1: not JSON" in reported
-        assert "15 of 16 lines could not be answered" in reported
+        assert "18 of 19 lines could not be answered" in reported
 
 
 @pytest.fixture

@@ -259,6 +259,19 @@ class TestCommand:
         assert "the earlier run has" in capsys.readouterr().err
         assert (tmp_path / "out.json").read_text() == before
 
+    def test_resuming_with_other_weights_or_levels_is_an_error(
+        self, command: list[str], tmp_path: Path, capsys
+    ) -> None:
+        assert main([*command, "--cache", "bf16"]) == 0
+        written = json.loads((tmp_path / "out.json").read_text())
+        for changed, message in (
+            (written | {"weights": "others"}, "the earlier run has weights=others"),
+            (written | {"rows": [written["rows"][0] | {"calibration": "other"}]}, "bf16 with another calibration"),
+        ):
+            (tmp_path / "out.json").write_text(json.dumps(changed))
+            assert main([*command, "--cache", "bf16", "--resume"]) == 2
+            assert message in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -1,12 +1,14 @@
 """`generate` and `stream` on a trained model: what users rely on whatever the batch, the chunks and the buckets."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import xquant_jax as xq
 from tests.conftest import counted_compilations
@@ -71,6 +73,41 @@ def test_a_second_call_of_the_same_bucket_compiles_nothing(model: xq.Model) -> N
     with counted_compilations() as compiled:
         xq.generate(model, ["The cat sat", "Tom saw"], sampling=sampling, max_new_tokens=17)
     assert compiled  # the counter counts
+
+
+@pytest.mark.parametrize("cache", ["xquant-cl:2", "xquant:4,rebuild_dtype=int8"])
+def test_factors_are_made_once(cache: str, shared: Path) -> None:
+    name = "stories260K" if cache == "xquant-cl:2" else "pystdlib-mha"
+    model = xq.load(shared / "models" / name)
+    xq.generate(model, ["Once"], cache=cache, max_new_tokens=2)
+    with counted_compilations() as compiled:
+        xq.generate(model, ["Here"], cache=cache, max_new_tokens=2)
+    assert compiled == []
+    assert model.factors(xq.CacheConfig.parse(cache)) is model.factors(xq.CacheConfig.parse(cache))
+
+
+def test_what_a_tokenizer_file_says_of_training_batches_does_not_apply(tmp_path: Path, shared: Path) -> None:
+    shutil.copytree(shared / "models" / "stories260K", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    written = tokenizers.Tokenizer.from_file(str(path))
+    written.enable_truncation(8)
+    written.enable_padding(length=8)
+    written.save(str(path))
+    plain, told = (xq.load(folder) for folder in (shared / "models" / "stories260K", tmp_path / "model"))
+    for text in STORIES:
+        assert told.tokenizer is not None
+        assert plain.tokenizer is not None
+        assert told.tokenizer.encode(text) == plain.tokenizer.encode(text)
+
+
+def test_tokens_that_the_model_lacks_are_an_error(tmp_path: Path, shared: Path) -> None:
+    shutil.copytree(shared / "models" / "stories260K", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    written = tokenizers.Tokenizer.from_file(str(path))
+    written.add_tokens(["<new>"])
+    written.save(str(path))
+    with pytest.raises(xq.PromptError, match="token id 512; the model's ids are 0 to 511"):
+        xq.generate(xq.load(tmp_path / "model"), ["Once <new>"], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("chunk", [64, 512, 100])

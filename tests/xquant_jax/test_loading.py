@@ -59,7 +59,7 @@ def test_numbers_too_large_for_the_type_are_an_error(copy: Path) -> None:
         xq.load(copy, dtype="float16")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": 1099511627776}'])
 def test_a_broken_generation_config_is_an_error(copy: Path, text: str) -> None:
     (copy / "generation_config.json").write_text(text)
     with pytest.raises(xq.CheckpointError, match=r"generation_config\.json"):

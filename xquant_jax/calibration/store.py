@@ -48,7 +48,7 @@ class Calibration:
 
     def write(self, path: Path) -> None:
         """Replaces the file as a whole."""
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         metadata = {"format": _FORMAT, "fingerprint": self.fingerprint}
         metadata |= {f"source:{name}": text for name, text in self.source.items()}
         with partial.open("wb") as file:  # save_file would leave it readable by its owner only

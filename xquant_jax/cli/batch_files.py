@@ -59,7 +59,7 @@ def parse_prompts(text: bytes) -> list[Line]:
         identity = None
         try:
             entry = _entry(raw)
-            identity = entry.get("id")
+            identity = _writable(entry.get("id"))
             if identity is not None and (earlier := first_with_id.setdefault(_plain(identity), number)) != number:
                 raise ValueError(f"id {identity!r} is that of line {earlier} too; give every line its own")
             lines.append(Line(number, identity, _request(entry)))
@@ -78,6 +78,17 @@ def _entry(raw: bytes) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"a JSON {type(entry).__name__}; it must be an object with prompt or tokens")
     return entry
+
+
+def _writable(identity: Any) -> Any:
+    """An id that results can repeat: no NaN, no infinity, nothing but Unicode."""
+    try:
+        json.dumps(identity, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its id is not valid Unicode") from None
+    except ValueError:
+        raise ValueError("its id holds a number that JSON does not have") from None
+    return identity
 
 
 def _request(entry: dict[str, Any]) -> Request:
@@ -202,13 +213,12 @@ def settings_of(
     prompts: the content of the file
     """
     cache_config = CacheConfig.parse(cache)
-    calibrated = any(method.needs(model.config) for method, _ in cache_config.segments(model.config))
     return {
         "weights": f"{weights_checksum(model.params):08x}",
         "dtype": model.dtype,
         "prompts": hashlib.sha256(prompts).hexdigest(),
         "cache": str(cache_config),
-        "calibration": hashlib.sha256(model.calibration.read_bytes()).hexdigest() if calibrated else None,
+        "calibration": model.calibration_hash(cache_config),
         "max_new_tokens": max_new_tokens,
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
