@@ -57,7 +57,7 @@ def open_checkpoint(path: str | Path) -> HuggingFaceCheckpoint | ConvertedCheckp
         raise CheckpointError(f"{directory} is not a directory; a model is a directory with config.json and weights")
     if (directory / MANIFEST).exists():
         return ConvertedCheckpoint(directory)
-    if (directory / "layers").is_dir():
+    if (directory / "layers").is_dir() and not any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise CheckpointError(
             f"{directory} has layers but no {MANIFEST}: its conversion was not finished; remove it and convert again"
         )

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from xquant_jax import sharding
 from xquant_jax.config import ModelConfig
-from xquant_jax.errors import CacheFullError
+from xquant_jax.errors import CacheFullError, ConfigError
 from xquant_jax.packing import BLOCK
 from xquant_jax.quantization import Blocks, Leaf, allocate_blocks
 from xquant_jax.sharding import Axes, Layout, P
@@ -224,6 +224,8 @@ def _layer_by_layer(window: Float[Array, "L B W C"]) -> Float[Array, "L B W C"]:
 def _check_append(cache: Cache, counts: Array, length: int) -> None:
     if any(isinstance(a, Tracer) for a in (cache.lengths, cache.flushed, counts)):
         return
+    if int(jnp.max(counts)) > length:
+        raise ConfigError(f"counts={counts} is not possible; there are {length} new vectors")
     check_room(cache.capacity, int((cache.lengths + counts).max()))
     width, room = next(iter(cache.segments[0].window.values())).shape[2], _window_room(length, cache.layout)
     fits = int((cache.in_window + counts).max()) <= width if width >= room else int(cache.in_window.max()) < BLOCK

@@ -93,7 +93,9 @@ def attend_history(
             count=(flushed - start) * BLOCK,
         )
 
-    oldest = jnp.maximum(geometry.positions.min() - geometry.sliding_window + 1, 0)
+    # of sequences that have blocks: a short one or a free slot would have all tiles read that lie before their windows
+    earliest = jnp.where(flushed > 0, geometry.positions.min(axis=1), geometry.positions.max()).min()
+    oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0)
     shape = jax.eval_shape(tile, jnp.int32(0))
     nothing = Part(jnp.zeros(shape.out.shape), jnp.full(shape.lse.shape, -jnp.inf))
     return lax.fori_loop(

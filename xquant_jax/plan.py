@@ -56,9 +56,9 @@ def read_config(model: str | Path) -> ModelConfig:
 
 def default_specs(config: ModelConfig) -> list[str]:
     """Every method at every bit width that it has, and the other forms of XQuant for grouped queries."""
-    latent = ",predict=latent"
-    low_rank = f"{latent},basis=per_head,rank={config.kv_width // 4}"
-    forms = {} if config.is_multi_head else {"xquant": ("", ",basis=joint"), "xquant-cl": ("", latent, low_rank)}
+    low_rank = f",basis=per_head,rank={config.kv_width // 4}"
+    forms = {"xquant": ("", ",basis=joint"), "xquant-cl": ("", ",predict=paper", low_rank)}
+    forms = {} if config.is_multi_head else forms
     specs = []
     for name, method in METHODS.items():
         if "bits" not in {field.name for field in dataclasses.fields(method)}:  # pyright: ignore[reportArgumentType]

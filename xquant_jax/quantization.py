@@ -81,6 +81,12 @@ class StreamSpec:
             raise ConfigError(f"outliers are kept beside uniform levels or a codebook, not beside {self.format}")
 
 
+def check_bits(bits: int) -> None:
+    """Raises `ConfigError` for a number of bits that codes are not packed with."""
+    if bits not in PLANES:
+        raise ConfigError(f"bits={bits} is not supported; choose 2, 3, 4 or 8")
+
+
 @struct.dataclass
 class Blocks:
     """Whole blocks of a stream, packed.

@@ -1,6 +1,7 @@
 """Choosing the next token from logits."""
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -43,10 +44,10 @@ class Sampling:
             raise ConfigError(
                 f"temperature={self.temperature} is not possible; choose 0 (greedy) or {LOWEST_TEMPERATURE} and more"
             )
-        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
             raise ConfigError(f"repetition_penalty={self.repetition_penalty} is not possible; choose more than 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k} keeps no token; choose 1 or more, or leave it out")
+        if self.top_k is not None and not (isinstance(self.top_k, numbers.Integral) and self.top_k >= 1):
+            raise ConfigError(f"top_k={self.top_k} is not possible; choose a whole number from 1, or leave it out")
         for name, lowest in (("top_p", "more than 0"), ("min_p", "0 or more")):
             value = getattr(self, name)
             if value is not None and not (0 <= value <= 1 and (value > 0 or name == "min_p")):
@@ -91,7 +92,8 @@ def _filter(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        within = (before < sampling.top_p) | (jnp.asarray(sampling.top_p) >= 1)  # float32 sums reach 1 too early
+        kept = jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < kept, -jnp.inf, logits)
     if sampling.min_p is not None:
         floor = logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)

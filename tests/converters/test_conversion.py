@@ -339,6 +339,11 @@ def test_a_directory_without_manifest_was_not_finished(converted):
         open_checkpoint(converted)
 
 
+def test_a_folder_of_ones_own_beside_the_weights_is_no_conversion(checkpoint):
+    (checkpoint() / "layers").mkdir()
+    assert open_checkpoint(checkpoint()).model_config.num_layers
+
+
 def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 

@@ -83,6 +83,9 @@ def test_layers_may_be_named_in_any_order() -> None:
     [
         ("h2o", "cache method 'h2o' is not known; choose one of bf16, int8, fp8, kivi, kvquant, xquant"),
         ("xquant:5", "bits=5 is not supported; choose 2, 3, 4 or 8"),
+        ("kivi:16", "bits=16 is not supported; choose 2, 3, 4 or 8"),
+        ("kivi:2;0=16", "bits=16 is not supported; choose 2, 3, 4 or 8"),
+        ("xquant-cl:16", "bits=16 is not supported; choose 2, 3, 4 or 8"),
         ("xquant:four", "bits=four is not a whole number"),
         ("xquant:4,basis", "option 'basis' .* has no value"),
         ("xquant:4,basis=shared", "key_basis=shared is not supported; choose joint or per_head"),

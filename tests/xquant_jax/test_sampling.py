@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xquant_jax.errors import ConfigError
-from xquant_jax.sampling import Sampling, sample
+from xquant_jax.sampling import Sampling, _filter, sample
 
 LOGITS = np.log(np.asarray([0.4, 0.3, 0.15, 0.1, 0.05]))
 DRAWS = 4000
@@ -55,6 +55,11 @@ def test_a_penalty_makes_positive_logits_smaller_and_negative_ones_more_negative
     assert tokens[0] == 1
 
 
+def test_top_p_of_one_keeps_every_token() -> None:
+    logits = jnp.linspace(20, -20, 128_256)[None]  # sums of probabilities in float32 reach 1 before the last of them
+    assert jnp.isfinite(_filter(logits, Sampling(temperature=1.0, top_p=1.0))).all()
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     sampling = Sampling(temperature=0.3, top_k=1).checked()
     _, logprobs = sample(jnp.asarray(LOGITS)[None] + 7, sampling, jax.random.split(jax.random.key(0), 1), None)
@@ -68,7 +73,8 @@ def test_log_probabilities_are_the_models_own() -> None:
         ({"temperature": float("nan")}, "temperature=nan is not possible"),
         ({"temperature": float("inf")}, "temperature=inf is not possible"),
         ({"temperature": 1e-40}, "temperature=1e-40 is not possible"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k=0 keeps no token"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0 is not possible"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf is not possible"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 is not possible"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5 is not possible"),
         ({"temperature": 1.0, "min_p": -1.0}, "min_p=-1.0 is not possible"),

@@ -10,7 +10,7 @@ from typing import ClassVar
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.keys_values import KeysValues
-from xquant_jax.quantization import StreamSpec
+from xquant_jax.quantization import StreamSpec, check_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class KIVI(KeysValues):
     rope: str = "pre"
 
     def __post_init__(self) -> None:
+        check_bits(self.bits)
         if self.rope not in ("pre", "post"):
             raise ConfigError(f"rope={self.rope} is not supported; choose pre or post")
 

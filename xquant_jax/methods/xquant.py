@@ -18,8 +18,7 @@ from pallas_kernels.xla import expand
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
-from xquant_jax.packing import PLANES
-from xquant_jax.quantization import StreamSpec
+from xquant_jax.quantization import StreamSpec, check_bits
 
 BASES = ("joint", "per_head")
 REBUILD_DTYPES = ("bf16", "int8", "fp8")
@@ -38,8 +37,7 @@ class XQuant(Method):
     rebuild_dtype: str = "bf16"  # of the matrix that keys are rebuilt with: bf16 (as the weights are), int8 or fp8
 
     def __post_init__(self) -> None:
-        if self.bits not in PLANES:
-            raise ConfigError(f"bits={self.bits} is not supported; choose 2, 3, 4 or 8")
+        check_bits(self.bits)
         if self.rebuild_dtype not in REBUILD_DTYPES:
             raise ConfigError(f"rebuild_dtype={self.rebuild_dtype} is not supported; choose bf16, int8 or fp8")
         if self.rebuild_dtype == "fp8" and self.bits > 4:

@@ -26,7 +26,7 @@ from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.methods.base import Absorbed, FactorSource, Method, NewTokens
 from xquant_jax.methods.xquant import XQuant, key_factors, key_rebuild, project_values, projections, unit_norm
-from xquant_jax.quantization import UNQUANTIZED, StreamSpec
+from xquant_jax.quantization import UNQUANTIZED, StreamSpec, check_bits
 
 CHOICES = {
     "input": ("post_norm", "unit_norm", "residual"),
@@ -70,6 +70,7 @@ class XQuantCL(Method):
     rebuild_dtype: str = "bf16"
 
     def __post_init__(self) -> None:
+        check_bits(self.bits)
         if self.rebuild_dtype == "fp8":
             raise ConfigError(
                 "rebuild_dtype=fp8 takes codes of up to 4 bits, which e4m3 holds exactly, and those of the running sum "
