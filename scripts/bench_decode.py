@@ -583,7 +583,7 @@ def tune(smoke: bool, deadline: float, table: Path) -> None:
         best: tuple[float, Tiles | None] | None = None
         shapes: set[str] = set()
         kernel, label = ("sum", row.sum) if isinstance(row, SumRow) else ("decode", row.method)
-        for tiles in [None, *candidates(row)][: 2 if smoke else None]:  # the rule's, then others
+        for tiles in candidates(row)[:2] if smoke else [None, *candidates(row)]:  # the rule's, then others
             if time.monotonic() > until:
                 print(f"{label}: {tiles} and what follows was not tried, out of time", file=sys.stderr)
                 break

@@ -417,6 +417,9 @@ def test_tuning_writes_a_table_that_is_then_used(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tiling, "TABLE", table)
     tiling._table.cache_clear()
     (written,) = json.loads(table.read_text()).values()
-    for shape in (tiling.Shape("decode", "per_head", 64, 4, 8), tiling.Shape("sum", "dense", bits=2)):
+    for shape in (
+        tiling.Shape("decode", "per_head", 64, 4, 8, width=128),
+        tiling.Shape("sum", "dense", bits=2, width=256),
+    ):
         assert dataclasses.asdict(tiling.choose(shape)) == written[str(shape)]
     tiling._table.cache_clear()
