@@ -46,7 +46,7 @@ class Model:
     checkpoint: Any
     calibration: Path  # file of what `xquant calibrate` found; need not exist
     mesh: Mesh | None = None  # devices that the parameters are spread over
-    _factors: dict[tuple[str, bool, int], Any] = dataclasses.field(default_factory=dict, repr=False)
+    _factors: dict[tuple[str, bool], Any] = dataclasses.field(default_factory=dict, repr=False)
     _built: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -88,8 +88,8 @@ class Model:
         return self.params["layers"]
 
     def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
-        """SVD factors of the first `number` layers (None: all) on a leading axis: read from a converted checkpoint
-        where it has them (`converters.FOLDED`), computed otherwise.
+        """SVD factors of at least the first `number` layers (None: all) on a leading axis: read from a converted
+        checkpoint where it has them (`converters.FOLDED`), computed otherwise. One stack serves all that ask for fewer.
 
         `folded`: of the weights with the attention norm's scale multiplied into them.
         """
@@ -98,8 +98,8 @@ class Model:
             kinds: Any = [kind]
             return next(iter(layer_factors(kinds, self.checkpoint.layer(i), self.config, folded=folded).values()))
 
-        key = (kind, folded, number or self.config.num_layers)
-        if key not in self._factors:
+        key, number = (kind, folded), number or self.config.num_layers
+        if key not in self._factors or len(jax.tree.leaves(self._factors[key])[0]) < number:
             stored = FOLDED.get(kind) == folded  # pyright: ignore[reportCallIssue, reportArgumentType]
             read = partial(self.checkpoint.factors, kind) if stored else compute
             if self.mesh is not None:
@@ -109,7 +109,7 @@ class Model:
                     read = partial(read, sharding=sharding.named(specs, self.mesh))
                 else:
                     read = computed_once(read, shapes, specs, self.mesh)
-            self._factors[key] = stack_layers(key[2], read, self.dtype)
+            self._factors[key] = stack_layers(number, read, self.dtype)
         return self._factors[key]
 
     @cached_property

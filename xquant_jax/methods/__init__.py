@@ -143,7 +143,9 @@ class CacheConfig:
         """One pytree per segment; its leaves have a leading axis from layer 0 to the segment's last, at least."""
         segments = self.segments(source.config)
         ends = itertools.accumulate(layers for _, layers in segments)
-        return tuple(method.factors(source, end) for (method, _), end in zip(segments, ends, strict=True))
+        # the last first: it needs the most layers, whose factors serve the others
+        found = [method.factors(source, end) for (method, _), end in reversed([*zip(segments, ends, strict=True)])]
+        return tuple(reversed(found))
 
 
 def _options(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:

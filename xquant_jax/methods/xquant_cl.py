@@ -257,11 +257,13 @@ class Base(XQuantCL):
 
 
 def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int | None = None) -> Float[Array, "L D C"]:
-    """A of every layer: U_kv (`joint`), or the key heads' and then the value heads' own directions (`per_head`)."""
+    """A of the first `number` layers: U_kv (`joint`), or the key heads' and then the value heads' own directions
+    (`per_head`)."""
     if basis == "joint":
-        return source.svd("kv", folded=folded, number=number)["basis"]
+        found = source.svd("kv", folded=folded, number=number)["basis"]
+        return found if number in (None, len(found)) else found[:number]
     factors = source.svd("per_head", folded=folded, number=number)
-    sides = [factors[side]["down"] for side in ("key", "value")]  # [L, D, K, e]
+    sides = [factors[side]["down"][:number] for side in ("key", "value")]  # [L, D, K, e]
     return jnp.concatenate([side.reshape(*side.shape[:2], -1) for side in sides], axis=-1)
 
 
