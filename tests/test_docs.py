@@ -38,6 +38,12 @@ def test_the_example_of_a_batch_runs(tmp_path: Path, monkeypatch) -> None:
     assert not any("error" in record for record in results.values())
 
 
+def test_a_loop_of_ones_own_runs(capsys) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(code, "design.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("import os")
+
+
 def test_the_python_of_a_batch_runs(capsys) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", BATCH, re.S)
     exec(compile(code, "batch.md", "exec"), {})

@@ -20,11 +20,14 @@ from xquant_jax.methods import CacheConfig
 from xquant_jax.sampling import Sampling
 from xquant_jax.transcript import Transcript
 
-Prompt = str | Sequence[int] | np.ndarray
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
 Seed = int | np.integer | Sequence[int]
 
 STOP_STRING_STEPS = 16
 """Tokens decoded on the device between two looks for stop strings on the host."""
+
+STEPS = 256
+"""The same without stop strings: while a program runs, nobody can interrupt it."""
 
 SMALLEST_BUCKET = 16
 """Tokens that the shortest prompts are padded to."""
@@ -119,7 +122,7 @@ def generate(
     batch.run(1)
     prefill_s = time.perf_counter() - start
     start = time.perf_counter()
-    step = STOP_STRING_STEPS if stop else max_new_tokens
+    step = STOP_STRING_STEPS if stop else STEPS
     while batch.unfinished:
         batch.run(min(batch.step + step, max_new_tokens))
     decode_s = time.perf_counter() - start
@@ -318,6 +321,8 @@ def _tokenize(model: Model, prompts: Prompt | Sequence[Prompt]) -> tuple[list[st
     """The prompts as they were asked, ids as plain numbers, and all of them as token ids."""
     if isinstance(prompts, bytes) or any(isinstance(prompt, bytes) for prompt in prompts):
         raise PromptError("a prompt is bytes; decode it to text, or give token ids")
+    if isinstance(prompts, jax.Array):
+        prompts = np.asarray(prompts)  # pyright: ignore[reportAssignmentType]
     alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral))
     if alone:
         prompts = [prompts]  # pyright: ignore[reportAssignmentType]
@@ -325,6 +330,7 @@ def _tokenize(model: Model, prompts: Prompt | Sequence[Prompt]) -> tuple[list[st
         raise PromptError("there is no prompt; give at least one")
     asked, tokens = [], []
     for i, prompt in enumerate(prompts):
+        prompt = np.asarray(prompt) if isinstance(prompt, jax.Array) else prompt
         ids = prompt_tokens(model, f"prompt {i}", prompt)  # pyright: ignore[reportArgumentType]
         asked.append(prompt if isinstance(prompt, str) else ids)
         tokens.append(ids)
@@ -351,7 +357,7 @@ def _encode(model: Model, name: str, prompt: str) -> list[int]:
     return _token_ids(model, name, model.tokenizer.encode(prompt))  # a tokenizer may have more tokens than the model
 
 
-def _token_ids(model: Model, what: str, ids: Sequence[int] | np.ndarray) -> list[int]:
+def _token_ids(model: Model, what: str, ids: Sequence[int] | np.ndarray | jax.Array) -> list[int]:
     """Plain numbers; PromptError for what is not a token id of the model."""
     size, plain = model.config.vocab_size, []
     for token in ids:

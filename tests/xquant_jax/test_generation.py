@@ -86,6 +86,23 @@ def test_factors_are_made_once(cache: str, shared: Path) -> None:
     assert model.factors(xq.CacheConfig.parse(cache)) is model.factors(xq.CacheConfig.parse(cache))
 
 
+def test_arrays_of_jax_are_token_ids(model: xq.Model) -> None:
+    rows = [[1, 403, 407], [5, 6, 7]]
+    told = [xq.generate(model, prompts, max_new_tokens=3).results for prompts in (rows, jnp.asarray(rows))]
+    assert [r.tokens for r in told[0]] == [r.tokens for r in told[1]]
+    alone = xq.generate(model, jnp.asarray(rows[0]), max_new_tokens=3).results[0]
+    assert (alone.prompt, alone.tokens) == (rows[0], told[0][0].tokens)
+
+
+def test_layers_of_other_bits_share_their_factors(model: xq.Model) -> None:
+    segments = model.factors(xq.CacheConfig.parse("xquant:4;1=8;3=2"))
+    assert len(segments) > 3
+    for segment in segments:
+        for side in ("key", "value"):
+            for name, array in segments[-1][side].items():
+                assert segment[side][name] is array
+
+
 def test_what_a_tokenizer_file_says_of_training_batches_does_not_apply(tmp_path: Path, shared: Path) -> None:
     shutil.copytree(shared / "models" / "stories260K", tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
