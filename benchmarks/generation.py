@@ -19,8 +19,8 @@ import numpy as np
 from jax import monitoring
 
 import xquant_jax as xq
-from xquant_jax.decoding import Decoding, advance
-from xquant_jax.packing import BLOCK
+from xquant_jax.generation.decoding import Decoding, advance
+from xquant_jax.numerics.packing import BLOCK
 
 METHODS = ("bf16", "int8", "xquant:4", "xquant:4,basis=joint", "xquant:2")
 LENGTHS = (512, 2048, 8192, 32768)

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from converters.converted import ConvertedCheckpoint
 from converters.huggingface import HuggingFaceCheckpoint
 from converters.manifest import MANIFEST
-from converters.parameters import Tree
 from converters.shards import INDEX_FILE, SINGLE_FILE
 from converters.svd import FactorKind
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import Tree
 
 
 class Checkpoint(Protocol):

@@ -14,12 +14,12 @@ from converters.converted import factor_item, layer_item, outer_item
 from converters.huggingface import HuggingFaceCheckpoint
 from converters.manifest import MANIFEST, Manifest, bytes_on_disk
 from converters.orbax_store import write_tree, writing
-from converters.parameters import Tree, layer_parameters, outer_parameters
 from converters.progress import steps
 from converters.staging import require_free, staged
 from converters.svd import factor_kinds, factor_shapes, layer_factors
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import Tree, layer_parameters, outer_parameters
 
 COPIED_FILES = (
     *("config.json", "generation_config.json"),

@@ -18,11 +18,11 @@ import numpy as np
 from converters.families import model_config
 from converters.manifest import read_manifest
 from converters.orbax_store import read_tree
-from converters.parameters import Tree, layer_parameters, leaves_of, outer_parameters
 from converters.shards import read_json
 from converters.svd import FactorKind, factor_kinds, factor_shapes, require_kind
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import Tree, layer_parameters, leaves_of, outer_parameters
 
 
 def outer_item(part: str) -> str:

@@ -15,11 +15,11 @@ import numpy as np
 
 from converters.families import family_of, model_config
 from converters.finite import all_finite
-from converters.parameters import Parameter, Tree, build_tree, layer_parameters, leaves_of, outer_parameters
 from converters.shards import Tensor, read_headers, read_json
 from converters.svd import FactorKind, factor_kinds, layer_factors
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import Parameter, Tree, build_tree, layer_parameters, leaves_of, outer_parameters
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _FACTORIZED = ("attention_norm.scale", "key.kernel", "value.kernel")

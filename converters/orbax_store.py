@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from converters.parameters import Tree
 from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import Tree
 
 _CHUNK_BYTES = 4 << 20  # read as a unit: who holds a shard of a matrix must not read all of it
 _FULL = "No space left on device"

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
-from converters.parameters import Tree
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
+from xquant_jax.parameters import Tree
 
 FactorKind = Literal["joint", "per_head", "kv"]
 FACTOR_KINDS: tuple[FactorKind, ...] = get_args(FactorKind)

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, xla
 from pallas_kernels.xla import Accumulation, KeyRebuild
-from xquant_jax.attention import Geometry, Part
 from xquant_jax.errors import ConfigError
-from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
+from xquant_jax.numerics.attention import Geometry, Part
+from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 BACKENDS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu", "triton": "gpu", "xla": None}
 """The platform that each runs on; None: all. Each is a module of this package, imported when it is first chosen.
@@ -175,7 +175,7 @@ def quantize(
     *,
     implementation: str | None = None,
 ) -> Blocks:
-    """Quantizes and packs whole blocks of a stream, as `xquant_jax.quantization.quantize` defines it.
+    """Quantizes and packs whole blocks of a stream, as `xquant_jax.numerics.quantization.quantize` defines it.
 
     Vectors in bfloat16 have the same scales and zeros from a kernel, and the same codes but where a value lies half way
     between two. `codebook`: levels, for a stream of that format.

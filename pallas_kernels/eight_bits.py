@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from xquant_jax.quantization import E4M3, E4M3_LARGEST, SMALLEST_NORMAL
+from xquant_jax.numerics.quantization import E4M3, E4M3_LARGEST, SMALLEST_NORMAL
 
 TYPES: dict[str, tuple[Any, float]] = {"int8": (jnp.int8, 127.0), "fp8": (E4M3, E4M3_LARGEST)}
 """By the name that users type: the type, and the largest number of it that is used."""

@@ -3,7 +3,7 @@
 One step of `remat_project` multiplies 64 channels of two blocks with 128 columns of the weight. Two consumer
 warpgroups take a block each; a third thread copies the next steps' words, scales and weight rows to shared memory.
 A consumer unpacks its block's codes straight into the registers that `wgmma` reads its left operand from: a 32-bit
-word r holds tokens r, r + 4p, r + 8p ... of a channel (`xquant_jax.packing`), so fields f and f + 16/p are 16 bits and
+word r holds tokens r, r + 4p, r + 8p ... of a channel (`xquant_jax.numerics.packing`), so fields f and f + 16/p are 16 bits and
 64 tokens apart. One shift and one mask give a code of the upper and one of the lower half of the block, which are the
 two 64-row operands; or-ing them into a bfloat16 of 128 makes numbers of them without a conversion.
 
@@ -35,8 +35,8 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, BFloat16, Float, UInt32
 
 from pallas_kernels import target
-from xquant_jax.packing import BLOCK, PLANES
-from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
+from xquant_jax.numerics.packing import BLOCK, PLANES
+from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 HOPPER = "9.0"
 """The only compute capability that has `wgmma`."""

@@ -7,10 +7,10 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from xquant_jax.attention import Geometry, Part
-from xquant_jax.history import accumulate_history, attend_history
-from xquant_jax.quantization import Blocks, Leaf, as_tokens, dequantize
-from xquant_jax.quantization import quantize as quantize  # one of the operations
+from pallas_kernels.history import accumulate_history, attend_history
+from xquant_jax.numerics.attention import Geometry, Part
+from xquant_jax.numerics.quantization import Blocks, Leaf, as_tokens, dequantize
+from xquant_jax.numerics.quantization import quantize as quantize  # one of the operations
 
 
 @struct.dataclass

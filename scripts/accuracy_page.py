@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from converters import open_checkpoint
+from xquant_jax.cache.config import CacheConfig
 from xquant_jax.config import ModelConfig
-from xquant_jax.evaluate import allocated
-from xquant_jax.methods import CacheConfig
+from xquant_jax.evaluation.evaluate import allocated
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODULES = "$LIB/argparse.py $LIB/inspect.py $LIB/subprocess.py $LIB/tarfile.py $LIB/typing.py"

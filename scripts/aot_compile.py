@@ -37,15 +37,15 @@ from rich.table import Table
 
 from pallas_kernels import api, target
 from xquant_jax import sharding
-from xquant_jax.cache import Cache, allocate, cache_bytes, flush, flush_when_due
-from xquant_jax.cli.json_file import check_folder, write_json
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import Cache, allocate, cache_bytes, flush, flush_when_due
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError, XQuantError
-from xquant_jax.methods import CacheConfig
-from xquant_jax.model import Transformer, forward
-from xquant_jax.plan import factors_of_one_layer, parameter_shapes, read_config
+from xquant_jax.json_file import check_folder, write_json
+from xquant_jax.model.transformer import Transformer, forward
+from xquant_jax.model.weights import parameter_specs
+from xquant_jax.planning.plan import factors_of_one_layer, parameter_shapes, read_config
 from xquant_jax.sharding import P
-from xquant_jax.weights import parameter_specs
 
 CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.74}
 """GiB of a device's memory that programs can use, as the compiler states it when one does not fit."""

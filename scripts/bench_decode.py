@@ -39,13 +39,13 @@ from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.triton import tiling
 from pallas_kernels.triton.ahead import SUMS
 from pallas_kernels.triton.tiling import Tiles
-from xquant_jax.attention import Geometry
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.model import forward
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
-from xquant_jax.rope import Rope
+from xquant_jax.model.transformer import forward
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
+from xquant_jax.numerics.rope import Rope
 
 LAYERS, MOST_LAYERS = 2, 16  # that alternate
 UNCACHED = 256 * 2**20  # bytes of history of all layers: several times what a last-level cache holds

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import xquant_jax as xq
-from xquant_jax.packing import BLOCK
+from xquant_jax.numerics.packing import BLOCK
 
 SAMPLING = xq.Sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.1)
 METHODS = ("bf16", "int8", "xquant:4", "xquant:2")

@@ -24,12 +24,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from xquant_jax import batch, sharding
+from xquant_jax import sharding
 from xquant_jax.cli.batch import add_options, options_of, progress, show
-from xquant_jax.cli.batch_files import Results, parse_prompts, settings_of
-from xquant_jax.cli.json_file import check_folder
 from xquant_jax.errors import ConfigError, XQuantError
-from xquant_jax.loading import load
+from xquant_jax.generation import batch
+from xquant_jax.generation.batch_files import Results, parse_prompts, settings_of
+from xquant_jax.json_file import check_folder
+from xquant_jax.model.loading import load
 
 
 def join(arguments: argparse.Namespace) -> None:

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 import xquant_jax as xq
-from xquant_jax import evaluate
-from xquant_jax.cli.json_file import check_folder, read_json, write_json
 from xquant_jax.config import ModelConfig
-from xquant_jax.evaluate import Evaluation
-from xquant_jax.loading import DTYPES
+from xquant_jax.evaluation import evaluate
+from xquant_jax.evaluation.evaluate import Evaluation
+from xquant_jax.json_file import check_folder, read_json, write_json
+from xquant_jax.model.loading import DTYPES
 
 # name in the paper, cache, and size and perplexity of Llama-2-7B and of Llama-3.1-8B
 TABLE_1 = (

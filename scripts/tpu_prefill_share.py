@@ -37,10 +37,10 @@ from rich.table import Table
 from converters.families import model_config
 from converters.shards import read_json
 from pallas_kernels import target
-from xquant_jax.cache import allocate
-from xquant_jax.methods import CacheConfig
-from xquant_jax.model import Transformer
-from xquant_jax.packing import BLOCK
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import allocate
+from xquant_jax.model.transformer import Transformer
+from xquant_jax.numerics.packing import BLOCK
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 CONFIGS = Path(__file__).parent / "configs"

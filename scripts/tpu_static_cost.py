@@ -48,10 +48,10 @@ from pallas_kernels import (  # noqa: E402
 from pallas_kernels.eight_bits import in_eight_bits  # noqa: E402
 from pallas_kernels.pallas_tpu import project, quantizing, running_sum  # noqa: E402
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan  # noqa: E402
-from xquant_jax.attention import Geometry  # noqa: E402
-from xquant_jax.packing import BLOCK  # noqa: E402
-from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks  # noqa: E402
-from xquant_jax.rope import Rope  # noqa: E402
+from xquant_jax.numerics.attention import Geometry  # noqa: E402
+from xquant_jax.numerics.packing import BLOCK  # noqa: E402
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks  # noqa: E402
+from xquant_jax.numerics.rope import Rope  # noqa: E402
 
 CONTEXT = 32_768
 UNITS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")

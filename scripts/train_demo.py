@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from xquant_jax.config import ModelConfig
-from xquant_jax.model import Transformer
-from xquant_jax.rope import Rope
+from xquant_jax.model.transformer import Transformer
+from xquant_jax.numerics.rope import Rope
 
 VOCABULARY = 4096
 STAGES = ((0.75, 256, 16), (1.0, 512, 8))  # until this fraction of the time: context, sequences per batch

@@ -19,11 +19,11 @@ import pytest
 from jax import monitoring
 
 from converters.svd import layer_factors
+from xquant_jax.cache.methods.learned import Need
 from xquant_jax.calibration.calibrate import calibrate
-from xquant_jax.calibration.needs import Need
 from xquant_jax.config import ModelConfig
-from xquant_jax.model import Transformer
-from xquant_jax.rope import Rope
+from xquant_jax.model.transformer import Transformer
+from xquant_jax.numerics.rope import Rope
 
 # eight CPU devices for the tests of sharding; everything else runs on the first
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xquant_jax.cache import (
+    from xquant_jax.cache.config import CacheConfig
+    from xquant_jax.cache.state import (
         Cache,
         CacheBytes,
         allocate,
@@ -21,15 +22,14 @@ if TYPE_CHECKING:
     )
     from xquant_jax.config import ModelConfig
     from xquant_jax.errors import CacheFullError, CheckpointError, ConfigError, PromptError, XQuantError
-    from xquant_jax.generation import Completion, Generation, StreamedToken, generate, stream
-    from xquant_jax.loading import Model, load
-    from xquant_jax.methods import CacheConfig
-    from xquant_jax.model import Transformer, forward
-    from xquant_jax.sampling import Sampling
+    from xquant_jax.generation.generate import Completion, Generation, StreamedToken, generate, stream
+    from xquant_jax.generation.sampling import Sampling
+    from xquant_jax.model.loading import Model, load
+    from xquant_jax.model.transformer import Transformer, forward
     from xquant_jax.sharding import make_mesh
 
 _MODULES = {
-    "cache": (
+    "cache.state": (
         "Cache",
         "CacheBytes",
         "allocate",
@@ -41,11 +41,11 @@ _MODULES = {
     ),
     "config": ("ModelConfig",),
     "errors": ("CacheFullError", "CheckpointError", "ConfigError", "PromptError", "XQuantError"),
-    "generation": ("Completion", "Generation", "StreamedToken", "generate", "stream"),
-    "loading": ("Model", "load"),
-    "methods": ("CacheConfig",),
-    "model": ("Transformer", "forward"),
-    "sampling": ("Sampling",),
+    "generation.generate": ("Completion", "Generation", "StreamedToken", "generate", "stream"),
+    "model.loading": ("Model", "load"),
+    "cache.config": ("CacheConfig",),
+    "model.transformer": ("Transformer", "forward"),
+    "generation.sampling": ("Sampling",),
     "sharding": ("make_mesh",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -6,7 +6,7 @@ Reading them from a `config.json` is the business of `converters.families`, one 
 import dataclasses
 
 from xquant_jax.errors import ConfigError
-from xquant_jax.rope import Rope
+from xquant_jax.numerics.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from converters.families.fields import Fields
 from xquant_jax.errors import ConfigError
-from xquant_jax.rope import Rope
+from xquant_jax.numerics.rope import Rope
 
 _KNOWN = {
     *(

@@ -31,10 +31,10 @@ from pallas_kernels.pallas_tpu import rebuild8, unpack
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan
 from pallas_kernels.pallas_tpu.streams import LANES, by_block
 from pallas_kernels.xla import KeyRebuild
-from xquant_jax import rope
-from xquant_jax.attention import LOWEST, Geometry, Part, merge
-from xquant_jax.packing import BLOCK, PLANES
-from xquant_jax.quantization import Blocks
+from xquant_jax.numerics import rope
+from xquant_jax.numerics.attention import LOWEST, Geometry, Part, merge
+from xquant_jax.numerics.packing import BLOCK, PLANES
+from xquant_jax.numerics.quantization import Blocks
 
 
 def _tiles(blocks: Array, size: int) -> Array:

@@ -10,9 +10,9 @@ from pallas_kernels import eight_bits
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
 from pallas_kernels.xla import KeyRebuild
-from xquant_jax.attention import Geometry
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, StreamSpec
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import Blocks, StreamSpec
 
 TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
 """Blocks of a step of the grid; of them, blocks that are worked on together, and that the last few are."""

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import target
 from pallas_kernels.pallas_tpu import chip, unpack
 from pallas_kernels.pallas_tpu.streams import LANES, by_block, refuse_stream
-from xquant_jax.packing import BLOCK, PLANES
-from xquant_jax.quantization import Blocks, StreamSpec
+from xquant_jax.numerics.packing import BLOCK, PLANES
+from xquant_jax.numerics.quantization import Blocks, StreamSpec
 
 TILE = 8  # blocks
 COLUMNS = 256

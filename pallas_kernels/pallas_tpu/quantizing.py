@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import target
 from pallas_kernels.pallas_tpu import chip, unpack
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
-from xquant_jax.packing import BLOCK, PLANES
-from xquant_jax.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
+from xquant_jax.numerics.packing import BLOCK, PLANES
+from xquant_jax.numerics.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
 
 TILE = 8
 """Blocks of a step of the grid."""
@@ -124,7 +124,7 @@ def lowest_highest(x: Array, *, along_tokens: bool) -> tuple[Array, Array]:
 
 
 def grid_of(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
-    """Scale and zero as `xquant_jax.quantization.quantize` chooses them: float32 that bfloat16 can hold."""
+    """Scale and zero as `xquant_jax.numerics.quantization.quantize` chooses them: float32 that bfloat16 can hold."""
     zero = _round_down(low)
     shy = (1 - 2.0**-22) / (2**bits - 1)  # the product shall not exceed the quotient, or a scale on the grid moves up
     scale = _round_up((high - zero) * shy)

@@ -23,7 +23,7 @@ from pallas_kernels.pallas_tpu import unpack
 from pallas_kernels.pallas_tpu.plan import Plan
 from pallas_kernels.pallas_tpu.streams import LANES
 from pallas_kernels.xla import KeyRebuild
-from xquant_jax.packing import BLOCK, PLANES
+from xquant_jax.numerics.packing import BLOCK, PLANES
 
 
 def inputs(plan: Plan, rebuild: KeyRebuild, columns: Any) -> dict[str, Array]:

@@ -24,8 +24,8 @@ from pallas_kernels.pallas_tpu import chip, unpack
 from pallas_kernels.pallas_tpu.quantizing import by_token, grid_of, lowest_highest, packed
 from pallas_kernels.pallas_tpu.streams import LANES, by_block, refuse_stream
 from pallas_kernels.xla import Accumulation
-from xquant_jax.packing import BLOCK, PLANES
-from xquant_jax.quantization import Blocks, StreamSpec
+from xquant_jax.numerics.packing import BLOCK, PLANES
+from xquant_jax.numerics.quantization import Blocks, StreamSpec
 
 TILE = 8
 """Blocks of a step of the grid."""

@@ -5,8 +5,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import UNQUANTIZED, StreamSpec
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import UNQUANTIZED, StreamSpec
 
 LANES, SUBLANES = 128, 8
 """A vector register holds 8 rows of 128 lanes, of 32 bits each."""

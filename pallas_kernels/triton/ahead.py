@@ -25,9 +25,9 @@ from triton.compiler import ASTSource
 from pallas_kernels import eight_bits, target
 from pallas_kernels.triton import accumulate, decode_attention, launching, tiling
 from pallas_kernels.xla import Accumulation, KeyRebuild
-from xquant_jax.attention import Geometry
-from xquant_jax.quantization import StreamSpec, quantize
-from xquant_jax.rope import Rope
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.quantization import StreamSpec, quantize
+from xquant_jax.numerics.rope import Rope
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32", "int8": "*i8"}
 

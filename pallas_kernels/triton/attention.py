@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import eight_bits, target
 from pallas_kernels.triton import launching, operands, tiling
 from pallas_kernels.xla import KeyRebuild
-from xquant_jax import rope
-from xquant_jax.attention import LOWEST, Geometry, Part
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks, StreamSpec
+from xquant_jax.numerics import rope
+from xquant_jax.numerics.attention import LOWEST, Geometry, Part
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import Blocks, StreamSpec
 
 HEAD_DIMS = (64, 128, 256)
 LEAST_QUERIES = 8  # of a kv head: what one matrix instruction takes

@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from pallas_kernels import target
 from pallas_kernels.triton import tiling
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import UNQUANTIZED, Blocks, StreamSpec
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 
 def arrays(stream: Blocks) -> tuple[Array, ...]:

@@ -7,8 +7,8 @@ import triton
 from jaxtyping import Array, Float
 
 from pallas_kernels.triton import launching, operands, tiling
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import Blocks
 
 COLUMNS = 128  # of the weight at once
 

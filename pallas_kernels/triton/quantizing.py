@@ -3,7 +3,7 @@
 from jaxtyping import Array
 
 from pallas_kernels.xla import quantize as quantize
-from xquant_jax.quantization import StreamSpec
+from xquant_jax.numerics.quantization import StreamSpec
 
 
 def refuse_quantize(x: Array, spec: StreamSpec, codebook: Array | None = None) -> str | None:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.triton import launching, operands, tiling
 from pallas_kernels.xla import Accumulation
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import Blocks
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import Blocks
 
 COLUMNS = 128  # of a program: the group of the sum
 RANGES = 8  # of blocks, that are laid out one after the other, at most

@@ -15,8 +15,8 @@ import pytest
 from converters import ConvertedCheckpoint, HuggingFaceCheckpoint, conversion, convert, open_checkpoint
 from converters.conversion import converted_bytes
 from converters.manifest import bytes_on_disk
-from converters.parameters import leaves_of
 from xquant_jax.errors import CheckpointError, ConfigError
+from xquant_jax.parameters import leaves_of
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = sorted(file.parent for file in (ROOT / "tests" / "golden").glob("*/config.json"))

@@ -8,7 +8,7 @@ import pytest
 
 from converters.families import FAMILIES, model_config
 from xquant_jax.errors import ConfigError
-from xquant_jax.rope import Rope
+from xquant_jax.numerics.rope import Rope
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 REAL_CONFIGS = sorted((GOLDEN / "configs").glob("*.json"))

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from converters.checkpoint import open_checkpoint
 from converters.huggingface import HuggingFaceCheckpoint
-from converters.parameters import leaves_of
 from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import leaves_of
 
 GOLDEN = sorted(file.parent for file in (Path(__file__).parents[1] / "golden").glob("*/config.json"))
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")

@@ -9,8 +9,8 @@ import pytest
 
 from converters import orbax_store
 from converters.orbax_store import read_tree, write_tree, writing
-from converters.parameters import build_tree, leaves_of
 from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import build_tree, leaves_of
 
 
 def every_bit_pattern():

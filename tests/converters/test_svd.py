@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from converters.families import model_config
-from converters.parameters import leaves_of
 from converters.svd import (
     FACTOR_KINDS,
     factor_kinds,
@@ -18,6 +17,7 @@ from converters.svd import (
     per_head_factors,
 )
 from xquant_jax.errors import ConfigError
+from xquant_jax.parameters import leaves_of
 
 HEADS = 3
 # (D, R): common, square, R above D (small models with wide heads), a head wider than the model

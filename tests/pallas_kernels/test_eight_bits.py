@@ -8,9 +8,9 @@ import pytest
 from pallas_kernels import KeyRebuild, target
 from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.pallas_tpu import chip, refuse_decode_attention
-from xquant_jax.attention import Geometry
-from xquant_jax.packing import unpack
-from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.packing import unpack
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
 
 LAYERS, C, R, GROUP = 2, 96, 40, 32
 

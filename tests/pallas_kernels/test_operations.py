@@ -17,11 +17,11 @@ import pytest
 import pallas_kernels
 from pallas_kernels import Accumulation, KeyRebuild, api, target
 from pallas_kernels.eight_bits import in_eight_bits
-from xquant_jax.attention import Geometry
 from xquant_jax.errors import ConfigError
-from xquant_jax.packing import unpack
-from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
-from xquant_jax.rope import Rope
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.packing import unpack
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
+from xquant_jax.numerics.rope import Rope
 
 NO_WINDOW = 2**30
 TOLERANCE = {"xla": 2e-4}

@@ -19,8 +19,8 @@ from jaxlib.mlir.dialects import func
 import pallas_kernels
 from pallas_kernels import pallas_gpu, target
 from xquant_jax.errors import ConfigError
-from xquant_jax.packing import PLANES, pack
-from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
+from xquant_jax.numerics.packing import PLANES, pack
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
 
 BF16_ROUNDING = 2**-8  # half the distance of neighbouring numbers, relative
 

@@ -7,7 +7,7 @@ import pytest
 import xquant_jax as xq
 from pallas_kernels import api, recorded, remat_project, target
 from xquant_jax.errors import ConfigError
-from xquant_jax.quantization import Blocks, StreamSpec, quantize
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, quantize
 
 
 def blocks(width: int = 128, bits: int = 4) -> Blocks:

@@ -15,13 +15,13 @@ from pallas_kernels import Accumulation, KeyRebuild, target
 from pallas_kernels.eight_bits import in_eight_bits
 from pallas_kernels.pallas_tpu import refuse_decode_attention
 from tests.conftest import random_model, tiny_config
-from xquant_jax.attention import Geometry
-from xquant_jax.cache import allocate, cache_bytes
-from xquant_jax.decoding import Decoding, advance
-from xquant_jax.methods import CacheConfig
-from xquant_jax.quantization import Blocks, StreamSpec, allocate_blocks
-from xquant_jax.rope import Rope
-from xquant_jax.sampling import Sampling
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import allocate, cache_bytes
+from xquant_jax.generation.decoding import Decoding, advance
+from xquant_jax.generation.sampling import Sampling
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks
+from xquant_jax.numerics.rope import Rope
 
 pytestmark = [
     pytest.mark.optimized,

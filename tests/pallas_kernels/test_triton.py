@@ -21,9 +21,9 @@ import pytest
 
 from pallas_kernels import Accumulation, KeyRebuild, target, xla
 from pallas_kernels.eight_bits import in_eight_bits
-from xquant_jax.attention import Geometry
-from xquant_jax.quantization import Blocks, StreamSpec, dequantize, quantize
-from xquant_jax.rope import Rope
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
+from xquant_jax.numerics.rope import Rope
 
 jax_triton = pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
 backend = importlib.import_module("pallas_kernels.triton")

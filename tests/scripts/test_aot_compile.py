@@ -10,8 +10,8 @@ import pytest
 
 from scripts import aot_compile
 from tests.conftest import forget_programs
-from xquant_jax.methods import CacheConfig
-from xquant_jax.plan import Costs
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.planning.plan import Costs
 
 pytest.importorskip("libtpu", reason="no libtpu here, the compiler for TPUs")
 pytestmark = [

@@ -16,11 +16,12 @@ import pytest
 from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference, bf16, directed, fake_quantize, fake_quantize_block, rms, rope
 from tests.xquant_jax.test_xquant import STEPS, TOLERANCE, run_library
-from xquant_jax.cache import allocate, cache_bytes, flush
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.methods import base
+from xquant_jax.cache.state import allocate, cache_bytes, flush
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.methods import CacheConfig, base
-from xquant_jax.quantization import StreamSpec, dequantize, quantize
+from xquant_jax.numerics.quantization import StreamSpec, dequantize, quantize
 
 PROMPTS = (127, 130, 257)  # flushed during decode, one block, two
 E4M3 = ml_dtypes.float8_e4m3fn

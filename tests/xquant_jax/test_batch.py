@@ -9,10 +9,10 @@ import pytest
 
 import xquant_jax as xq
 from tests.conftest import counted_compilations
-from xquant_jax.batch import Answer, Request, prepare
-from xquant_jax.cache import allocate, cache_bytes
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.cli import main
-from xquant_jax.methods import CacheConfig
+from xquant_jax.generation.batch import Answer, Request, prepare
 
 EXACT = "bf16,dtype=float32"
 STORIES = ("Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big", "Tom", "One day Sue")
@@ -117,7 +117,7 @@ def test_memory_decides_the_slots_and_is_kept(model: xq.Model, monkeypatch: pyte
             sizes.append((cache.lengths.shape[0], cache.capacity, cache_bytes(cache).total))
         return cache
 
-    monkeypatch.setattr("xquant_jax.batch.allocate", noted)
+    monkeypatch.setattr("xquant_jax.generation.batch.allocate", noted)
     long = [int(t) for t in np.random.default_rng(3).integers(259, 500, 1200)]
     asked = [Request(long[:n], 4, seed=0) for n in (1200, 60, 1150, 90, 1100, 200, 30, 70, 50, 40)]
     options = {"cache": EXACT, "stop_ids": [], "prefill_chunk": 256}

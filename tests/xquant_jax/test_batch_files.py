@@ -16,7 +16,7 @@ import pytest
 import xquant_jax as xq
 from xquant_jax.cli import main
 from xquant_jax.cli.batch import parse_bytes
-from xquant_jax.cli.batch_files import Results, parse_prompts, weights_checksum
+from xquant_jax.generation.batch_files import Results, parse_prompts, weights_checksum
 
 SETTINGS = {"cache": "xquant:4", "seed": 0}
 

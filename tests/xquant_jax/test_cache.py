@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_config
-from xquant_jax.cache import Cache, allocate, append, cache_bytes, check_room, flush, flush_when_due
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import Cache, allocate, append, cache_bytes, check_room, flush, flush_when_due
 from xquant_jax.errors import CacheFullError
-from xquant_jax.methods import CacheConfig
-from xquant_jax.quantization import dequantize
+from xquant_jax.numerics.quantization import dequantize
 
 pytestmark = pytest.mark.optimized
 

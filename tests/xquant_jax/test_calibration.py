@@ -9,11 +9,11 @@ import pytest
 
 import xquant_jax as xq
 from tests.conftest import GOLDEN, random_model, random_tokens, tiny_config
+from xquant_jax.cache.methods.learned import Directions
 from xquant_jax.calibration.calibrate import calibrate, needs_of
-from xquant_jax.calibration.needs import Directions
-from xquant_jax.calibration.store import Calibration
 from xquant_jax.cli import main
 from xquant_jax.errors import CheckpointError, ConfigError
+from xquant_jax.model.calibration_file import Calibration
 
 LATENT = "xquant-cl:2,predict=latent,basis=per_head,rank=8,first=1@4"
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from tests.conftest import random_model, tiny_config
-from xquant_jax.cache import allocate, cache_bytes
-from xquant_jax.decoding import Decoding, advance
-from xquant_jax.methods import CacheConfig
-from xquant_jax.sampling import Sampling
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import allocate, cache_bytes
+from xquant_jax.generation.decoding import Decoding, advance
+from xquant_jax.generation.sampling import Sampling
 
 pytestmark = pytest.mark.optimized
 

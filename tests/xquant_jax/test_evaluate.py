@@ -11,12 +11,12 @@ import pytest
 import xquant_jax as xq
 from tests.conftest import GOLDEN, RandomModel, random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import fake_quantize_block, rms, rope
-from xquant_jax import evaluate
+from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cli import main
 from xquant_jax.errors import ConfigError
-from xquant_jax.evaluate import Evaluation
-from xquant_jax.methods import CacheConfig
-from xquant_jax.scoring import Scorer
+from xquant_jax.evaluation import evaluate
+from xquant_jax.evaluation.evaluate import Evaluation
+from xquant_jax.evaluation.scoring import Scorer
 
 TOLERANCE = 5e-4  # nats; float32 against float64, and a code rounded otherwise here and there
 LENGTH = 150  # a whole block and part of one
@@ -314,7 +314,7 @@ class TestCommand:
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
-    from xquant_jax import plotting
+    from xquant_jax.evaluation import plot as plotting
 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"xquant-jax\[plot\]"):

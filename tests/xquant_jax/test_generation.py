@@ -12,7 +12,7 @@ import tokenizers
 
 import xquant_jax as xq
 from tests.conftest import counted_compilations
-from xquant_jax.generation import bucket_length
+from xquant_jax.generation.generate import bucket_length
 
 STORIES = ["Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big"]
 EXACT = "bf16,dtype=float32"

@@ -13,12 +13,12 @@ from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import bf16, fake_quantize_levels
 from tests.xquant_jax.test_baselines import PROMPTS, KeysValues
 from tests.xquant_jax.test_xquant import STEPS, TOLERANCE, run_library
-from xquant_jax.cache import allocate, cache_bytes
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.calibration.levels import levels
 from xquant_jax.errors import ConfigError
-from xquant_jax.evaluate import paper_ratio
-from xquant_jax.methods import CacheConfig
-from xquant_jax.quantization import StreamSpec, dequantize, quantize
+from xquant_jax.evaluation.evaluate import paper_ratio
+from xquant_jax.numerics.quantization import StreamSpec, dequantize, quantize
 
 LEVELS = {2: [0.1, 0.3, 0.55, 0.8], 3: [0.02, 0.2, 0.3, 0.45, 0.5, 0.7, 0.85, 0.99]}
 

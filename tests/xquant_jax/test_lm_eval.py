@@ -72,7 +72,7 @@ def tasks(tmp_path: Path, shared: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def make(shared: Path):
-    from xquant_jax.lm_eval_adapter import XQuantLM
+    from xquant_jax.evaluation.lm_eval import XQuantLM
 
     return lambda **options: XQuantLM(str(shared / "models" / "stories260K"), dtype="float32", **options)
 
@@ -101,7 +101,7 @@ def test_command_runs_tasks_of_every_kind(
 
 def test_likelihoods_are_those_of_the_tokens(make) -> None:
     """Batched, padded and sorted, against one request at a time; and against the model without a cache."""
-    from xquant_jax.scoring import Scorer
+    from xquant_jax.evaluation.scoring import Scorer
 
     texts = [
         ("Once upon a time", " there was a girl"),

@@ -3,13 +3,13 @@
 import pytest
 
 from tests.conftest import tiny_config
+from xquant_jax.cache.config import CacheConfig, LayerBits, Method
+from xquant_jax.cache.methods.bf16 import BF16
+from xquant_jax.cache.methods.fp8 import FP8
+from xquant_jax.cache.methods.int8 import Int8
+from xquant_jax.cache.methods.kivi import KIVI
+from xquant_jax.cache.methods.xquant import XQuant
 from xquant_jax.errors import ConfigError
-from xquant_jax.methods import CacheConfig, LayerBits, Method
-from xquant_jax.methods.bf16 import BF16
-from xquant_jax.methods.fp8 import FP8
-from xquant_jax.methods.int8 import Int8
-from xquant_jax.methods.kivi import KIVI
-from xquant_jax.methods.xquant import XQuant
 
 EIGHT = tiny_config(num_layers=8, sliding_windows=(None,) * 8)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from xquant_jax.packing import PLANES, pack, unpack
+from xquant_jax.numerics.packing import PLANES, pack, unpack
 
 pytestmark = pytest.mark.optimized
 

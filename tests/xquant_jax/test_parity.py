@@ -10,7 +10,7 @@ import pytest
 
 import xquant_jax as xq
 from tests.conftest import GOLDEN
-from xquant_jax.cache import allocate, flush, flush_when_due
+from xquant_jax.cache.state import allocate, flush, flush_when_due
 
 pytestmark = pytest.mark.optimized
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from tests.conftest import GOLDEN, random_model, tiny_config
-from xquant_jax import plan as planning
-from xquant_jax.cache import allocate, cache_bytes
+from xquant_jax.cache.config import METHODS, CacheConfig
+from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.cli import main
 from xquant_jax.config import ModelConfig
-from xquant_jax.counting import Operations, count
-from xquant_jax.devices import Device, find_device, read_devices
 from xquant_jax.errors import ConfigError
-from xquant_jax.methods import METHODS, CacheConfig
-from xquant_jax.model import forward
-from xquant_jax.packing import BLOCK
-from xquant_jax.plan import PAPER_RIDGE, Costs, default_specs, hidden_below, plan, read_config
+from xquant_jax.model.transformer import forward
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.planning import plan as planning
+from xquant_jax.planning.counting import Operations, count
+from xquant_jax.planning.devices import Device, find_device, read_devices
+from xquant_jax.planning.plan import PAPER_RIDGE, Costs, default_specs, hidden_below, plan, read_config
 
 CONFIGS = GOLDEN / "configs"
 GROUPED, MULTI_HEAD = str(CONFIGS / "Llama-3.1-8B.json"), str(CONFIGS / "Llama-2-7b-hf.json")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from xquant_jax.errors import ConfigError
-from xquant_jax.packing import unpack
-from xquant_jax.quantization import StreamSpec, default_group, dequantize, quantize
+from xquant_jax.numerics.packing import unpack
+from xquant_jax.numerics.quantization import StreamSpec, default_group, dequantize, quantize
 
 pytestmark = pytest.mark.optimized
 

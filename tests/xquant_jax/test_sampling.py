@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xquant_jax.errors import ConfigError
-from xquant_jax.sampling import Sampling, _filter, sample
+from xquant_jax.generation.sampling import Sampling, _filter, sample
 
 LOGITS = np.log(np.asarray([0.4, 0.3, 0.15, 0.1, 0.05]))
 DRAWS = 4000

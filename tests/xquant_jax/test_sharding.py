@@ -16,11 +16,12 @@ from converters import convert
 from converters.shards import Tensor
 from tests.checkpoints import write_checkpoint
 from tests.conftest import counted_compilations, forget_programs, random_tokens
-from xquant_jax import batch, sharding
-from xquant_jax.cache import Cache, allocate, append, cache_bytes, flush, flush_when_due
-from xquant_jax.loading import Model
-from xquant_jax.methods import CacheConfig
-from xquant_jax.model import forward
+from xquant_jax import sharding
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import Cache, allocate, append, cache_bytes, flush, flush_when_due
+from xquant_jax.generation import batch
+from xquant_jax.model.loading import Model
+from xquant_jax.model.transformer import forward
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 BY_HEAD = ["bf16", "int8,group=8", "fp8", "kivi:2,group=8,rope=post", "xquant:4,group=8"]

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from xquant_jax.tokenizer import Tokenizer
-from xquant_jax.transcript import Transcript
+from xquant_jax.generation.transcript import Transcript
+from xquant_jax.model.tokenizer import Tokenizer
 
 END = 256
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.conftest import RandomModel, random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference
-from xquant_jax.cache import Cache, allocate, flush, flush_when_due
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import Cache, allocate, flush, flush_when_due
 from xquant_jax.errors import ConfigError
-from xquant_jax.methods import CacheConfig
 
 PROMPTS = (127, 128, 129, 255, 256, 257)  # one below, on and above a flush
 STEPS = 3  # so that decode crosses 128 and 256 as well

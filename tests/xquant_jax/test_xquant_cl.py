@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import history as tiles
 from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference, assert_neighbours, bf16, fake_quantize_block, read_block, rms
 from tests.xquant_jax.test_xquant import PROMPTS, STEPS, run_library
-from xquant_jax import attention
-from xquant_jax import history as tiles
-from xquant_jax.attention import Geometry
-from xquant_jax.cache import allocate, append, cache_bytes, flush
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.methods.base import Stored
+from xquant_jax.cache.state import allocate, append, cache_bytes, flush
 from xquant_jax.errors import ConfigError
-from xquant_jax.methods import CacheConfig
-from xquant_jax.methods.base import Stored
-from xquant_jax.quantization import allocate_blocks
+from xquant_jax.numerics import attention
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.quantization import allocate_blocks
 
 TOLERANCE = 4e-4  # of the logits' range: float32 against float64, over four layers
 SLACK = 1e-4  # of the largest value: what float32 sums are off by after four layers

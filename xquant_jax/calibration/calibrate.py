@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.methods.base import FactorSource
+from xquant_jax.cache.methods.keys_values import flat
+from xquant_jax.cache.methods.learned import Codebooks, Directions, Need
+from xquant_jax.cache.methods.xquant import unit_norm
+from xquant_jax.cache.methods.xquant_cl import latent_basis, prediction
 from xquant_jax.calibration.levels import BINS, levels
-from xquant_jax.calibration.needs import Codebooks, Directions, Need
 from xquant_jax.errors import ConfigError
-from xquant_jax.methods import CacheConfig
-from xquant_jax.methods.base import FactorSource
-from xquant_jax.methods.keys_values import flat
-from xquant_jax.methods.xquant import unit_norm
-from xquant_jax.methods.xquant_cl import latent_basis, prediction
-from xquant_jax.packing import BLOCK
-from xquant_jax.quantization import StreamSpec, as_blocks, normalize
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import StreamSpec, as_blocks, normalize
 
 
 def needs_of(caches: Sequence[str | CacheConfig], source: FactorSource) -> tuple[Need, ...]:

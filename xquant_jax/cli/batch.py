@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xquant_jax import batch
-from xquant_jax.cli.batch_files import Line, Results, parse_prompts, settings_of
-from xquant_jax.cli.json_file import check_folder
 from xquant_jax.errors import ConfigError
-from xquant_jax.loading import DTYPES, load
-from xquant_jax.sampling import Sampling
+from xquant_jax.generation import batch
+from xquant_jax.generation.batch_files import Line, Results, parse_prompts, settings_of
+from xquant_jax.generation.sampling import Sampling
+from xquant_jax.json_file import check_folder
+from xquant_jax.model.loading import DTYPES, load
 
 SHOWN = 10
 """Lines with an error that are shown at the end; the results have them all."""

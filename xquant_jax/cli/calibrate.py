@@ -7,13 +7,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from xquant_jax import evaluate
 from xquant_jax.calibration.calibrate import calibrate, needs_of
-from xquant_jax.calibration.store import Calibration
-from xquant_jax.cli.json_file import check_folder
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.loading import DTYPES, load
+from xquant_jax.evaluation import evaluate
+from xquant_jax.json_file import check_folder
+from xquant_jax.model.calibration_file import Calibration
+from xquant_jax.model.loading import DTYPES, load
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

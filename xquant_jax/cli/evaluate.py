@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from xquant_jax import evaluate
-from xquant_jax.cli.json_file import check_folder, read_json, write_json
 from xquant_jax.errors import ConfigError
-from xquant_jax.evaluate import Evaluation, Measurement
-from xquant_jax.loading import DTYPES, load
-from xquant_jax.scoring import CHUNK, PROTOCOLS
+from xquant_jax.evaluation import evaluate
+from xquant_jax.evaluation.evaluate import Evaluation, Measurement
+from xquant_jax.evaluation.scoring import CHUNK, PROTOCOLS
+from xquant_jax.json_file import check_folder, read_json, write_json
+from xquant_jax.model.loading import DTYPES, load
 
 WIDE = 110
 """Columns of a terminal from which on a cache's options stay on one line."""
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch is not None and arguments.batch < 1:
         raise ConfigError(f"--batch {arguments.batch} is not possible; choose 1 or more")
     if arguments.plot:
-        from xquant_jax import plotting
+        from xquant_jax.evaluation import plot as plotting
 
         plotting.check(arguments.plot)
     text = evaluate.read_text(arguments.text)
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, evaluation.to_json())
     if arguments.plot:
-        from xquant_jax import plotting
+        from xquant_jax.evaluation import plot as plotting
 
         plotting.draw(evaluation, arguments.plot)
     show(Console(), evaluation)

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from xquant_jax.cli.json_file import check_folder, write_json
 from xquant_jax.errors import ConfigError, PromptError
-from xquant_jax.generation import Generation, generate, stream
-from xquant_jax.loading import DTYPES, load
-from xquant_jax.sampling import Sampling
+from xquant_jax.generation.generate import Generation, generate, stream
+from xquant_jax.generation.sampling import Sampling
+from xquant_jax.json_file import check_folder, write_json
+from xquant_jax.model.loading import DTYPES, load
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from xquant_jax.cli.json_file import check_folder, write_json
+from xquant_jax.cache.config import CacheConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.loading import DTYPES
-from xquant_jax.methods import CacheConfig
-from xquant_jax.scoring import PROTOCOLS
+from xquant_jax.evaluation.scoring import PROTOCOLS
+from xquant_jax.json_file import check_folder, write_json
+from xquant_jax.model.loading import DTYPES
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("lm-eval needs lm-evaluation-harness; install: pip install 'xquant-jax[lm-eval]'") from None
-    from xquant_jax.lm_eval_adapter import XQuantLM
+    from xquant_jax.evaluation.lm_eval import XQuantLM
 
     check_folder("--json", arguments.json)
     for spec in arguments.cache:

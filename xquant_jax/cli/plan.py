@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from xquant_jax.cli.json_file import check_folder, write_json
-from xquant_jax.devices import find_device, read_devices
-from xquant_jax.plan import CHUNK, PAPER_RIDGE, RESERVE, Plan, Row, gib, plan, read_config, without_bits
+from xquant_jax.json_file import check_folder, write_json
+from xquant_jax.planning.devices import find_device, read_devices
+from xquant_jax.planning.plan import CHUNK, PAPER_RIDGE, RESERVE, Plan, Row, gib, plan, read_config, without_bits
 
 WIDEST = 1000
 """Columns of a terminal that any table fits into; a narrower one than the table wraps its lines."""
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         check_folder(option, path)
     if arguments.plot:
-        from xquant_jax import plotting
+        from xquant_jax.evaluation import plot as plotting
 
         plotting.check(arguments.plot)
     device = find_device(arguments.device, arguments.devices)
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, planned.to_json())
     if arguments.plot:
-        from xquant_jax import plan_plot
+        from xquant_jax.planning import plot as plan_plot
 
         drawn = planned if arguments.cache else dataclasses.replace(planned, rows=[*filter(_plotted, planned.rows)])
         plan_plot.draw(drawn, config, arguments.plot)

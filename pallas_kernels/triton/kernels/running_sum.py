@@ -197,7 +197,7 @@ def _multiply(
 @triton.jit
 @no_type_check
 def _quantize(x):
-    """`xquant_jax.quantization.quantize` of a group in each row at 8 bits: codes, and bfloat16 scales and zeros."""
+    """`xquant_jax.numerics.quantization.quantize` of a group in each row at 8 bits: codes, and bfloat16 scales and zeros."""
     low = tl.min(x, axis=1)
     away, towards = _away_from_zero(low), low.to(tl.uint32, bitcast=True) & 0xFFFF0000
     zero = tl.where(low < 0, away, towards).to(tl.float32, bitcast=True)

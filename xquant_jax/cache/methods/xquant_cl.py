@@ -1,0 +1,281 @@
+"""XQuant-CL (Tomar et al. 2025, arXiv 2508.10395, section 3.3): only the difference of X between layers is stored.
+
+The first layers are stored by plain `xquant`. The last of them is the base of a running sum x^; every later layer
+stores the difference of its X to the sum below and adds what is read back of it (a closed loop: errors do not add up).
+
+K = H: dx = X - x^, x^ += dx^.
+K < H, `predict=paper`: dz = (X - x^) U_kv, x^ += dz^ U_kv^T, with U_kv of the layer's [W_k | W_v].
+K < H, `predict=latent`: z = X A with A = U_kv (`basis=joint`) or the bases of every key/value head's keys and values
+side by side (`per_head`); dz = z - z^ M, z^ = z^ M + dz^, where M = A_below^+ A comes from the weights alone. The sum
+is 2R wide instead of D. With `rank=r`, M = P P^T A_below^+ A, P being the r principal directions of the layer below on
+calibration text; the two factors take 4 * 2R r operations per token.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64
+from threadpoolctl import threadpool_limits
+
+from pallas_kernels import Accumulation
+from pallas_kernels.xla import expand, times
+from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens
+from xquant_jax.cache.methods.learned import Directions, Need
+from xquant_jax.cache.methods.xquant import XQuant, key_factors, key_rebuild, project_values, projections, unit_norm
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
+from xquant_jax.numerics.quantization import UNQUANTIZED, StreamSpec, check_bits
+
+CHOICES = {
+    "input": ("post_norm", "unit_norm", "residual"),
+    "delta": ("token", "channel"),
+    "predict": ("paper", "latent"),
+    "basis": ("joint", "per_head"),
+    "accumulator": ("bf16", "int8"),
+    "rebuild_dtype": ("bf16", "int8"),
+}
+
+WITHOUT_CODES = (("accumulator", "bf16", "int8"), ("input", "residual", "unit_norm"), ("basis", "per_head", "joint"))
+"""Options with which keys do not come from codes and a dense matrix, and what would do instead."""
+
+WEAKEST = 0.1
+"""Singular values of per-head bases, relative to the largest, below which their pseudoinverse leaves them out: they
+would amplify what quantization added (measured: docs/accuracy.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class XQuantCL(Method):
+    """Differences of X between layers at `bits` bits. `first=N@b` (3@4): the first layers, the last of them the base.
+
+    input: which X: after the norm (`post_norm`), after the norm without its weight, which is folded into the
+        projections (`unit_norm`), or before the norm (`residual`, K = H only)
+    delta: quantize differences along the `token` or the `channel`
+    predict: K < H only, see above: `latent` by default, or `paper`
+    basis, rank: of `predict=latent`, see above; rank=0: all directions, without calibration
+    accumulator: how the running sum of the history is held: `bf16` or `int8`
+    rebuild_dtype: of the matrix that keys are rebuilt with: `bf16` (as the weights are) or `int8`
+    """
+
+    name: ClassVar[str] = "xquant-cl"
+    accumulates: ClassVar[bool] = True
+    bits: int = 2
+    input: str = "unit_norm"
+    delta: str = "token"
+    predict: str | None = None  # None: latent where K < H
+    basis: str | None = None  # None: joint
+    rank: int = 0
+    accumulator: str = "int8"
+    rebuild_dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.rebuild_dtype == "fp8":
+            raise ConfigError(
+                "rebuild_dtype=fp8 takes codes of up to 4 bits, which e4m3 holds exactly, and those of the running sum "
+                "have 8; choose int8 or bf16"
+            )
+        for option, choices in CHOICES.items():
+            value = getattr(self, option)
+            if value not in choices and not (option in ("predict", "basis") and value is None):
+                raise ConfigError(f"{option}={value} is not supported; choose {' or '.join(choices)}")
+        if self.predict == "paper" and (self.basis or self.rank):
+            option = f"basis={self.basis}" if self.basis else f"rank={self.rank}"
+            raise ConfigError(f"{option} applies to predict=latent; leave one of them out")
+        for option, value, instead in WITHOUT_CODES:
+            if self.rebuild_dtype != "bf16" and getattr(self, option) == value:
+                raise ConfigError(
+                    f"rebuild_dtype={self.rebuild_dtype} multiplies the codes of the running sum with one dense "
+                    f"matrix, which {option}={value} does not; choose {option}={instead}, or leave one of them out"
+                )
+        if self.rank < 0:
+            raise ConfigError(f"rank={self.rank} is not possible; choose 1 or more, or 0 for all directions")
+
+    def layers(self, config: ModelConfig, first: tuple[int, int] | None) -> list[tuple[Method, int]]:
+        """Plain layers, the base of the running sum, and the differences."""
+        plain, bits = first or (3, 4)
+        if not 0 < plain < config.num_layers:
+            raise ConfigError(
+                f"first={plain}@{bits}: the model has {config.num_layers} layers, and xquant-cl needs one for its base "
+                f"and at least one above"
+            )
+        basis = None if config.is_multi_head else "joint"
+        base = Base(**{**_options(self), "bits": bits})
+        folded = "post_norm" if self.input == "post_norm" else "unit_norm"
+        rebuild = self.rebuild_dtype if config.is_multi_head else "bf16"  # latents' keys lie along the channel
+        below = [(XQuant(bits, basis, basis, input=folded, rebuild_dtype=rebuild), plain - 1)] if plain > 1 else []
+        return [*below, (base, 1), (self, config.num_layers - plain)]
+
+    def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
+        self._check(config)
+        return {"delta": StreamSpec(self._stored_width(config), self.bits, self.delta)}  # pyright: ignore[reportArgumentType]
+
+    def window(self, config: ModelConfig) -> dict[str, tuple[int, str]]:
+        return {"x": (self._running_width(config), "bfloat16")}
+
+    def running(self, config: ModelConfig) -> StreamSpec:
+        bits = UNQUANTIZED if self.accumulator == "bf16" else 8
+        return StreamSpec(self._running_width(config), bits, "token")
+
+    def needs(self, config: ModelConfig) -> tuple[Need, ...]:
+        if not self.rank:
+            return ()
+        return (Directions(self.basis or "joint", self.input == "unit_norm", self.rank),)
+
+    def factors(self, source: FactorSource, number: int) -> Any:
+        params, config = source.layer_params(), source.config
+        folded = self.input != "post_norm"
+        weights = projections(params, folded, number)
+        if self._latent(config):
+            basis = latent_basis(source, self.basis or "joint", folded=folded, number=number)
+            factors: dict[str, Any] = {"basis": basis} | self._rebuilding(source, weights, basis)
+            if self.rank:
+                (need,) = self.needs(config)
+                found = source.calibrated(need)
+                factors["predict"] = tuple(jnp.asarray(found[part], basis.dtype) for part in ("down", "up"))
+            else:
+                orthonormal = self.basis != "per_head"
+                factors["predict"] = (jnp.asarray(prediction(basis, orthonormal), basis.dtype),)
+        else:
+            factors = {side: {"up": weight} for side, weight in weights.items()}
+            if not config.is_multi_head:
+                factors["basis"] = source.svd("kv", folded=folded, number=number)["basis"]
+        if self.rebuild_dtype != "bf16":
+            group = self.running(config).group
+            factors["key"] = key_factors(factors["key"]["up"][:number], self.rebuild_dtype, group)
+        if config.qkv_bias:
+            for side in ("key", "value"):
+                factors[side]["bias"] = params[side]["bias"]
+        if config.qk_norm:
+            factors["key"]["norm"] = params["key_norm"]["scale"]
+        return factors
+
+    def _rebuilding(self, source: FactorSource, weights: dict[str, Array], basis: Array) -> dict[str, Any]:
+        """From latents to keys and values: A^T W of all directions, or Sigma_h B_h^T of the head's own."""
+        if self.basis == "per_head":
+            factors = source.svd("per_head", folded=self.input != "post_norm", number=len(basis))
+            return {side: {"up": factors[side]["up"]} for side in ("key", "value")}
+        back = np.swapaxes(np.asarray(basis, np.float32), 1, 2)
+        return {
+            side: {"up": jnp.asarray(back @ np.asarray(w[: len(back)], np.float32), w.dtype)}
+            for side, w in weights.items()
+        }
+
+    def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
+        match self.input:
+            case "post_norm":
+                x = new.x
+            case "unit_norm":
+                x = unit_norm(new.h, new.norm_eps)
+            case _:
+                x = new.h
+        return {"x": x @ factors["basis"] if "predict" in factors else x}
+
+    def store(self, factors: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
+        assert predicted is not None
+        difference = window["x"].astype(jnp.float32) - predicted
+        return {"delta": self._project(factors, difference)}
+
+    def accumulation(self, factors: Any) -> Accumulation:
+        return Accumulation(factors.get("predict", ()), self._lift(factors))
+
+    def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
+        absorbed = self.absorbed(factors, config)
+        vectors = absorbed.prepare(vectors) if absorbed.prepare else vectors
+        v = expand(vectors[absorbed.value], factors["value"]["up"], config.num_kv_heads)
+        if config.qkv_bias:
+            v = v + factors["value"]["bias"].reshape(config.num_kv_heads, config.head_dim)
+        return absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads), v
+
+    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
+        value = factors["value"]
+
+        def normed(vectors: dict[str, Array]) -> dict[str, Array]:
+            return {"x": unit_norm(vectors["x"], config.norm_eps)}
+
+        def halves(vectors: dict[str, Array]) -> dict[str, Array]:
+            return dict(zip(("key", "value"), jnp.split(vectors["x"], 2, axis=-1), strict=True))
+
+        per_head = self.basis == "per_head"
+        return Absorbed(
+            key="key" if per_head else "x",
+            key_rebuild=key_rebuild(factors, config),
+            value="value" if per_head else "x",
+            value_heads=config.num_kv_heads if per_head else 1,
+            project=lambda out: project_values(out, value["up"], value.get("bias"), config),
+            prepare=normed if self.input == "residual" else halves if per_head else None,
+        )
+
+    def _check(self, config: ModelConfig) -> None:
+        options = {"predict": self.predict, "basis": self.basis, "rank": self.rank}
+        given = [f"{option}={value}" for option, value in options.items() if value]
+        if config.is_multi_head and given:
+            raise ConfigError(f"{given[0]} applies to grouped-query models; leave it out for this one")
+        if not config.is_multi_head and self.input == "residual":
+            raise ConfigError("input=residual applies to models with a key/value head per query head only (K = H)")
+        if self.rank > self._stored_width(config):
+            raise ConfigError(f"rank={self.rank}: the latent has {self._stored_width(config)} directions")
+
+    def _stored_width(self, config: ModelConfig) -> int:
+        if config.is_multi_head:
+            return config.width
+        if self.basis == "per_head":
+            return 2 * config.num_kv_heads * min(config.width, config.head_dim)
+        return min(config.width, 2 * config.kv_width)
+
+    def _running_width(self, config: ModelConfig) -> int:
+        return self._stored_width(config) if self._latent(config) else config.width
+
+    def _latent(self, config: ModelConfig) -> bool:
+        """Whether the running sum is that of latents."""
+        return not config.is_multi_head and self.predict != "paper"
+
+    def _project(self, factors: Any, x: Array) -> Array:
+        """From the running sum's space to that of the stream."""
+        return times(x, factors["basis"]) if self._has_basis(factors) else x
+
+    def _lift(self, factors: Any) -> Array | None:
+        return factors["basis"].T if self._has_basis(factors) else None
+
+    def _has_basis(self, factors: Any) -> bool:
+        return "basis" in factors and "predict" not in factors
+
+
+class Base(XQuantCL):
+    """The layer that the running sum starts with: stored itself, along the token."""
+
+    def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
+        self._check(config)
+        return {"base": StreamSpec(self._stored_width(config), self.bits, "token")}
+
+    def store(self, factors: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
+        return {"base": self._project(factors, window["x"].astype(jnp.float32))}
+
+    def accumulation(self, factors: Any) -> Accumulation:
+        return Accumulation(None, self._lift(factors))
+
+
+def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int | None = None) -> Float[Array, "L D C"]:
+    """A of the first `number` layers: U_kv (`joint`), or the key heads' and then the value heads' own directions
+    (`per_head`)."""
+    if basis == "joint":
+        found = source.svd("kv", folded=folded, number=number)["basis"]
+        return found if number in (None, len(found)) else found[:number]
+    factors = source.svd("per_head", folded=folded, number=number)
+    sides = [factors[side]["down"][:number] for side in ("key", "value")]  # [L, D, K, e]
+    return jnp.concatenate([side.reshape(*side.shape[:2], -1) for side in sides], axis=-1)
+
+
+def prediction(basis: Float[Array, "L D C"], orthonormal: bool) -> Float64[np.ndarray, "L C C"]:
+    """M = A_below^+ A of every layer; of layer 0, which nothing is below, with itself."""
+    wide = np.asarray(basis, np.float64)
+    below = np.concatenate([wide[:1], wide[:-1]])
+    if orthonormal:
+        return np.swapaxes(below, 1, 2) @ wide
+    with threadpool_limits(1, user_api="blas"):  # BLAS threads spin while they wait
+        return np.stack([np.linalg.lstsq(b, a, WEAKEST)[0] for b, a in zip(below, wide, strict=True)])
+
+
+def _options(method: XQuantCL) -> dict[str, Any]:
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}

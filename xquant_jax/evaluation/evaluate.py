@@ -1,0 +1,300 @@
+"""Accuracy of cache methods on a text, at what size and speed: what `xquant eval` measures.
+
+The text is encoded once without special tokens and cut into windows that do not overlap; tokens 2 ... N of each are
+predicted (protocols: `xquant_jax.evaluation.scoring`). Perplexity is exp of the mean negative log-likelihood. Differences refer
+to the baseline, the model without a cache, window by window.
+"""
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.state import CacheBytes, allocate, cache_bytes
+from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
+from xquant_jax.evaluation.scoring import CHUNK, PROTOCOLS, Scorer
+from xquant_jax.model.loading import Model
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import allocate_blocks
+
+IDENTITY = ("model", "weights", "text", "seq_len", "protocol", "chunk", "dtype", "text_sha256")
+"""Fields of `Evaluation` that say what is measured, and that a JSON begins with."""
+
+LOGITS_AT_ONCE = 2**28
+"""Logits of a batch of windows (4 bytes each); bounds the batch where none is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """A text, cut: tokens of each window, and how many bytes of the text tokens 2 ... N of it stand for."""
+
+    tokens: Int[np.ndarray, "W N"]
+    predicted_bytes: Int[np.ndarray, " W"]
+    text_sha256: str
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One method's results so far. Losses: mean nats per predicted token, of each window in turn. calibration: hash of
+    the file whose levels or directions the method takes, if it takes any."""
+
+    cache: str
+    paper_ratio: float
+    allocated: CacheBytes
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    calibration: str | None = None
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """A run: what is measured on what, and the measurements so far. `baseline` is the model without a cache."""
+
+    model: str
+    weights: str  # fingerprint
+    text: str
+    seq_len: int
+    protocol: str
+    chunk: int  # tokens fed at once in protocol "streaming"
+    dtype: str
+    text_sha256: str
+    predicted_bytes: list[int]  # of each window
+    baseline: Measurement
+    measurements: list[Measurement]
+
+    def row(self, m: Measurement) -> dict[str, Any]:
+        """One method's figures over the windows it has seen; None where there is no number."""
+        count, tokens = len(m.losses), self.seq_len - 1
+        losses, exact = (np.asarray(losses[:count], np.float64) for losses in (m.losses, self.baseline.losses))
+        nll = losses.mean() if count else math.nan
+        difference = losses - exact if len(exact) == count else np.full(count, math.nan)
+        total_bytes = sum(self.predicted_bytes[:count])
+        numbers = {
+            "perplexity": float(np.exp(nll)),
+            "nll": float(nll),
+            "delta_nll": float(difference.mean()) if count else math.nan,
+            "stderr": float(difference.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan,
+            "bits_per_byte": float(nll * tokens * count / math.log(2) / total_bytes) if total_bytes else math.nan,
+            "paper_ratio": m.paper_ratio,
+            "allocated_bytes": m.allocated.total,
+            "tokens_per_second": count * self.seq_len / m.seconds if m.seconds else math.nan,
+        }
+        return {"cache": m.cache} | {name: n if math.isfinite(n) else None for name, n in numbers.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, losses of each window included, so that `from_json` can continue."""
+
+        def full(m: Measurement) -> dict[str, Any]:
+            losses = [loss if math.isfinite(loss) else None for loss in m.losses]
+            return self.row(m) | {
+                "allocated": dataclasses.asdict(m.allocated),
+                "seconds": m.seconds,
+                "calibration": m.calibration,
+                "window_nlls": losses,
+            }
+
+        return self.identity() | {
+            "predicted_bytes": self.predicted_bytes,
+            "baseline": full(self.baseline),
+            "rows": [full(m) for m in self.measurements],
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> "Evaluation":
+        """What `to_json` wrote. Raises `ConfigError` for anything else."""
+
+        def measurement(row: Any) -> Measurement:
+            losses = [math.nan if loss is None else float(loss) for loss in row["window_nlls"]]
+            allocated = CacheBytes(**row["allocated"])
+            return Measurement(
+                row["cache"], float(row["paper_ratio"]), allocated, losses, float(row["seconds"]), row["calibration"]
+            )
+
+        try:
+            return cls(
+                **{name: document[name] for name in IDENTITY},
+                predicted_bytes=document["predicted_bytes"],
+                baseline=measurement(document["baseline"]),
+                measurements=[measurement(row) for row in document["rows"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this JSON was not written by xquant eval ({error!r}); choose another file") from error
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for measurements to be comparable."""
+        return {name: getattr(self, name) for name in IDENTITY} | {"windows": len(self.predicted_bytes)}
+
+    def adopt(self, earlier: "Evaluation") -> None:
+        """Takes over what an earlier run measured. Raises `ConfigError` if that run was about something else."""
+        for name, value in self.identity().items():
+            other = earlier.identity()[name]
+            if other != value:
+                raise ConfigError(
+                    f"the earlier run has {name}={other}, this one {name}={value}: they cannot be one table; "
+                    f"leave --resume out or choose another file"
+                )
+        mine = {m.cache: m.calibration for m in self.measurements}
+        for m in earlier.measurements:
+            if mine.get(m.cache, m.calibration) != m.calibration:
+                raise ConfigError(
+                    f"the earlier run measured {m.cache} with another calibration: they cannot be one table; leave "
+                    f"--resume out or choose another file"
+                )
+        self.baseline = earlier.baseline
+        found = {m.cache: m for m in earlier.measurements}
+        self.measurements = [found.pop(m.cache, m) for m in self.measurements] + list(found.values())
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises `ConfigError` if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start} ({error.reason}); "
+            f"convert it first, for example with iconv"
+        ) from error
+
+
+def cut(model: Model, text: str, seq_len: int, limit: int | None = None) -> Windows:
+    """The first `limit` windows (None: all) of `seq_len` tokens; what does not fill one is dropped.
+
+    The bytes of a window's predicted tokens are those of the UTF-8 text from where its second token starts to where
+    the next window does.
+    """
+    if model.tokenizer is None:
+        raise ConfigError("this model has no tokenizer.json, and a text cannot be evaluated without")
+    if seq_len < 2:
+        raise ConfigError(f"seq_len={seq_len} leaves no token to predict; choose 2 or more")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit_windows={limit} leaves nothing to measure; choose 1 or more")
+    encoding = model.tokenizer.backend.encode(text, add_special_tokens=False)
+    count = len(encoding.ids) // seq_len
+    if count == 0:
+        raise ConfigError(
+            f"the text has {len(encoding.ids)} tokens, less than one window of seq_len={seq_len}; "
+            f"choose a longer text or a smaller seq_len"
+        )
+    count = min(count, limit or count)
+    tokens = np.asarray(encoding.ids[: count * seq_len], np.int32).reshape(count, seq_len)
+    if tokens.max() >= model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives token id {tokens.max()}, and the model's ids are 0 to {model.config.vocab_size - 1}: "
+            f"tokenizer.json belongs to another model"
+        )
+    starts = [start for start, _ in encoding.offsets] + [len(text)]
+    predicted = [len(text[starts[w * seq_len + 1] : starts[(w + 1) * seq_len]].encode()) for w in range(count)]
+    return Windows(tokens, np.asarray(predicted, np.int64), hashlib.sha256(text.encode()).hexdigest())
+
+
+def paper_ratio(cache: CacheConfig, config: ModelConfig) -> float:
+    """Size of a token in the history, codes and scales of all layers, relative to keys and values of 16 bits."""
+    size = 0
+    for method, layers in cache.segments(config):
+        blocks = [
+            jax.eval_shape(lambda spec=spec: allocate_blocks(spec, ())) for spec in method.streams(config).values()
+        ]
+        size += layers * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(blocks))
+    return size / BLOCK / (config.num_layers * 4 * config.kv_width)
+
+
+def allocated(cache: CacheConfig, config: ModelConfig, tokens: int) -> CacheBytes:
+    """What a cache for one sequence of `tokens` tokens takes, window and scratch included."""
+    return cache_bytes(jax.eval_shape(lambda: allocate(cache, config, batch=1, tokens=tokens)))
+
+
+def prepare(
+    model: Model,
+    windows: Windows,
+    caches: Sequence[str],
+    *,
+    protocol: str = "paper",
+    chunk: int = CHUNK,
+    name: str = "",
+    text: str = "",
+) -> Evaluation:
+    """An evaluation with nothing measured yet; `name` and `text` say in the report what was measured on what.
+
+    Raises `ConfigError` for a cache that is not known or does not fit the model, before anything is computed.
+    """
+    seq_len = windows.tokens.shape[1]
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"protocol={protocol} is not known; choose {' or '.join(PROTOCOLS)}")
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk} is not possible; choose 1 or more")
+    if not caches:
+        raise ConfigError("there is no cache to measure; name at least one")
+
+    def measurement(spec: str) -> Measurement:
+        cache = CacheConfig.parse(spec)
+        return Measurement(
+            spec,
+            paper_ratio(cache, model.config),
+            allocated(cache, model.config, seq_len),
+            calibration=model.calibration_hash(cache),
+        )
+
+    return Evaluation(
+        model=name,
+        weights=model.fingerprint,
+        text=text,
+        seq_len=seq_len,
+        protocol=protocol,
+        chunk=chunk,
+        dtype=model.dtype,
+        text_sha256=windows.text_sha256,
+        predicted_bytes=windows.predicted_bytes.tolist(),
+        baseline=Measurement("none", 1.0, CacheBytes(0, 0, 0, 0)),
+        measurements=[measurement(spec) for spec in dict.fromkeys(caches)],
+    )
+
+
+def run(evaluation: Evaluation, model: Model, windows: Windows, *, batch: int | None = None) -> Iterator[Measurement]:
+    """Measures what is missing, the baseline first. Yields a measurement whenever a batch of its windows is done.
+
+    `batch`: windows at once, by default as many as `LOGITS_AT_ONCE` allows, up to 8.
+    """
+    count, seq_len = windows.tokens.shape
+    batch = batch or max(1, min(8, LOGITS_AT_ONCE // (seq_len * model.config.vocab_size)))
+    batch = min(batch, count)
+    lengths = np.full(batch, seq_len, np.int32)
+    for m in [evaluation.baseline, *evaluation.measurements]:
+        if len(m.losses) == count:
+            continue
+        cache = None if m is evaluation.baseline else CacheConfig.parse(m.cache)
+        program = Scorer(model, cache, evaluation.protocol, evaluation.chunk).program(batch, seq_len)
+        while len(m.losses) < count:
+            rows = windows.tokens[len(m.losses) : len(m.losses) + batch]
+            full = np.resize(rows, (batch, seq_len))  # the last batch is filled up, so that nothing compiles anew
+            start = time.perf_counter()
+            losses = np.asarray(program(full, lengths).loss)
+            m.seconds += (time.perf_counter() - start) * len(rows) / batch
+            m.losses += losses[: len(rows)].astype(np.float64).mean(axis=1).tolist()
+            yield m
+
+
+def evaluate(
+    model: Model,
+    text: str,
+    caches: Sequence[str],
+    *,
+    seq_len: int = 512,
+    limit_windows: int | None = None,
+    protocol: str = "paper",
+    batch: int | None = None,
+) -> Evaluation:
+    """Measures every cache on a text, see the module's docstring. Raises `ConfigError` for what cannot be honoured."""
+    windows = cut(model, text, seq_len, limit_windows)
+    evaluation = prepare(model, windows, caches, protocol=protocol)
+    for _ in run(evaluation, model, windows, batch=batch):
+        pass
+    return evaluation

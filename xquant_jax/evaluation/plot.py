@@ -1,0 +1,98 @@
+"""Perplexity against size, as a picture. Needs matplotlib, the `plot` extra."""
+
+from pathlib import Path
+from typing import Any
+
+from xquant_jax.errors import ConfigError
+from xquant_jax.evaluation.evaluate import Evaluation
+
+# Okabe and Ito's palette, and two of Paul Tol's: told apart by colour-blind readers too
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"),
+    *("#882255", "#999933"),
+)
+TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+"""Sizes in percent that a logarithmic axis may name."""
+
+
+def check(path: Path) -> None:
+    """Raises `ConfigError` if no plot could be written to this file."""
+    suffix = path.suffix.removeprefix(".")
+    known = new_figure().canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise ConfigError(f"--plot {path}: .{suffix} is not a picture; choose one of {', '.join(sorted(known))}")
+
+
+def draw(evaluation: Evaluation, path: Path) -> None:
+    """One line and colour per method, a dot per bit width, with the standard error of its difference to 16 bit."""
+    figure = new_figure()
+    axes = figure.add_subplot()
+    rows = [row for row in map(evaluation.row, evaluation.measurements) if row["perplexity"] is not None]
+    common = set.intersection(*(set(_options(row["cache"])) for row in rows)) if rows else set()
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = ", ".join([_head(row["cache"])[0], *(o for o in _options(row["cache"]) if o not in common)])
+        series.setdefault(label, []).append(row)
+    for number, (label, points) in enumerate(series.items()):
+        points.sort(key=lambda row: row["paper_ratio"])
+        x = [100 * row["paper_ratio"] for row in points]
+        y = [row["perplexity"] for row in points]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[row["perplexity"] * (row["stderr"] or 0.0) for row in points],
+            color=colour,
+            marker="o",
+            markersize=9,
+            linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
+            capsize=3,
+            label=label,
+            zorder=3 + number,
+        )
+        for at, height, row in zip(x, y, points, strict=True):
+            style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "size": 7, "weight": "bold"}
+            axes.text(at, height, _head(row["cache"])[1], color="white", zorder=3.5 + number, **style)
+    exact = evaluation.row(evaluation.baseline)["perplexity"]
+    if exact is not None:
+        axes.axhline(exact, color="gray", linestyle="--", linewidth=1, label=f"16 bit, no cache: {exact:.3f}")
+        if rows and max(row["perplexity"] for row in rows) > 2 * exact:
+            axes.set_yscale("log")
+    sizes = [100 * row["paper_ratio"] for row in rows]
+    if sizes and max(sizes) > 3 * min(sizes):
+        axes.set_xscale("log")
+        shown = [tick for tick in TICKS if min(sizes) / 1.2 <= tick <= max(sizes) * 1.2]
+        axes.set_xticks(shown, [str(tick) for tick in shown])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel("size of a cached token, % of 16-bit keys and values (codes and scales); numbers in the dots: bits")
+    axes.set_ylabel("perplexity (standard error of the difference to 16 bit)")
+    every = f", all with {', '.join(sorted(common))}" if common else ""
+    axes.set_title(
+        f"{Path(evaluation.model).name} on {Path(evaluation.text).name}\n"
+        f"{len(evaluation.predicted_bytes)} windows of {evaluation.seq_len} tokens, "
+        f"protocol {evaluation.protocol}{every}",
+        fontsize="medium",
+    )
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", markerscale=0.7)
+    figure.savefig(path, dpi=150)
+
+
+def new_figure(width: float = 8.0, height: float = 5.5) -> Any:
+    """An empty figure, sizes in inches. Raises `ConfigError` if matplotlib is not there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("a plot needs matplotlib; install it with: pip install 'xquant-jax[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _head(spec: str) -> tuple[str, str]:
+    """Name and bits."""
+    name, _, bits = spec.split(",")[0].partition(":")
+    return name, bits
+
+
+def _options(spec: str) -> list[str]:
+    return spec.split(",")[1:]

@@ -1,0 +1,113 @@
+"""How likely a model finds tokens when it sees those before them through a cache.
+
+Protocol "paper" (Tomar et al. 2025, arXiv 2508.10395): every cached token is quantized, the newest too. Protocol
+"streaming": through the real cache, chunk by chunk, with the window of newest tokens, as generation does; within a
+chunk tokens see each other exactly. Both run the method's own code on packed streams. Without a cache, keys and
+values are those that the model computes: the 16-bit baseline.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.methods.base import FactorSource
+from xquant_jax.cache.state import allocate, flush_when_due
+from xquant_jax.errors import ConfigError
+from xquant_jax.model.transformer import Transformer
+
+PROTOCOLS = ("paper", "streaming")
+
+CHUNK = 64
+"""Tokens fed at once in protocol "streaming": half a block, so that the window is read too."""
+
+
+class Scores(NamedTuple):
+    """Of tokens 2 ... N: negative log-likelihood in nats, and whether the token is the likeliest one."""
+
+    loss: Float[Array, "B n"]
+    greedy: Bool[Array, "B n"]
+
+
+Program = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]], Scores]
+"""Tokens padded on the right and their lengths -> scores; those of padding mean nothing."""
+
+
+@dataclasses.dataclass
+class Scorer:
+    """Scores tokens through `cache` (None: without one). Compiles once per shape."""
+
+    model: Any  # a Model, or whatever else has a transformer, params and the factors' sources
+    cache: CacheConfig | None
+    protocol: str = "paper"
+    chunk: int = CHUNK
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(f"protocol={self.protocol} is not known; choose {' or '.join(PROTOCOLS)}")
+        if self.chunk < 1:
+            raise ConfigError(f"chunk={self.chunk} is not possible; choose 1 or more")
+        assert isinstance(self.model, FactorSource)
+        self._factors = self.cache.factors(self.model) if self.cache else ()
+        self._programs: dict[tuple[int, int], Program] = {}
+
+    def program(self, batch: int, length: int) -> Program:
+        """The compiled program for `batch` sequences of up to `length` tokens."""
+        if (batch, length) not in self._programs:
+            if self.cache is None:
+                score: Any = partial(_exact, self.model.transformer)
+            elif self.protocol == "paper":
+                score = partial(_paper, self.model.transformer, self.cache)
+            else:
+                score = partial(_streaming, self.model.transformer, self.cache, min(self.chunk, length))
+            tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32)
+            arguments = (self.model.params, self._factors)
+            compiled = jax.jit(score).lower(*arguments, tokens, lengths).compile()
+
+            def run(tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"]) -> Scores:
+                return compiled(*arguments, jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32))
+
+            self._programs[batch, length] = run
+        return self._programs[batch, length]
+
+
+def _exact(model: Transformer, params: Any, factors: Any, tokens: Array, lengths: Array) -> Scores:
+    logits: Any = model.apply({"params": params}, tokens, method="score")
+    return _scores(logits[:, :-1], tokens[:, 1:])
+
+
+def _paper(model: Transformer, cache: CacheConfig, params: Any, factors: Any, tokens: Array, lengths: Array) -> Scores:
+    logits: Any = model.apply({"params": params}, tokens, cache, factors, lengths, method="score_stored")
+    return _scores(logits[:, :-1], tokens[:, 1:])
+
+
+def _streaming(
+    model: Transformer, config: CacheConfig, chunk: int, params: Any, factors: Any, tokens: Array, lengths: Array
+) -> Scores:
+    batch, length = tokens.shape
+    steps = -(-length // chunk)
+    padded = jnp.pad(tokens, ((0, 0), (0, steps * chunk + 1 - length)))
+
+    def step(cache: Any, fed: Array) -> tuple[Any, Scores]:
+        piece = lax.dynamic_slice_in_dim(padded, fed, chunk + 1, axis=1)
+        counts = jnp.clip(lengths - fed, 0, chunk)
+        extended: Any = model.apply({"params": params}, piece[:, :-1], cache, factors, counts, method="extend")
+        logits, cache = extended
+        return flush_when_due(cache, factors, model.implementation), _scores(logits, piece[:, 1:])
+
+    empty = allocate(config, model.config, batch=batch, tokens=length, max_step=chunk)
+    _, scores = lax.scan(step, empty, chunk * jnp.arange(steps))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, : length - 1], scores)
+
+
+def _scores(logits: Float[Array, "B n V"], targets: Int[Array, "B n"]) -> Scores:
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return Scores(jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(axis=-1) == targets)

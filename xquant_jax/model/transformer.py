@@ -1,0 +1,266 @@
+"""The transformer: embedding, layers under `lax.scan`, final norm, logits; with a cache or without.
+
+The cache is read inside the layer scan and written after it: the stacked history enters as a constant plus the
+layer's index, and only the new tokens' vectors travel out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+from xquant_jax import sharding
+from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.methods.base import NewTokens, Stored
+from xquant_jax.cache.state import Cache, Segment, append, new_vectors_spec
+from xquant_jax.cache.stored_attention import attend_stored
+from xquant_jax.config import ModelConfig
+from xquant_jax.model.layers import Block
+from xquant_jax.numerics import attention, rope
+from xquant_jax.numerics.attention import Geometry, Part
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import allocate_blocks
+from xquant_jax.sharding import Layout
+
+UNLIMITED = 2**30
+"""A sliding window that no sequence reaches."""
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer; owns parameters only. The parameters of all layers are stacked, leading axis L.
+
+    `implementation` chooses the kernels, see `pallas_kernels.api`.
+    """
+
+    config: ModelConfig
+    implementation: str | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.width, param_dtype=c.dtype)
+        self.layers = self.param("layers", self._init_layers)
+        self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, param_dtype=c.dtype)
+        if not c.tied_embeddings:
+            wide = partial(lax.dot_general, preferred_element_type=jnp.float32)
+            self.head = nn.Dense(c.vocab_size, use_bias=False, param_dtype=c.dtype, dot_general=wide)
+
+    def _init_layers(self, rng: Array) -> Any:
+        c = self.config
+
+        def init(key: Array) -> Any:
+            h = jnp.zeros((1, 1, c.width), c.dtype)
+            return Block(c, parent=None).init(key, h, lambda h, x, q, k, v: (q, None))["params"]
+
+        return jax.vmap(init)(jax.random.split(rng, c.num_layers))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        factors: tuple[Any, ...],
+        counts: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits of each sequence's last new token, and the cache with the new tokens appended.
+
+        The first `counts` of the T tokens of each sequence are new, the rest is padding: neither attended to nor
+        stored. They see everything stored, and each other exactly. `factors` is `CacheConfig.factors(...)`.
+        The caller makes sure that there is room (`check_room`) and flushes (`flush`, `flush_when_due`).
+        """
+        h, cache = self._extend(tokens, cache, factors, counts)
+        last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        return self._logits(last), cache
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        factors: tuple[Any, ...],
+        counts: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """The same as a call, with the logits of every new token; those of padding mean nothing."""
+        h, cache = self._extend(tokens, cache, factors, counts)
+        return self._logits(h), cache
+
+    def _extend(self, tokens: Array, cache: Cache, factors: tuple[Any, ...], counts: Array) -> tuple[Array, Cache]:
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+        h = sharding.constrain(self.embed(tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
+        start, emitted, running = 0, [], cache.running
+        for segment, segment_factors in zip(cache.segments, factors, strict=True):
+
+            def layer(carry: Any, number: Array, segment=segment, factors=segment_factors, start=start) -> Any:
+                h, running = carry
+                pick = partial(lax.dynamic_index_in_dim, index=start + number, keepdims=False)
+                stored = Stored(segment, number, cache.flushed, cache.in_window, running)
+                h, (new, running) = self._cached_layer(
+                    h, pick, jax.tree.map(pick, factors), stored, cache.lengths, positions, cache.layout
+                )
+                return (h, running), new
+
+            (h, running), new = lax.scan(layer, (h, running), jnp.arange(segment.num_layers))
+            start += segment.num_layers
+            emitted.append(new)
+        return h, append(dataclasses.replace(cache, running=running), tuple(emitted), counts)
+
+    def _cached_layer(
+        self, h: Array, pick: Any, factors: Any, stored: Stored, lengths: Array, positions: Array, lies: Layout
+    ) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        c, method = self.config, stored.segment.method
+        geometry = self._geometry(positions, pick(self._sliding_windows()))
+
+        def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            own = attention.attend(q, k, v, geometry, origin=lengths, count=q.shape[1])
+            old, running = attend_stored(factors, q, stored, geometry, c, lies, self.implementation)
+            new = method.encode(factors, NewTokens(h, x, k, v, geometry, c.norm_eps))
+            new = sharding.constrain_as(new, new_vectors_spec(lies, q.shape[1]))
+            return attention.merge(own, old).out, (new, running)
+
+        return self._block(jax.tree.map(pick, self.layers), h, attend)
+
+    def implementation_of(self, cache: Cache, factors: tuple[Any, ...], dtype: str) -> str:
+        """What decoding reads this cache's history with: a backend of `pallas_kernels`, or several where layers differ.
+
+        Raises `ConfigError` where a step would: for kernels asked for by name that cannot take a layer's streams.
+        """
+        c, batch = self.config, len(cache.lengths)
+        q = jax.ShapeDtypeStruct((batch, 1, c.num_heads, c.head_dim), dtype)
+
+        def attend(segment: Segment, factors: Any, cache: Cache, q: Array) -> Part:
+            geometry = self._geometry(cache.lengths[:, None], self._sliding_windows()[0])
+            stored = Stored(segment, jnp.int32(0), cache.flushed, cache.in_window, cache.running)
+            own = jax.tree.map(lambda a: a[0], factors)
+            return attend_stored(own, q, stored, geometry, c, cache.layout, self.implementation)[0]
+
+        names: set[str] = set()
+        for segment, segment_factors in zip(cache.segments, factors, strict=True):
+            with pallas_kernels.recorded() as chosen:
+                jax.eval_shape(attend, segment, segment_factors, cache, q)
+            names |= chosen or {"xla"}
+        return ", ".join(sorted(names))
+
+    def score(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of every position, without a cache: for training and for comparison."""
+        return self._without_cache(tokens, None, lambda **seen: None)[0]
+
+    def observe(
+        self, tokens: Int[Array, "B T"], shifts: dict[str, Float[Array, "L B T K d"]]
+    ) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "L B T ..."]]]:
+        """`score`, and what the layers' attention is given: `h` before its norm, `x` after it, `key` before RoPE and
+        `value`. `shifts` are added to keys and values: for gradients with respect to them."""
+        return self._without_cache(tokens, shifts, dict)
+
+    def _without_cache(self, tokens: Array, shifts: Any, keep: Callable[..., Any]) -> tuple[Array, Any]:
+        batch, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+
+        def layer(h: Array, xs: tuple[Any, Array, Any]) -> tuple[Array, Any]:
+            params, sliding_window, shift = xs
+            geometry = self._geometry(positions, sliding_window)
+
+            def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                if shift is not None:
+                    k, v = k + shift["key"].astype(k.dtype), v + shift["value"].astype(v.dtype)
+                part = attention.attend(q, k, v, geometry, origin=positions[:, 0], count=length)
+                return part.out, keep(h=h, x=x, key=k, value=v)
+
+            return self._block(params, h, attend)
+
+        h, seen = lax.scan(jax.checkpoint(layer), self.embed(tokens), (self.layers, self._sliding_windows(), shifts))
+        return self._logits(h), seen
+
+    def score_stored(
+        self,
+        tokens: Int[Array, "B T"],
+        cache_config: CacheConfig,
+        factors: tuple[Any, ...],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position with every token, the newest too, seen as the cache stores it: no window.
+
+        Protocol "paper" of `xquant_jax.evaluation.scoring`. Streams are really packed and read back, quantized from vectors that
+        no window has rounded. Behind its `lengths` tokens (by default T) a sequence is filled up to whole blocks with
+        copies of its last token's vectors, so that padding changes no group.
+        """
+        c = self.config
+        batch, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        whole = -(-length // BLOCK) * BLOCK
+        ends = jnp.full(batch, length) if lengths is None else jnp.maximum(lengths, 1)
+        filled = jnp.minimum(jnp.arange(whole), ends[:, None] - 1)[..., None]
+        h, start, running = self.embed(tokens), 0, None
+        for method, _ in cache_config.segments(c):
+            if running is None and (spec := method.running(c)) is not None:
+                running = allocate_blocks(spec, (batch, whole // BLOCK))
+
+        for (method, layers), segment_factors in zip(cache_config.segments(c), factors, strict=True):
+            specs = method.streams(c)
+
+            def layer(carry: Any, number: Array, method=method, factors=segment_factors, specs=specs) -> Any:
+                h, running = carry
+                pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
+                own = jax.tree.map(pick, factors)
+                geometry = self._geometry(positions, pick(self._sliding_windows()))
+
+                def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                    new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
+                    whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
+                    quantized = method.without_sink(whole_blocks, jnp.ones(batch, bool))
+                    _, vectors, summed = method.store_and_read(own, quantized, running, specs, self.implementation)
+                    n = method.sink_tokens
+                    vectors = {
+                        name: jnp.concatenate([new[name][:, :n], v[:, n:length]], axis=1).astype(q.dtype)
+                        for name, v in vectors.items()
+                    }
+                    k, v = method.rebuild(own, vectors, c)
+                    seen = geometry
+                    if method.keys_rotated:
+                        q = rope.rotate_heads(q, positions, geometry.frequencies)
+                        seen = dataclasses.replace(geometry, rotated=True)
+                    return attention.attend(q, k, v, seen, origin=positions[:, 0], count=length).out, summed
+
+                h, running = self._block(jax.tree.map(pick, self.layers), h, attend)
+                return (h, running), None
+
+            (h, running), _ = lax.scan(layer, (h, running), start + jnp.arange(layers))
+            start += layers
+        return self._logits(h)
+
+    def _block(self, params: Any, h: Array, attend: Any) -> tuple[Array, Any]:
+        return Block(self.config, parent=None).apply({"params": params}, h, attend)
+
+    def _geometry(self, positions: Array, sliding_window: Array) -> Geometry:
+        c = self.config
+        return Geometry(positions, sliding_window, jnp.asarray(c.rope.frequencies(c.head_dim)), c.softmax_scale)
+
+    def _sliding_windows(self) -> Int[Array, " L"]:
+        return jnp.asarray([window or UNLIMITED for window in self.config.sliding_windows], jnp.int32)
+
+    def _logits(self, h: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
+        h = self.final_norm(h)
+        if not self.config.tied_embeddings:
+            logits = self.head(h)
+        else:
+            logits = jnp.einsum("...d,vd->...v", h, self.embed.embedding, preferred_element_type=jnp.float32)
+        between = (None,) * (h.ndim - 2)
+        logits = sharding.constrain(logits, "batch", *between, "vocabulary")  # else the weight would travel
+        return sharding.constrain(logits, "batch", *between, None)
+
+
+def forward(
+    model: Transformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    factors: tuple[Any, ...],
+    counts: Int[Array, " B"],
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`Transformer.__call__` as a pure function: logits of each sequence's last new token, and the cache with the new
+    tokens appended but not flushed."""
+    logits_and_cache: Any = model.apply({"params": params}, tokens, cache, factors, counts)
+    return logits_and_cache

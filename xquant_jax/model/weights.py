@@ -1,0 +1,111 @@
+"""Reading weights and factors: layer after layer into stacked arrays, on one device or each shard onto its own.
+
+On a mesh a process reads only what its devices hold, one array of one layer at a time. What has to be computed first
+(factors of a checkpoint that was not converted) process 0 computes for all, as others might find other signs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from converters.finite import all_finite
+from xquant_jax import sharding
+from xquant_jax.errors import CheckpointError
+from xquant_jax.parameters import build_tree, layer_parameters, outer_parameters
+
+
+def read_parameters(checkpoint: Any, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The parameters of the transformer, those of all layers stacked under `layers`."""
+    config = checkpoint.model_config
+    if mesh is None:
+        outer, layer = checkpoint.outer(), checkpoint.layer
+    else:
+        outer = checkpoint.outer(sharding=_shardings(outer_parameters(config), mesh))
+        layer = partial(checkpoint.layer, sharding=_shardings(layer_parameters(config), mesh))
+    outer = jax.tree.map(jnp.asarray, cast(outer, dtype))
+    return {**outer, "layers": stack_layers(config.num_layers, layer, dtype)}
+
+
+def parameter_specs(params: dict[str, Any]) -> dict[str, Any]:
+    """The partition of every parameter that `read_parameters` returns."""
+
+    def spec(path: tuple[Any, ...], _: Any) -> sharding.P:
+        names = [key.key for key in path]
+        one = sharding.parameter_spec(".".join(names[-2:]))
+        return sharding.P(None, *one) if names[0] == "layers" else one
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def stack_layers(num_layers: int, read: Callable[[int], Any], dtype: str) -> Any:
+    """Reads layer after layer into stacked device arrays, which lie as those of a layer do."""
+    stack = None
+    for i in range(num_layers):
+        layer = cast(read(i), dtype)
+        if stack is None:
+            stack = jax.tree.map(lambda a: _zeros(num_layers, a, dtype), layer)
+        stack = _set(stack, layer, i)
+    return stack
+
+
+def computed_once(compute: Callable[[int], Any], shapes: Any, specs: Any, mesh: Mesh | None) -> Callable[[int], Any]:
+    """`compute`, on a mesh by process 0 alone and then placed; `shapes` are those of the float32 numpy arrays."""
+    if mesh is None:
+        return compute
+
+    def read(i: int) -> Any:
+        if jax.process_index() == 0:
+            tree = compute(i)
+        else:
+            tree = jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: type(x) is tuple)
+        if jax.process_count() > 1:
+            tree = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+        return sharding.place(tree, specs, mesh)
+
+    return read
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """Arrays in another type; CheckpointError if a number is too large for it."""
+
+    def one(path: tuple[Any, ...], a: Any) -> Any:
+        if a.dtype == dtype:
+            return a
+        with np.errstate(over="ignore"):
+            narrow = a.astype(jnp.dtype(dtype))
+        finite = all_finite(narrow) if isinstance(narrow, np.ndarray) else bool(_finite(narrow))
+        if not finite:
+            raise CheckpointError(
+                f"{jax.tree_util.keystr(path)} has values too large for {dtype}; choose another dtype"
+            )
+        return narrow
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _shardings(parameters: Any, mesh: Mesh) -> dict[str, Any]:
+    return build_tree((p.path, NamedSharding(mesh, sharding.parameter_spec(p.path))) for p in parameters)
+
+
+def _zeros(num_layers: int, layer: Any, dtype: str) -> jax.Array:
+    shape = (num_layers, *layer.shape)
+    if not isinstance(layer, jax.Array):
+        return jnp.zeros(shape, dtype)
+    lies: Any = layer.sharding
+    return jnp.zeros(shape, dtype, device=NamedSharding(lies.mesh, sharding.P(None, *lies.spec)))
+
+
+@partial(jax.jit, donate_argnames="stack")
+def _set(stack: Any, layer: Any, i: Any) -> Any:
+    return jax.tree.map(lambda s, a: s.at[i].set(a), stack, layer)
+
+
+@jax.jit
+def _finite(a: jax.Array) -> jax.Array:
+    return jnp.isfinite(a).all()

@@ -1,0 +1,1 @@
+"""What fits on which device, and how fast it can be."""
