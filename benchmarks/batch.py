@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 import xquant_jax as xq
-from xquant_jax.generation.batch import Request, prepare
+from xquant_jax.generation.batch import prepare
+from xquant_jax.generation.request import Request
 
 SLOTS, PROMPTS, LONGEST = 8, 32, 192
 

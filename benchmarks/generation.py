@@ -53,9 +53,9 @@ def compile_seconds(model: xq.Model, layers: int, spec: str) -> float:
 
     cache_config = xq.CacheConfig.parse(spec)
     params = {**model.params, "layers": deeper(model.params["layers"])}
-    factors = deeper(cache_config.factors(model))
+    method_params = deeper(cache_config.method_params(model.source))
     cache = jax.eval_shape(lambda: xq.allocate(cache_config, config, batch=1, tokens=1024))
-    arguments = (params, factors, start(model, 1, 128), cache, xq.Sampling().checked())
+    arguments = (params, method_params, start(model, 1, 128), cache, xq.Sampling().checked())
     jax.clear_caches()
     before = time.perf_counter()
     advance.lower(transformer, *arguments, jnp.zeros(1, jnp.int32), jnp.int32(1), chunk=16).compile()
@@ -99,7 +99,7 @@ def second_call(model: xq.Model) -> list[dict[str, Any]]:
 def decode_milliseconds(model: xq.Model, spec: str, length: int, batch: int = 1, rounds: int = 5) -> float:
     """Per step, for a cache that holds `length` random tokens per sequence."""
     cache_config = xq.CacheConfig.parse(spec)
-    factors = cache_config.factors(model)
+    method_params = cache_config.method_params(model.source)
     cache = xq.allocate(cache_config, model.config, batch=batch, tokens=length + rounds * STEPS + BLOCK)
     rng = np.random.default_rng(0)
 
@@ -112,7 +112,7 @@ def decode_milliseconds(model: xq.Model, spec: str, length: int, batch: int = 1,
         cache,
         segments=jax.tree.map(fill, cache.segments),
         lengths=jnp.full(batch, length, jnp.int32),
-        flushed=jnp.full(batch, length // BLOCK, jnp.int32),
+        history_blocks=jnp.full(batch, length // BLOCK, jnp.int32),
     )
     state = start(model, batch, (rounds + 1) * STEPS + 1)
     ends, sampling = jnp.full(1, -1), xq.Sampling().checked()
@@ -121,7 +121,7 @@ def decode_milliseconds(model: xq.Model, spec: str, length: int, batch: int = 1,
         before = time.perf_counter()
         limit = jnp.int32(1 + (i + 1) * STEPS)
         state, cache = jax.block_until_ready(
-            advance(model.transformer, model.params, factors, state, cache, sampling, ends, limit, chunk=16)
+            advance(model.transformer, model.params, method_params, state, cache, sampling, ends, limit, chunk=16)
         )
         times.append((time.perf_counter() - before) / STEPS * 1e3)
     return statistics.median(times[1:])  # the first compiles

@@ -14,7 +14,7 @@ from converters.shards import read_json
 from xquant_jax.errors import CheckpointError
 
 MANIFEST = "xquant.json"
-_FORMAT, _VERSION = "xquant-jax checkpoint", 2
+_FORMAT, _VERSION = "xquant-jax checkpoint", 3
 
 
 @dataclasses.dataclass(frozen=True)

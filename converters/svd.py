@@ -28,17 +28,17 @@ FOLDED: dict[FactorKind, bool] = {"joint": False, "per_head": False, "kv": True}
 
 
 def joint_factors(weight: Float[np.ndarray, "D R"]) -> dict[str, Float[np.ndarray, "..."]]:
-    """One SVD of the whole projection: `down` = U [D, r], `up` = Σ Bᵀ [r, R]; down @ up = weight."""
+    """One SVD of the whole projection: `project` = U [D, r], `rebuild` = Σ Bᵀ [r, R]; project @ rebuild = weight."""
     basis, values, right = _svd(weight)
-    return {"down": _float32(basis), "up": _float32(values[:, None] * right)}
+    return {"project": _float32(basis), "rebuild": _float32(values[:, None] * right)}
 
 
 def per_head_factors(weight: Float[np.ndarray, "D R"], num_heads: int) -> dict[str, Float[np.ndarray, "..."]]:
-    """One SVD per head: `down` = U_h [D, K, e], `up` = Σ_h B_hᵀ [K, e, d]; down_h @ up_h = weight_h."""
+    """One SVD per head: `project` = U_h [D, K, e], `rebuild` = Σ_h B_hᵀ [K, e, d]; project_h @ rebuild_h = weight_h."""
     width, total = weight.shape
     heads = weight.reshape(width, num_heads, total // num_heads).swapaxes(0, 1)  # [K, D, d]
     basis, values, right = _svd(heads)
-    return {"down": _float32(basis.swapaxes(0, 1)), "up": _float32(values[..., None] * right)}
+    return {"project": _float32(basis.swapaxes(0, 1)), "rebuild": _float32(values[..., None] * right)}
 
 
 def kv_basis(key: Float[np.ndarray, "D R"], value: Float[np.ndarray, "D R"]) -> dict[str, Float[np.ndarray, "D N"]]:
@@ -108,10 +108,10 @@ def factor_shapes(kind: FactorKind, config: ModelConfig) -> dict[str, tuple[int,
         return {"basis": (width, min(width, 2 * total))}
     if kind == "joint":
         rank = min(width, total)
-        shapes = {"down": (width, rank), "up": (rank, total)}
+        shapes = {"project": (width, rank), "rebuild": (rank, total)}
     else:
         rank = min(width, d)
-        shapes = {"down": (width, heads, rank), "up": (heads, rank, d)}
+        shapes = {"project": (width, heads, rank), "rebuild": (heads, rank, d)}
     return {f"{part}.{name}": shape for part in ("key", "value") for name, shape in shapes.items()}
 
 

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target, xla
-from pallas_kernels.xla import Accumulation, KeyRebuild
+from pallas_kernels.operands import Accumulation, KeyRebuild
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.attention import Geometry, Part
 from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
@@ -114,7 +114,7 @@ def decode_attention(
     key_stream: Blocks,
     key_rebuild: KeyRebuild,
     value_stream: Blocks,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     geometry: Geometry,
     *,
     layer: Int[Array, ""] | int,
@@ -137,16 +137,16 @@ def decode_attention(
         raise ConfigError(f"{q.shape[2]} query heads cannot share {num_kv_heads} key/value heads evenly")
     if value_stream.spec.width % value_heads:
         raise ConfigError(f"a value stream of width {value_stream.spec.width} cannot be split into {value_heads} heads")
-    args = (q, key_stream, key_rebuild, value_stream, flushed, geometry)
+    args = (q, key_stream, key_rebuild, value_stream, history_blocks, geometry)
     kwargs = {"layer": layer, "num_kv_heads": num_kv_heads, "value_heads": value_heads}
     return _backend(implementation, "decode_attention", *args, **kwargs).decode_attention(*args, **kwargs)
 
 
 def accumulate(
-    running: Blocks,
+    running_sum: Blocks,
     stream: Blocks,
     accumulation: Accumulation,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     *,
     layer: Int[Array, ""] | int,
     implementation: str | None = None,
@@ -162,9 +162,9 @@ def accumulate(
     """
     widths = [stream.spec.width if accumulation.lift is None else accumulation.lift.shape[1]]
     widths += [matrix.shape[1] for matrix in (accumulation.predict or ())[-1:]]
-    if any(width != running.spec.width for width in widths):
-        raise ConfigError(f"a sum of width {running.spec.width} cannot be had from parts of width {widths}")
-    args, kwargs = (running, stream, accumulation, flushed), {"layer": layer}
+    if any(width != running_sum.spec.width for width in widths):
+        raise ConfigError(f"a sum of width {running_sum.spec.width} cannot be had from parts of width {widths}")
+    args, kwargs = (running_sum, stream, accumulation, history_blocks), {"layer": layer}
     return _backend(implementation, "accumulate", *args, **kwargs).accumulate(*args, **kwargs)
 
 

@@ -25,7 +25,7 @@ def name_of(dtype: Any) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames=("name", "group"))
-def in_eight_bits(matrix: Float[Array, "L C R"], name: str, group: int) -> dict[str, Array]:
+def quantize_matrix(matrix: Float[Array, "L C R"], name: str, group: int) -> dict[str, Array]:
     """Dense matrices of `L` layers as the fields of `KeyRebuild`: matrix [L, C, R], scale [L, R], sums [L, C/G, R].
 
     |W - matrix * scale| is at most scale / 2 (int8), or |W| / 16 or scale / 1024, whichever is more (fp8).

@@ -3,7 +3,7 @@
 One step of `remat_project` multiplies 64 channels of two blocks with 128 columns of the weight. Two consumer
 warpgroups take a block each; a third thread copies the next steps' words, scales and weight rows to shared memory.
 A consumer unpacks its block's codes straight into the registers that `wgmma` reads its left operand from: a 32-bit
-word r holds tokens r, r + 4p, r + 8p ... of a channel (`xquant_jax.numerics.packing`), so fields f and f + 16/p are 16 bits and
+word r holds tokens r, r + 4p, r + 8p ... of a channel (`numerics.packing`), so fields f and f + 16/p are 16 bits and
 64 tokens apart. One shift and one mask give a code of the upper and one of the lower half of the block, which are the
 two 64-row operands; or-ing them into a bfloat16 of 128 makes numbers of them without a conversion.
 
@@ -66,7 +66,7 @@ def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: 
             return f"it needs compute capability {HOPPER} (Hopper), and this {kind} has {capability}"
     if spec.bits == UNQUANTIZED or spec.format != "uniform":
         return "it unpacks uniform codes of 2, 3, 4 or 8 bits only"
-    if not stream.words[0].size:
+    if not stream.planes[0].size:
         return "a history without blocks"
     if weight.dtype != jnp.bfloat16:
         return f"it multiplies bfloat16 weights, not {weight.dtype}"
@@ -81,14 +81,14 @@ def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: 
 
 def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
     """See `pallas_kernels.api.remat_project`."""
-    batch, num_blocks = stream.words[0].shape[:2]
+    batch, num_blocks = stream.planes[0].shape[:2]
     blocks = batch * num_blocks
     scale, zero = (a.reshape(blocks, *a.shape[2:]) for a in (stream.scale, stream.zero))
     if stream.spec.axis == "token":  # a step reads one group of all tokens: [C/G, tokens]
         scale, zero = (a.reshape(blocks * BLOCK, -1).T for a in (scale, zero))
     else:
         scale, zero = (a.reshape(blocks, -1) for a in (scale, zero))
-    words = [w.reshape(-1, w.shape[-1]) for w in stream.words]
+    words = [w.reshape(-1, w.shape[-1]) for w in stream.planes]
     kernel = _Remat(stream.spec, blocks, weight.shape[1], target.current().interpret)
     return kernel(words, scale, zero, weight).reshape(batch, num_blocks * BLOCK, weight.shape[1])
 

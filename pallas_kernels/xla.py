@@ -1,84 +1,20 @@
 """The operations in plain XLA: their definition, and what runs where no kernel does."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.history import accumulate_history, attend_history
+from pallas_kernels.operands import Accumulation, KeyRebuild, times
+from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Geometry, Part
-from xquant_jax.numerics.quantization import Blocks, Leaf, as_tokens, dequantize
-from xquant_jax.numerics.quantization import quantize as quantize  # one of the operations
-
-
-@struct.dataclass
-class KeyRebuild:
-    """How keys before RoPE come from stored vectors z of width C.
-
-    matrix: dense [C, R], per head [K, e, d] with C = K e, or None where z are the keys already
-    bias [R] (Qwen2) is added and the RMS norm with scale `norm` [d] (Qwen3) applied afterwards
-    scale, sums: of a dense matrix in int8 or e4m3 (`eight_bits`), float32 [R] and [C/G, R]: what columns are multiplied
-        with, and sums of the rows of each of the stream's groups of channels, which kernels multiply zeros with
-    """
-
-    matrix: Leaf | None = None
-    bias: Leaf | None = None
-    norm: Leaf | None = None
-    norm_eps: float = struct.field(pytree_node=False, default=0.0)
-    scale: Leaf | None = None
-    sums: Leaf | None = None
-
-    def __call__(self, z: Float[Array, "B S C"], num_kv_heads: int) -> Float[Array, "B S K d"]:
-        if self.matrix is None or self.scale is None:
-            k = expand(z, self.matrix, num_kv_heads)
-        else:  # what 8 bits hold, every type of z holds exactly
-            wide = jnp.matmul(z, self.matrix.astype(z.dtype), preferred_element_type=jnp.float32)
-            k = (wide * self.scale).astype(z.dtype).reshape(*z.shape[:2], num_kv_heads, -1)
-        if self.bias is not None:
-            k = k + self.bias.reshape(num_kv_heads, -1).astype(k.dtype)
-        if self.norm is not None:
-            wide = k.astype(jnp.float32)
-            mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-            k = (wide * lax.rsqrt(mean_square + self.norm_eps) * self.norm).astype(z.dtype)
-        return k
-
-
-@struct.dataclass
-class Accumulation:
-    """How a running sum x^ goes from a layer to the next: x^ <- x^ P_1 P_2 ... + d^ L, d being what the layer stores.
-
-    predict: the matrices P [C, n], ..., [n, C]; an empty tuple: the sum stays as it is. None: a new sum begins
-    lift: L [c, C], or None where d is as wide as the sum
-    """
-
-    predict: tuple[Leaf, ...] | None = ()
-    lift: Leaf | None = None
-
-    def __call__(self, below: Float[Array, "B S C"], stored: Float[Array, "B S c"]) -> Float[Array, "B S C"]:
-        total = stored.astype(jnp.float32) if self.lift is None else times(stored, self.lift)
-        return total if self.predict is None else self.predicted(below) + total
-
-    def predicted(self, below: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-        for matrix in self.predict or ():
-            below = times(below, matrix)
-        return below
-
-
-def times(x: Float[Array, "... C"], matrix: Float[Array, "C N"]) -> Float[Array, "... N"]:
-    """x in the matrix' type times the matrix, summed in float32: the same in decode and at a flush."""
-    return jnp.matmul(x.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
-
-
-def expand(z: Float[Array, "B S C"], matrix: Array | None, num_kv_heads: int) -> Float[Array, "B S K d"]:
-    """z times a dense [C, R] or a per-head [K, e, d] matrix, split into heads; no matrix: only split."""
-    split = (*z.shape[:2], num_kv_heads, -1)
-    if matrix is None:
-        return z.reshape(split)
-    if matrix.ndim == 2:
-        return (z @ matrix).reshape(split)
-    return jnp.einsum("bske,ked->bskd", z.reshape(split), matrix)
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import Blocks, as_blocks, as_tokens, dequantize, quantize
 
 
 def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
@@ -91,7 +27,7 @@ def decode_attention(
     key_stream: Blocks,
     key_rebuild: KeyRebuild,
     value_stream: Blocks,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     geometry: Geometry,
     *,
     layer: Int[Array, ""] | int,
@@ -105,16 +41,133 @@ def decode_attention(
         return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1)
 
     streams = {"key": key_stream, "value": value_stream}
-    return attend_history(q, streams, layer, flushed, read, geometry)
+    return attend_history(q, streams, layer, history_blocks, read, geometry)
 
 
 def accumulate(
-    running: Blocks,
+    running_sum: Blocks,
     stream: Blocks,
     accumulation: Accumulation,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     *,
     layer: Int[Array, ""] | int,
 ) -> Blocks:
     """See `pallas_kernels.api.accumulate`."""
-    return accumulate_history(running, stream, layer, flushed, accumulation)
+    return accumulate_history(running_sum, stream, layer, history_blocks, accumulation)
+
+
+TILE_BLOCKS = 8
+"""Blocks of history dequantized at once: bounds the temporaries to 1024 tokens of one layer."""
+
+SCORES_AT_ONCE = 2**17
+"""Scores of a head and tile, new tokens times history tokens: makes tiles smaller in prefill."""
+
+Read = Callable[[dict[str, Array]], tuple[Array, Array]]
+"""Dequantized streams [B, S, C] by name -> keys [B, S, K, d] and values [B, S, K or 1, C]."""
+
+
+def read_tile(
+    blocks: Blocks,
+    layer: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+    size: int,
+    codebook: Float[Array, " levels"] | None = None,
+) -> Float[Array, "B S C"]:
+    """Dequantizes `size` blocks from block `start` of one layer of a history [L, B, N, ...]."""
+
+    def cut(a: Array) -> Array:
+        at = (layer, 0, start, *[0] * (a.ndim - 3))
+        return lax.dynamic_slice(a, at, (1, a.shape[1], size, *a.shape[3:]))[0]
+
+    return as_tokens(dequantize(jax.tree.map(lambda a: _as_it_lies(cut(a)), blocks), codebook))
+
+
+def _as_it_lies(tile: Array) -> Array:
+    """The tile in the layout that XLA for TPU gives arrays of its kind: the longer of the last two axes innermost.
+
+    Left to itself it prefers another one for the products to come, and copies the whole history to it.
+    """
+    if 1 in tile.shape[-2:]:  # where there is no second of them, the blocks are
+        flat = tile.reshape(*tile.shape[:-2], -1)
+        return with_layout_constraint(flat, Layout(tuple(range(flat.ndim)))).reshape(tile.shape)
+    *outer, rows, columns = range(tile.ndim)
+    inner = (rows, columns) if tile.shape[columns] >= tile.shape[rows] else (columns, rows)
+    return with_layout_constraint(tile, Layout((*outer, *inner)))
+
+
+def attend_history(
+    q: Float[Array, "B T H d"],
+    history: dict[str, Blocks],
+    layer: Int[Array, ""] | int,
+    history_blocks: Int[Array, " B"],
+    read: Read,
+    geometry: Geometry,
+    *,
+    codebooks: Mapping[str, Float[Array, " levels"]] = MappingProxyType({}),
+    skip: Int[Array, ""] | int = 0,
+) -> Part:
+    """Attends to the first `history_blocks` blocks of each sequence, but for their first `skip` tokens.
+
+    `codebooks`: of the streams that have one.
+    """
+    num_blocks = next(iter(history.values())).planes[0].shape[2]
+    size = min(TILE_BLOCKS, num_blocks, max(1, SCORES_AT_ONCE // (BLOCK * q.shape[1])))
+    batch = q.shape[0]
+
+    def tile(number: Array) -> Part:
+        start = jnp.minimum(number * size, num_blocks - size)  # the last tile may overlap the one before
+        stale = number * size - start
+        vectors = {
+            name: read_tile(blocks, layer, start, size, codebooks.get(name)).astype(q.dtype)
+            for name, blocks in history.items()
+        }
+        return attention.attend(
+            q,
+            *read(vectors),
+            geometry,
+            origin=jnp.full(batch, start * BLOCK),
+            first=jnp.maximum(stale * BLOCK, skip - start * BLOCK),
+            count=(history_blocks - start) * BLOCK,
+        )
+
+    # of sequences that have blocks: a short one or a free slot would have all tiles read that lie before their windows
+    earliest = jnp.where(history_blocks > 0, geometry.positions.min(axis=1), geometry.positions.max()).min()
+    oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0)
+    shape = jax.eval_shape(tile, jnp.int32(0))
+    nothing = Part(jnp.zeros(shape.out.shape), jnp.full(shape.lse.shape, -jnp.inf))
+    return lax.fori_loop(
+        oldest // (size * BLOCK),
+        -(-history_blocks.max() // size),
+        lambda number, part: attention.merge(part, tile(number)),
+        nothing,
+    )
+
+
+def accumulate_history(
+    running_sum: Blocks,
+    history: Blocks,
+    layer: Int[Array, ""] | int,
+    history_blocks: Int[Array, " B"],
+    add: Callable[[Array, Array], Array],
+) -> Blocks:
+    """Adds one layer's differences to the running sum [B, N, ...] of the blocks that exist in any sequence.
+
+    add: the sum below and what the layer stores, float32 [B, S, C] -> the sum with this layer in it
+    """
+    num_blocks = history.planes[0].shape[2]
+    size = min(TILE_BLOCKS, num_blocks)
+
+    def tile(number: Array, running_sum: Blocks) -> Blocks:
+        start = jnp.minimum(number * size, num_blocks - size)
+        before = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), running_sum)
+        total = add(as_tokens(dequantize(before)).astype(jnp.float32), read_tile(history, layer, start, size))
+        after = quantize(as_blocks(total), running_sum.spec)
+        fresh = jnp.arange(size) >= number * size - start  # the last tile may overlap the one before
+
+        def write(whole: Array, old: Array, new: Array) -> Array:
+            kept = jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 2)), new, old)
+            return lax.dynamic_update_slice_in_dim(whole, kept, start, axis=1)
+
+        return jax.tree.map(write, running_sum, before, after)
+
+    return lax.fori_loop(0, -(-history_blocks.max() // size), tile, running_sum)

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xquant_jax.cache.partition import cache_specs, constrain_cache
+
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may compile at the same time
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # any will do: it would be looked for otherwise
@@ -35,16 +37,18 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import api, target
+from pallas_kernels import target
 from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import Cache, allocate, cache_bytes, flush, flush_when_due
+from xquant_jax.cache.flush import flush, flush_when_due
+from xquant_jax.cache.state import Cache, allocate, cache_bytes
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError, XQuantError
 from xquant_jax.json_file import check_folder, write_json
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.model.weights import parameter_specs
-from xquant_jax.planning.plan import factors_of_one_layer, parameter_shapes, read_config
+from xquant_jax.planning.costs import method_params_of_one_layer, parameter_shapes
+from xquant_jax.planning.plan import read_config
 from xquant_jax.sharding import P
 
 CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.74}
@@ -60,10 +64,10 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16":
 
 def factor_shapes(config: ModelConfig, cache: CacheConfig) -> tuple[Any, Any]:
     """Shapes of what the cache method multiplies with, and which of them are parameters."""
-    factors, parameters = factors_of_one_layer(config, cache)
-    shared = jax.tree.map(lambda a: id(a) in parameters, factors)
+    method_params, parameters = method_params_of_one_layer(config, cache)
+    shared = jax.tree.map(lambda a: id(a) in parameters, method_params)
     shapes, end = [], 0
-    for (_, layers), tree in zip(cache.segments(config), factors, strict=True):
+    for (_, layers), tree in zip(cache.segments(config), method_params, strict=True):
         end += layers
 
         def shape(a: Any, end: int = end) -> jax.ShapeDtypeStruct:
@@ -93,14 +97,14 @@ class Programs:
 
     model: Transformer
 
-    def prefill(self, params: Any, factors: Any, tokens: Any, counts: Any, cache: Cache) -> Any:
-        logits, cache = forward(self.model, params, tokens, cache, factors, counts)
-        return logits, sharding.constrain_cache(flush(cache, factors, self.model.implementation))
+    def prefill(self, params: Any, method_params: Any, tokens: Any, counts: Any, cache: Cache) -> Any:
+        logits, cache = forward(self.model, params, tokens, cache, method_params, counts)
+        return logits, constrain_cache(flush(cache, method_params))
 
-    def decode(self, params: Any, factors: Any, tokens: Any, counts: Any, cache: Cache) -> Any:
-        logits, cache = forward(self.model, params, tokens, cache, factors, counts)
-        cache = flush_when_due(cache, factors, self.model.implementation)
-        return jnp.argmax(logits, axis=-1), sharding.constrain_cache(cache)
+    def decode(self, params: Any, method_params: Any, tokens: Any, counts: Any, cache: Cache) -> Any:
+        logits, cache = forward(self.model, params, tokens, cache, method_params, counts)
+        cache = flush_when_due(cache, method_params)
+        return jnp.argmax(logits, axis=-1), constrain_cache(cache)
 
 
 def compile_for(
@@ -123,21 +127,23 @@ def compile_for(
         raise ConfigError(f"batch={batch} is not possible; choose 1 or more")
     if context < 1 or not 1 <= prefill_chunk <= context:
         raise ConfigError(f"prefill_chunk={prefill_chunk} and context={context}: choose 1 <= prefill_chunk <= context")
-    factors, shared = factor_shapes(config, cache_config)
+    method_params, shared = factor_shapes(config, cache_config)
     params = parameter_shapes(config)
     params = lie(params, parameter_specs(params), mesh)
     with jax.set_mesh(mesh), target.compiling_for("tpu", devices[0].device_kind):
-        api.check(implementation)
-        cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=batch, tokens=context))
+        sizes: dict[str, Any] = {"batch": batch, "tokens": context, "implementation": implementation}
+        cache = jax.eval_shape(lambda: allocate(cache_config, config, **sizes))
         parts = {part: _bytes_of(cache, part, mesh) for part in ("codes", "scales", "window", "scratch")}
-        cache = lie(cache, sharding.cache_specs(cache), mesh)
-        factors = lie(factors, cache.layout.stacked_factors(factors), mesh)
-        programs, results, memory, problems = Programs(Transformer(config, implementation)), [], {}, []
-        reads_with = programs.model.implementation_of(cache, factors, config.dtype)
+        cache = lie(cache, cache_specs(cache), mesh)
+        method_params = lie(method_params, cache.partition.stacked_params(method_params), mesh)
+        programs, results, memory, problems = Programs(Transformer(config)), [], {}, []
+        reads_with = programs.model.implementation_of(cache, method_params, config.dtype)
         for name, length in (("prefill", prefill_chunk), ("decode", 1)):
             inputs = (jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32))
             jitted = jax.jit(getattr(programs, name), donate_argnames="cache")
-            lowered = jitted.trace(params, factors, *lie(inputs, P(), mesh), cache).lower(lowering_platforms=("tpu",))
+            lowered = jitted.trace(params, method_params, *lie(inputs, P(), mesh), cache).lower(
+                lowering_platforms=("tpu",)
+            )
             try:
                 compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
@@ -148,9 +154,9 @@ def compile_for(
             memory[name] = compiled.memory_analysis()
             results += [{"program": name, **c} for c in collectives(compiled.as_text() or "")]
     # factors that are parameters are the same arrays where they lie as these do: held once, but two arguments
-    again = jax.tree.map(lambda a, is_parameter: a if is_parameter else None, factors, shared)
+    again = jax.tree.map(lambda a, is_parameter: a if is_parameter else None, method_params, shared)
     twice = per_device(again) if mesh.shape["tensor"] == 1 else 0
-    weights, held = per_device(params) + per_device(factors) - twice, per_device(cache)
+    weights, held = per_device(params) + per_device(method_params) - twice, per_device(cache)
     temporaries = max((m.temp_size_in_bytes for m in memory.values()), default=0)
     temporaries = max([temporaries, *(_needed(message) for _, message in problems)])
     total = weights + held + temporaries

@@ -35,10 +35,11 @@ from jax import lax
 
 import xquant_jax as xq
 from pallas_kernels import Accumulation, KeyRebuild, accumulate, decode_attention, target
-from pallas_kernels.eight_bits import in_eight_bits
+from pallas_kernels.eight_bits import quantize_matrix
 from pallas_kernels.triton import tiling
 from pallas_kernels.triton.ahead import SUMS
 from pallas_kernels.triton.tiling import Tiles
+from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.model.transformer import forward
@@ -139,7 +140,7 @@ def random_blocks(spec: StreamSpec, layers: int, batch: int, blocks: int, seed: 
     """Random codes of values of standard deviation about one."""
     abstract = jax.eval_shape(lambda: quantize(jnp.zeros((layers, batch, blocks, BLOCK, spec.width)), spec))
     keys = iter(jax.random.split(jax.random.key(seed), 8))
-    words = tuple(jax.random.bits(next(keys), w.shape, w.dtype) for w in abstract.words)
+    words = tuple(jax.random.bits(next(keys), w.shape, w.dtype) for w in abstract.planes)
     if spec.format == "e4m3":
         words = tuple(w & 0xBF for w in words)  # without the exponent's highest bit: below 2, and no NaN
     span = 3.5 / (2**spec.bits - 1)  # codes are uniform over it
@@ -155,28 +156,28 @@ def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple]:
     blocks = row.context // BLOCK
     key = random_blocks(key_spec, row.layers, row.batch, blocks, 1)
     value = random_blocks(value_spec, row.layers, row.batch, blocks, 2) if value_spec else None
-    flushed = np.full(row.batch, blocks)
+    history_blocks = np.full(row.batch, blocks)
     if row.ragged:
-        flushed = np.asarray([blocks * i // (row.batch - 1) | 1 for i in range(row.batch)])
-        flushed[0], flushed[-1] = 0, blocks
+        history_blocks = np.asarray([blocks * i // (row.batch - 1) | 1 for i in range(row.batch)])
+        history_blocks[0], history_blocks[-1] = 0, blocks
     form = {"dense": (key_spec.width, s.keys), "per_head": (s.kv_heads, s.dim, s.dim)}.get(row.form)
     rebuild = KeyRebuild()
     if form:
         matrix = (jax.random.normal(jax.random.key(3), form) / math.sqrt(form[-2])).astype(jnp.bfloat16)
         rebuild = KeyRebuild(matrix)
         if row.rebuild_dtype != "bf16":
-            small = in_eight_bits(matrix[None], row.rebuild_dtype, key_spec.group)
+            small = quantize_matrix(matrix[None], row.rebuild_dtype, key_spec.group)
             rebuild = dataclasses.replace(rebuild, **{name: a[0] for name, a in small.items()})
 
     def attend(q: jax.Array, layer: jax.Array, key: Blocks, value: Blocks | None, rebuild: KeyRebuild) -> jax.Array:
-        positions = jnp.asarray(flushed[:, None] * BLOCK + 5)
+        positions = jnp.asarray(history_blocks[:, None] * BLOCK + 5)
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(s.dim)), s.dim**-0.5)
         return decode_attention(
             q,
             key,
             rebuild,
             value or key,
-            jnp.asarray(flushed),
+            jnp.asarray(history_blocks),
             geometry,
             layer=layer,
             num_kv_heads=s.kv_heads,
@@ -263,37 +264,42 @@ class SumRow:
         """The sum, the stream of all layers and how they are added."""
         width, stored, predict, lift = (256, 256, (256,), False) if self.sum == "tiny" else SUMS[self.sum]
         blocks = self.context // BLOCK
-        running = jax.tree.map(lambda a: a[0], random_blocks(StreamSpec(width, 8), LAYERS, self.batch, blocks, 1))
+        running_sum = jax.tree.map(lambda a: a[0], random_blocks(StreamSpec(width, 8), LAYERS, self.batch, blocks, 1))
 
         def draw(rows: int, columns: int) -> jax.Array:
             return (jax.random.normal(jax.random.key(3), (rows, columns)) / math.sqrt(rows)).astype(jnp.bfloat16)
 
         matrices = tuple(itertools.starmap(draw, itertools.pairwise((width, *predict))))
         accumulation = Accumulation(matrices, draw(stored, width) if lift else None)
-        return running, random_blocks(StreamSpec(stored, 2), LAYERS, self.batch, blocks, 2), accumulation
+        return running_sum, random_blocks(StreamSpec(stored, 2), LAYERS, self.batch, blocks, 2), accumulation
 
     def add(self, layers: int) -> Callable[[Blocks, Blocks, Accumulation], Blocks]:
         """A program that adds so many layers, in place."""
-        flushed = jnp.full(self.batch, self.context // BLOCK)
+        history_blocks = jnp.full(self.batch, self.context // BLOCK)
 
-        def run(running: Blocks, stream: Blocks, accumulation: Accumulation) -> Blocks:
+        def run(running_sum: Blocks, stream: Blocks, accumulation: Accumulation) -> Blocks:
             def layer(number: jax.Array, total: Blocks) -> Blocks:
                 return accumulate(
-                    total, stream, accumulation, flushed, layer=number % LAYERS, implementation=self.implementation
+                    total,
+                    stream,
+                    accumulation,
+                    history_blocks,
+                    layer=number % LAYERS,
+                    implementation=self.implementation,
                 )
 
-            return lax.fori_loop(0, layers, layer, running)
+            return lax.fori_loop(0, layers, layer, running_sum)
 
         return jax.jit(run, donate_argnums=0)
 
     def seconds(self, interpret: bool) -> float:
         """Median time of one layer."""
         layers = LAYERS if interpret else 10 * LAYERS
-        running, stream, accumulation = self.arguments()
+        running_sum, stream, accumulation = self.arguments()
         add, times = self.add(layers), []
         for _ in range(2 if interpret else 6):
             before = time.perf_counter()
-            running = jax.block_until_ready(add(running, stream, accumulation))
+            running_sum = jax.block_until_ready(add(running_sum, stream, accumulation))
             times.append((time.perf_counter() - before) / layers)
         return statistics.median(times[1:])
 
@@ -372,13 +378,14 @@ def checks(smoke: bool) -> Iterator[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class StepModel:
-    """A model of random weights, as `CacheConfig.factors` wants it."""
+    """A model of random weights, as `CacheConfig.method_params` wants it."""
 
     config: ModelConfig
     params: Any
 
-    def layer_params(self) -> Any:
-        return self.params["layers"]
+    @property
+    def source(self) -> FactorSource:
+        return FactorSource(self.config, self.params["layers"], self.svd, self.calibrated)
 
     def calibrated(self, need: Any) -> Any:
         """Nothing: no method that is timed here needs any."""
@@ -388,14 +395,14 @@ class StepModel:
         """Random factors: only their shapes matter here."""
         c, dtype = self.config, self.params["layers"]["key"]["kernel"].dtype
         per_head = kind == "per_head"
-        up = (c.num_kv_heads, c.head_dim, c.head_dim) if per_head else (c.kv_width, c.kv_width)
-        down = (c.width, c.num_kv_heads, c.head_dim) if per_head else (c.width, c.kv_width)
+        rebuild = (c.num_kv_heads, c.head_dim, c.head_dim) if per_head else (c.kv_width, c.kv_width)
+        project = (c.width, c.num_kv_heads, c.head_dim) if per_head else (c.width, c.kv_width)
 
         def draw(shape: tuple[int, ...], seed: int) -> jax.Array:
             values = jax.random.normal(jax.random.key(seed), (c.num_layers, *shape), dtype)
             return values / jnp.sqrt(jnp.asarray(shape[-2], dtype))
 
-        return {side: {"down": draw(down, 1), "up": draw(up, 2)} for side in ("key", "value")}
+        return {side: {"project": draw(project, 1), "rebuild": draw(rebuild, 2)} for side in ("key", "value")}
 
 
 def step_model(config: ModelConfig) -> tuple[xq.Transformer, StepModel]:
@@ -411,22 +418,21 @@ def step_model(config: ModelConfig) -> tuple[xq.Transformer, StepModel]:
 def step_seconds(config: ModelConfig, spec: str, batch: int, context: int, implementation: str | None) -> float:
     """Median time of a decode step with `context` tokens of random history."""
     transformer, model = step_model(config)
-    transformer = dataclasses.replace(transformer, implementation=implementation)
     cache_config = xq.CacheConfig.parse(spec)
-    factors = cache_config.factors(model)
-    cache = xq.allocate(cache_config, config, batch=batch, tokens=context + BLOCK)
+    method_params = cache_config.method_params(model.source)
+    cache = xq.allocate(cache_config, config, batch=batch, tokens=context + BLOCK, implementation=implementation)
     filled = jnp.full(batch, context // BLOCK, jnp.int32)
-    cache = dataclasses.replace(cache, lengths=filled * BLOCK, flushed=filled)
+    cache = dataclasses.replace(cache, lengths=filled * BLOCK, history_blocks=filled)
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def step(params: Any, factors: Any, token: jax.Array, cache: xq.Cache) -> tuple[jax.Array, xq.Cache]:
-        logits, cache = forward(transformer, params, token, cache, factors, jnp.ones(batch, jnp.int32))
+    def step(params: Any, method_params: Any, token: jax.Array, cache: xq.Cache) -> tuple[jax.Array, xq.Cache]:
+        logits, cache = forward(transformer, params, token, cache, method_params, jnp.ones(batch, jnp.int32))
         return logits.argmax(-1)[:, None].astype(jnp.int32), cache
 
     token, times = jnp.ones((batch, 1), jnp.int32), []
     for _ in range(12):  # fewer than fill a window
         before = time.perf_counter()
-        token, cache = jax.block_until_ready(step(model.params, factors, token, cache))
+        token, cache = jax.block_until_ready(step(model.params, method_params, token, cache))
         times.append(time.perf_counter() - before)
     return statistics.median(times[2:])
 

@@ -25,7 +25,9 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from xquant_jax import sharding
-from xquant_jax.cli.batch import add_options, options_of, progress, show
+from xquant_jax.cli.batch import show
+from xquant_jax.cli.options import add_options, options_of
+from xquant_jax.cli.progress import progress
 from xquant_jax.errors import ConfigError, XQuantError
 from xquant_jax.generation import batch
 from xquant_jax.generation.batch_files import Results, parse_prompts, settings_of

@@ -73,7 +73,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
         try:
             cache = xq.CacheConfig.parse(spec)
             cache.segments(model.config)
-            cache.factors(model)
+            cache.method_params(model.source)
         except xq.ConfigError as error:
             console.print(f"{name} is left out: {error}", markup=False, highlight=False)
         else:

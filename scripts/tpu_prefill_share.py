@@ -127,15 +127,17 @@ def share(chip: str, model: str, cache: str, chunk: int, batch: int, implementat
     device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
     config = model_config(read_json(CONFIGS / f"{model}.json"))
     cache_config = CacheConfig.parse(cache)
-    factors, _ = factor_shapes(config, cache_config)
-    kv = jax.eval_shape(lambda: allocate(cache_config, config, batch=batch, tokens=8 * chunk))
+    method_params, _ = factor_shapes(config, cache_config)
+    sizes: dict[str, Any] = {"batch": batch, "tokens": 8 * chunk, "implementation": implementation}
+    with target.compiling_for("tpu", device.device_kind):
+        kv = jax.eval_shape(lambda: allocate(cache_config, config, **sizes))
     tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32)
     counts = jax.ShapeDtypeStruct((batch,), jnp.int32)
     args = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device)),
-        (parameter_shapes(config), factors, tokens, counts, kv),
+        (parameter_shapes(config), method_params, tokens, counts, kv),
     )
-    programs = Programs(Transformer(config, implementation))
+    programs = Programs(Transformer(config))
     with target.compiling_for("tpu", device.device_kind):
         lowered = jax.jit(programs.prefill, donate_argnums=4).trace(*args).lower(lowering_platforms=("tpu",))
     bits = getattr(cache_config.method, "bits", 0)  # bf16 has none, and no running sum that would ask

@@ -45,7 +45,7 @@ from pallas_kernels import (  # noqa: E402
     remat_project,
     target,
 )
-from pallas_kernels.eight_bits import in_eight_bits  # noqa: E402
+from pallas_kernels.eight_bits import quantize_matrix  # noqa: E402
 from pallas_kernels.pallas_tpu import project, quantizing, running_sum  # noqa: E402
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan  # noqa: E402
 from xquant_jax.numerics.attention import Geometry  # noqa: E402
@@ -148,21 +148,21 @@ def compile_decode_attention(chip: str, model: Model, case: Case) -> tuple[Any, 
     norm = shape(model.dim) if model.qk_norm else None
     rebuild = KeyRebuild(shape(*matrix), None, norm, 1e-6)
     if case.rebuild_dtype != "bf16":
-        small = jax.eval_shape(lambda w: in_eight_bits(w[None], case.rebuild_dtype, case.group), shape(*matrix))
+        small = jax.eval_shape(lambda w: quantize_matrix(w[None], case.rebuild_dtype, case.group), shape(*matrix))
         rebuild = dataclasses.replace(
             rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in small.items()}
         )
     frequencies = Rope(theta=500_000.0).frequencies(model.dim)
     plans = []
 
-    def attend(q: Any, key: Any, rebuild: Any, value: Any, flushed: Any, positions: Any, layer: Any) -> Any:
+    def attend(q: Any, key: Any, rebuild: Any, value: Any, history_blocks: Any, positions: Any, layer: Any) -> Any:
         value = key if value is None else value
         geometry = Geometry(positions, 2**30, jnp.asarray(frequencies), model.dim**-0.5)
         value_heads = model.kv_heads if basis == "per_head" else 1
         plans.append(make_plan(q, key, rebuild, value, geometry, model.kv_heads, value_heads))
         heads = {"num_kv_heads": model.kv_heads, "value_heads": value_heads}
         return decode_attention(
-            q, key, rebuild, value, flushed, geometry, layer=layer, implementation="pallas_tpu", **heads
+            q, key, rebuild, value, history_blocks, geometry, layer=layer, implementation="pallas_tpu", **heads
         )
 
     numbers = [shape(1, dtype=jnp.int32), shape(1, 1, dtype=jnp.int32), shape(dtype=jnp.int32)]
@@ -187,19 +187,19 @@ def compile_accumulate(chip: str, model: Model, case: Case) -> running_sum.Plan:
     def matrix(rows: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
 
-    running = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 8), (1, CONTEXT // BLOCK)))
+    running_sum = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 8), (1, CONTEXT // BLOCK)))
     stream = jax.eval_shape(lambda: allocate_blocks(StreamSpec(stored, case.bits), (2, 1, CONTEXT // BLOCK)))
     predict = (matrix(latent),) if case.basis == "cl" else ()
     accumulation = Accumulation(predict, matrix(latent) if case.basis == "paper" else None)
     numbers = [jax.ShapeDtypeStruct(size, jnp.int32) for size in ((1,), ())]
 
-    def add(running: Any, stream: Any, accumulation: Any, flushed: Any, layer: Any) -> Any:
-        return accumulate(running, stream, accumulation, flushed, layer=layer, implementation="pallas_tpu")
+    def add(running_sum: Any, stream: Any, accumulation: Any, history_blocks: Any, layer: Any) -> Any:
+        return accumulate(running_sum, stream, accumulation, history_blocks, layer=layer, implementation="pallas_tpu")
 
     with target.compiling_for("tpu", device.device_kind):
-        traced = jax.jit(add, donate_argnums=0).trace(*shapes((running, stream, accumulation, *numbers)))
+        traced = jax.jit(add, donate_argnums=0).trace(*shapes((running_sum, stream, accumulation, *numbers)))
         traced.lower(lowering_platforms=("tpu",)).compile()
-        return running_sum.make_plan(running, stream, accumulation)
+        return running_sum.make_plan(running_sum, stream, accumulation)
 
 
 def compile_quantize(chip: str, model: Model, case: Case) -> StreamSpec:

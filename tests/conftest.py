@@ -19,6 +19,7 @@ import pytest
 from jax import monitoring
 
 from converters.svd import layer_factors
+from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.cache.methods.learned import Need
 from xquant_jax.calibration.calibrate import calibrate
 from xquant_jax.config import ModelConfig
@@ -52,17 +53,19 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RandomModel:
-    """A transformer with random parameters; what `CacheConfig.factors` asks a model for."""
+    """A transformer with random parameters; with a source of factors."""
 
     transformer: Transformer
     params: Any
+    implementation: str | None = None
 
     @property
     def config(self) -> ModelConfig:
         return self.transformer.config
 
-    def layer_params(self) -> dict[str, Any]:
-        return self.params["layers"]
+    @property
+    def source(self) -> FactorSource:
+        return FactorSource(self.config, self.params["layers"], self.svd, self.calibrated)
 
     def calibrated(self, need: Need) -> dict[str, Any]:
         text = random_tokens(self.config, 4, 256, seed=7)
@@ -70,10 +73,10 @@ class RandomModel:
 
     def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
         layers = [
-            jax.tree.map(lambda a, i=i: np.asarray(a[i]), self.layer_params()) for i in range(self.config.num_layers)
+            jax.tree.map(lambda a, i=i: np.asarray(a[i]), self.params["layers"]) for i in range(self.config.num_layers)
         ]
-        factors = [layer_factors([kind], layer, self.config, folded=folded)[kind] for layer in layers[:number]]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *factors)
+        method_params = [layer_factors([kind], layer, self.config, folded=folded)[kind] for layer in layers[:number]]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *method_params)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> RandomModel:
@@ -145,9 +148,10 @@ def _few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _programs_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Both processes of `make test` keep what they compile in one folder, a new one in every run."""
+    """Both processes of `make test` keep what they compile in one folder: of this run, or one that JAX is told of."""
     own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "programs"
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "programs"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

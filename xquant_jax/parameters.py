@@ -88,3 +88,22 @@ def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + name] = node
     return leaves
+
+
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
+    "embed.embedding": ("vocabulary", None),
+    "head.kernel": (None, "vocabulary"),
+    "query.kernel": (None, "heads"),
+    "query.bias": ("heads",),
+    "key.kernel": (None, "heads"),
+    "key.bias": ("heads",),
+    "value.kernel": (None, "heads"),
+    "value.bias": ("heads",),
+    "output.kernel": ("heads", None),
+    "gate.kernel": (None, "mlp"),
+    "gate.bias": ("mlp",),
+    "up.kernel": (None, "mlp"),
+    "up.bias": ("mlp",),
+    "down.kernel": ("mlp", None),
+}
+"""Logical axes of one layer's parameters, of the embedding and the head; the others lie whole on every device."""

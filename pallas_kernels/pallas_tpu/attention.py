@@ -27,10 +27,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import target
+from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.pallas_tpu import rebuild8, unpack
 from pallas_kernels.pallas_tpu.plan import Plan, make_plan
 from pallas_kernels.pallas_tpu.streams import LANES, by_block
-from pallas_kernels.xla import KeyRebuild
 from xquant_jax.numerics import rope
 from xquant_jax.numerics.attention import LOWEST, Geometry, Part, merge
 from xquant_jax.numerics.packing import BLOCK, PLANES
@@ -47,7 +47,7 @@ def decode_attention(
     key_stream: Blocks,
     key_rebuild: KeyRebuild,
     value_stream: Blocks,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     geometry: Geometry,
     *,
     layer: Int[Array, ""] | int,
@@ -56,7 +56,9 @@ def decode_attention(
 ) -> Part:
     """See `pallas_kernels.api.decode_attention`."""
     plan = make_plan(q, key_stream, key_rebuild, value_stream, geometry, num_kv_heads, value_heads)
-    return _attend(plan, q, key_stream, key_rebuild, value_stream, flushed, geometry, jnp.asarray(layer, jnp.int32))
+    return _attend(
+        plan, q, key_stream, key_rebuild, value_stream, history_blocks, geometry, jnp.asarray(layer, jnp.int32)
+    )
 
 
 def _attend(
@@ -65,7 +67,7 @@ def _attend(
     key_stream: Blocks,
     key_rebuild: KeyRebuild,
     value_stream: Blocks,
-    flushed: Array,
+    history_blocks: Array,
     geometry: Geometry,
     layer: Array,
 ) -> Part:
@@ -73,14 +75,14 @@ def _attend(
     window = jnp.asarray(geometry.sliding_window, jnp.int32)
     tile_tokens = plan.tile * BLOCK
     oldest = jnp.maximum(positions.min(axis=1) - window + 1, 0)
-    last = -(-flushed // plan.tile)  # one past the last tile
+    last = -(-history_blocks // plan.tile)  # one past the last tile
     first = jnp.minimum(oldest // tile_tokens, jnp.maximum(last - 1, 0))
     steps = -(-(last - first) // plan.splits)
-    q, positions, flushed, first, share = (
-        jnp.repeat(x, plan.splits, axis=0) for x in (q, positions, flushed.astype(jnp.int32), first, steps)
+    q, positions, history_blocks, first, share = (
+        jnp.repeat(x, plan.splits, axis=0) for x in (q, positions, history_blocks.astype(jnp.int32), first, steps)
     )
     first = first + share * (jnp.arange(plan.pieces) % plan.splits)
-    end = jnp.minimum(flushed, (first + share) * plan.tile)
+    end = jnp.minimum(history_blocks, (first + share) * plan.tile)
 
     half_frequencies = jnp.zeros_like(geometry.frequencies) if plan.rotated else geometry.frequencies
     frequencies = jnp.tile(half_frequencies, 2 * plan.group)  # in the order of a group's columns
@@ -205,7 +207,7 @@ def _call(
 
     streams = {"key": key_stream} if plan.shared else {"key": key_stream, "value": value_stream}
     for name, stream in streams.items():
-        for number, words in enumerate(stream.words):
+        for number, words in enumerate(stream.planes):
             add(f"{name}_words{number}", words, tile_of(words.shape[3:]))
         for what in ("scale", "zero"):
             array = by_block(getattr(stream, what), stream.spec.axis, leading=2)

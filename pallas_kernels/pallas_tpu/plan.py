@@ -7,9 +7,9 @@ from typing import Any
 from jaxtyping import Array
 
 from pallas_kernels import eight_bits
+from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
-from pallas_kernels.xla import KeyRebuild
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks, StreamSpec
@@ -214,7 +214,7 @@ def make_plan(
         key=key_stream.spec,
         value=value_stream.spec,
         shared=key_stream is value_stream,
-        num_blocks=key_stream.words[0].shape[2],
+        num_blocks=key_stream.planes[0].shape[2],
         batch=batch,
         new=new,
         heads=heads,
@@ -236,7 +236,7 @@ def refuse_decode_attention(
     key_stream: Blocks,
     key_rebuild: KeyRebuild,
     value_stream: Blocks,
-    flushed: Array,
+    history_blocks: Array,
     geometry: Geometry,
     *,
     layer: Any,

@@ -44,12 +44,12 @@ def _bytes(width: int) -> int:
 def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
     """See `pallas_kernels.api.remat_project`."""
     spec = stream.spec
-    batch, blocks = stream.words[0].shape[:2]
+    batch, blocks = stream.planes[0].shape[:2]
     tile = min(TILE, blocks)
     width, columns = weight.shape[0], -(-weight.shape[1] // LANES) * LANES
     part = math.gcd(COLUMNS, columns)
     padded = jnp.pad(weight.astype(jnp.bfloat16), ((0, 0), (0, columns - weight.shape[1])))
-    arrays = [*stream.words, *(by_block(x, spec.axis, leading=1) for x in (stream.scale, stream.zero))]
+    arrays = [*stream.planes, *(by_block(x, spec.axis, leading=1) for x in (stream.scale, stream.zero))]
 
     rows = (tile, width // (LANES if spec.axis == "channel" else spec.group), 1, LANES)
 

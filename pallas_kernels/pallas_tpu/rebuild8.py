@@ -19,10 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.eight_bits import TYPES
+from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.pallas_tpu import unpack
 from pallas_kernels.pallas_tpu.plan import Plan
 from pallas_kernels.pallas_tpu.streams import LANES
-from pallas_kernels.xla import KeyRebuild
 from xquant_jax.numerics.packing import BLOCK, PLANES
 
 

@@ -20,10 +20,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import target
+from pallas_kernels.operands import Accumulation
 from pallas_kernels.pallas_tpu import chip, unpack
 from pallas_kernels.pallas_tpu.quantizing import by_token, grid_of, lowest_highest, packed
 from pallas_kernels.pallas_tpu.streams import LANES, by_block, refuse_stream
-from pallas_kernels.xla import Accumulation
 from xquant_jax.numerics.packing import BLOCK, PLANES
 from xquant_jax.numerics.quantization import Blocks, StreamSpec
 
@@ -81,12 +81,12 @@ class Plan:
         )
 
 
-def make_plan(running: Blocks, stream: Blocks, accumulation: Accumulation) -> Plan:
+def make_plan(running_sum: Blocks, stream: Blocks, accumulation: Accumulation) -> Plan:
     predict, lift = accumulation.predict, accumulation.lift
     return Plan(
         stream=stream.spec,
-        sum=running.spec,
-        num_blocks=running.words[0].shape[1],
+        sum=running_sum.spec,
+        num_blocks=running_sum.planes[0].shape[1],
         predict=None if predict is None else tuple(matrix.shape for matrix in predict),
         lift=None if lift is None else lift.shape,
         chip=chip.current(),
@@ -94,17 +94,17 @@ def make_plan(running: Blocks, stream: Blocks, accumulation: Accumulation) -> Pl
 
 
 def refuse_accumulate(
-    running: Blocks, stream: Blocks, accumulation: Accumulation, flushed: Array, *, layer: Any
+    running_sum: Blocks, stream: Blocks, accumulation: Accumulation, history_blocks: Array, *, layer: Any
 ) -> str | None:
     """Why the kernel cannot take these arguments; None if it can."""
-    for name, spec in {"sum": running.spec, "stream": stream.spec}.items():
+    for name, spec in {"sum": running_sum.spec, "stream": stream.spec}.items():
         if reason := refuse_stream(spec):
             return f"the {name} {reason}"
         if spec.axis == "token" and spec.group != LANES:
             return f"the {name} has groups of {spec.group} channels; it takes 128"
-    if running.spec.bits != 8 or running.spec.axis != "token":
-        return f"the sum has {running.spec.bits} bits along the {running.spec.axis}; it takes 8 along the token"
-    plan = make_plan(running, stream, accumulation)
+    if running_sum.spec.bits != 8 or running_sum.spec.axis != "token":
+        return f"the sum has {running_sum.spec.bits} bits along the {running_sum.spec.axis}; it takes 8 along the token"
+    plan = make_plan(running_sum, stream, accumulation)
     narrow = [width for width in plan.left.values() if width % LANES]
     if narrow:
         return f"a matrix has {narrow[0]} rows, which is no multiple of 128"
@@ -114,19 +114,19 @@ def refuse_accumulate(
 
 
 def accumulate(
-    running: Blocks,
+    running_sum: Blocks,
     stream: Blocks,
     accumulation: Accumulation,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     *,
     layer: Int[Array, ""] | int,
 ) -> Blocks:
     """See `pallas_kernels.api.accumulate`."""
-    plan = make_plan(running, stream, accumulation)
-    batch, tile = len(flushed), plan.tile
-    flushed = flushed.astype(jnp.int32)
+    plan = make_plan(running_sum, stream, accumulation)
+    batch, tile = len(history_blocks), plan.tile
+    history_blocks = history_blocks.astype(jnp.int32)
     splits = plan.chip.cores if batch % plan.chip.cores and plan.num_blocks > tile else 1  # of a sequence, one a core
-    steps = jnp.maximum(lax.div(flushed.max() + (tile * splits - 1), jnp.int32(tile * splits)), 1)
+    steps = jnp.maximum(lax.div(history_blocks.max() + (tile * splits - 1), jnp.int32(tile * splits)), 1)
     names, arrays, specs = [], [], []
 
     def add(name: str, array: Array, spec: pl.BlockSpec) -> None:
@@ -135,9 +135,9 @@ def accumulate(
         specs.append(spec)
 
     def of_tile(rest: tuple[int, ...], *, layered: bool) -> pl.BlockSpec:
-        def index(b: Array, split: Array, j: Array, layer: Any, flushed: Any, steps: Any) -> tuple:
+        def index(b: Array, split: Array, j: Array, layer: Any, history_blocks: Any, steps: Any) -> tuple:
             first = split * steps[0]
-            last = jnp.maximum(lax.div(flushed[b] + (tile - 1), jnp.int32(tile)) - 1, first)
+            last = jnp.maximum(lax.div(history_blocks[b] + (tile - 1), jnp.int32(tile)) - 1, first)
             at = (b, jnp.minimum(first + j, last), *[0] * len(rest))
             return (layer[0], *at) if layered else at
 
@@ -150,13 +150,13 @@ def accumulate(
     for name, matrix in matrices.items():
         spec = pl.BlockSpec(matrix.shape, lambda b, split, j, *_: (0, 0), pipeline_mode=once)
         add(name, matrix.astype(jnp.bfloat16), spec)
-    for number, words in enumerate(stream.words):
+    for number, words in enumerate(stream.planes):
         add(f"stored_words{number}", words, of_tile(words.shape[3:], layered=True))
     for what in ("scale", "zero"):
         array = by_block(getattr(stream, what), plan.stream.axis, leading=2)
         add(f"stored_{what}", array, of_tile(array.shape[3:], layered=True))
-    sums = {f"sum_words{number}": words for number, words in enumerate(running.words)}
-    sums |= {f"sum_{what}": by_block(getattr(running, what), "token", leading=1) for what in ("scale", "zero")}
+    sums = {f"sum_words{number}": words for number, words in enumerate(running_sum.planes)}
+    sums |= {f"sum_{what}": by_block(getattr(running_sum, what), "token", leading=1) for what in ("scale", "zero")}
     aliases = {}
     for number, (name, array) in enumerate(sums.items()):
         aliases[3 + len(arrays)] = number
@@ -172,10 +172,10 @@ def accumulate(
     by_row = (plan.stream.width // LANES, 1, LANES)
     scratch |= {f"stored_{what}s": pltpu.VMEM((tile, *by_row), jnp.float32) for what in ("scale", "zero")}
 
-    def kernel(layer: Any, flushed: Any, steps: Any, *refs: Any) -> None:
+    def kernel(layer: Any, history_blocks: Any, steps: Any, *refs: Any) -> None:
         del layer
         every = (*names, *(f"out_{name}" for name in sums), *scratch)
-        _kernel(plan, flushed, steps, dict(zip(every, refs, strict=True)))
+        _kernel(plan, history_blocks, steps, dict(zip(every, refs, strict=True)))
 
     interpret = target.current().interpret
     if interpret and plan.num_blocks % tile:  # which cannot alias what it pads to whole tiles
@@ -196,15 +196,15 @@ def accumulate(
         ),
         name="accumulate",
         interpret=pltpu.InterpretParams() if interpret else False,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), flushed, steps.reshape(1), *arrays)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), history_blocks, steps.reshape(1), *arrays)
     *words, scale, zero = out
-    return Blocks(tuple(words), jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2), running.spec)
+    return Blocks(tuple(words), jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2), running_sum.spec)
 
 
-def _kernel(plan: Plan, flushed: Any, steps: Any, refs: dict[str, Any]) -> None:
+def _kernel(plan: Plan, history_blocks: Any, steps: Any, refs: dict[str, Any]) -> None:
     b, j = pl.program_id(0), pl.program_id(2)
     tile = pl.program_id(1) * steps[0] + j
-    count = jnp.clip(flushed[b] - tile * plan.tile, 0, plan.tile)
+    count = jnp.clip(history_blocks[b] - tile * plan.tile, 0, plan.tile)
 
     @pl.when((count > 0) | (j == 0))
     def _tile() -> None:

@@ -1,6 +1,6 @@
 """Codes out of bit planes, inside a kernel: two tokens at a time, in the order that costs nothing.
 
-Tokens t and t + 64 of a block lie 16 bits apart in every plane (`xquant_jax.numerics.packing`). A 32-bit word of the two codes,
+Tokens t and t + 64 of a block lie 16 bits apart in every plane (`numerics.packing`). A 32-bit word of the two codes,
 read as two bfloat16, gives adjacent rows: row 2r + i of what is unpacked is token r + 64 i. Everything that meets
 these rows (tables of RoPE, scales along the token) is put into the same order beforehand: `interleaved`.
 

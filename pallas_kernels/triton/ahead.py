@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels import eight_bits, target
+from pallas_kernels.operands import Accumulation, KeyRebuild
 from pallas_kernels.triton import accumulate, decode_attention, launching, tiling
-from pallas_kernels.xla import Accumulation, KeyRebuild
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import StreamSpec, quantize
 from xquant_jax.numerics.rope import Rope
@@ -99,7 +99,7 @@ def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = 
     small = {}
     if form in eight_bits.TYPES:
         small = jax.eval_shape(
-            lambda w: eight_bits.in_eight_bits(w, form, 128), jax.ShapeDtypeStruct((1, *dense), jnp.bfloat16)
+            lambda w: eight_bits.quantize_matrix(w, form, 128), jax.ShapeDtypeStruct((1, *dense), jnp.bfloat16)
         )
         small = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in small.items()}
 
@@ -109,14 +109,14 @@ def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def operation(q: Any, key: Any, rebuild: Any, value: Any, flushed: Any, positions: Any) -> Any:
+    def operation(q: Any, key: Any, rebuild: Any, value: Any, history_blocks: Any, positions: Any) -> Any:
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
         return decode_attention(
             q,
             key,
             rebuild,
             value,
-            flushed,
+            history_blocks,
             geometry,
             layer=0,
             num_kv_heads=model.kv_heads,

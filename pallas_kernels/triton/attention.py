@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import eight_bits, target
+from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.triton import launching, operands, tiling
-from pallas_kernels.xla import KeyRebuild
 from xquant_jax.numerics import rope
 from xquant_jax.numerics.attention import LOWEST, Geometry, Part
 from xquant_jax.numerics.packing import BLOCK
@@ -37,7 +37,7 @@ def refuse_decode_attention(
     key_stream: Blocks,
     key_rebuild: KeyRebuild,
     value_stream: Blocks,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     geometry: Geometry,
     *,
     layer: Int[Array, ""] | int,
@@ -85,7 +85,7 @@ def decode_attention(
     key_stream: Blocks,
     key_rebuild: KeyRebuild,
     value_stream: Blocks,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     geometry: Geometry,
     *,
     layer: Int[Array, ""] | int,
@@ -94,7 +94,7 @@ def decode_attention(
 ) -> Part:
     """See `pallas_kernels.api.decode_attention`."""
     batch, length, heads, dim = q.shape
-    num_blocks = key_stream.words[0].shape[2]
+    num_blocks = key_stream.planes[0].shape[2]
     width = value_stream.spec.width
     shared = heads // num_kv_heads
     queries = max(LEAST_QUERIES, triton.next_power_of_2(length * shared))
@@ -112,7 +112,7 @@ def decode_attention(
     positions = _pad(jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1), queries, axis=1, value=-1)
     earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
     oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
-    bounds = jnp.stack([oldest, flushed, earliest, latest], axis=1).astype(jnp.int32)
+    bounds = jnp.stack([oldest, history_blocks, earliest, latest], axis=1).astype(jnp.int32)
     scalars = jnp.stack([jnp.asarray(layer), jnp.asarray(geometry.sliding_window)]).astype(jnp.int32)
     number = jnp.arange(tiles.blocks * BLOCK // 2)
     in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks

@@ -15,7 +15,7 @@ from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
 
 def arrays(stream: Blocks) -> tuple[Array, ...]:
     """Words of the lower and the upper plane (or the lower one again), scales and zeros."""
-    return stream.words[0], stream.words[-1], stream.scale, stream.zero
+    return stream.planes[0], stream.planes[-1], stream.scale, stream.zero
 
 
 def stream_constants(spec: StreamSpec, prefix: str = "") -> dict[str, Any]:

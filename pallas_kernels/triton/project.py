@@ -24,7 +24,7 @@ def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: 
 
 def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
     """See `pallas_kernels.api.remat_project`."""
-    batch, blocks = stream.words[0].shape[:2]
+    batch, blocks = stream.planes[0].shape[:2]
     columns = weight.shape[1]
     tiles = tiling.choose(tiling.Shape("project", "dense", bits=stream.spec.bits, width=stream.spec.width))
     (out,) = launching.run(

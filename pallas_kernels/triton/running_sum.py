@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import triton
 from jaxtyping import Array, Int
 
+from pallas_kernels.operands import Accumulation
 from pallas_kernels.triton import launching, operands, tiling
-from pallas_kernels.xla import Accumulation
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks
 
@@ -22,15 +22,15 @@ LEAST_RANGE = 256  # blocks of all sequences: enough for the launch of a range n
 
 
 def refuse_accumulate(
-    running: Blocks,
+    running_sum: Blocks,
     stream: Blocks,
     accumulation: Accumulation,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     *,
     layer: Int[Array, ""] | int,
 ) -> str | None:
     """Why the kernels cannot take these, or None."""
-    spec, predict, lift = running.spec, accumulation.predict or (), accumulation.lift
+    spec, predict, lift = running_sum.spec, accumulation.predict or (), accumulation.lift
     if (spec.bits, spec.axis, spec.group) != (8, "token", COLUMNS):
         return (
             f"a sum of {spec.bits} bits along the {spec.axis} in groups of {spec.group} is not taken; "
@@ -55,10 +55,10 @@ def refuse_accumulate(
 
 
 def accumulate(
-    running: Blocks,
+    running_sum: Blocks,
     stream: Blocks,
     accumulation: Accumulation,
-    flushed: Int[Array, " B"],
+    history_blocks: Int[Array, " B"],
     *,
     layer: Int[Array, ""] | int,
 ) -> Blocks:
@@ -67,10 +67,10 @@ def accumulate(
     In place; beside it what the last matrix and the lift are multiplied with is laid out in bfloat16, for an eighth of
     the blocks at a time, or 256 of all sequences if that is more.
     """
-    batch, num_blocks = running.words[0].shape[:2]
+    batch, num_blocks = running_sum.planes[0].shape[:2]
     predict, lift = accumulation.predict or (), accumulation.lift
     form = "dense" if predict or lift is not None else ""
-    tiles = tiling.choose(tiling.Shape("sum", form, bits=stream.spec.bits, width=running.spec.width))
+    tiles = tiling.choose(tiling.Shape("sum", form, bits=stream.spec.bits, width=running_sum.spec.width))
     size = num_blocks
     if predict or lift is not None:
         size = min(num_blocks, max(triton.cdiv(num_blocks, RANGES), triton.cdiv(LEAST_RANGE, batch)))
@@ -83,7 +83,7 @@ def accumulate(
         "CHUNK": tiles.chunk or COLUMNS,
         "warps": tiles.warps,
     }
-    flushed, layer = flushed.astype(jnp.int32), jnp.asarray(layer, jnp.int32)
+    history_blocks, layer = history_blocks.astype(jnp.int32), jnp.asarray(layer, jnp.int32)
 
     def lay_out(blocks: Blocks, scalars: Array, matrix: Array | None) -> Array:
         width = blocks.spec.width if matrix is None else matrix.shape[1]
@@ -91,7 +91,7 @@ def accumulate(
         (out,) = launching.run(
             "lay_out",
             scalars,
-            flushed,
+            history_blocks,
             *operands.arrays(blocks),
             scalars if matrix is None else operands.operand(matrix),
             grid=(width // COLUMNS * batch * in_range,),
@@ -107,21 +107,21 @@ def accumulate(
 
     for first in range(0, num_blocks, in_range * tiles.blocks):
         of_sum, of_stream = (jnp.stack([number, jnp.int32(first)]) for number in (jnp.int32(0), layer))
-        below = lay_out(running, of_sum, predict[0] if len(predict) == 2 else None) if predict else of_sum
+        below = lay_out(running_sum, of_sum, predict[0] if len(predict) == 2 else None) if predict else of_sum
         stored = of_sum if lift is None else lay_out(stream, of_stream, None)
         *words, scale, zero = launching.run(
             "add",
             of_stream,
-            flushed,
+            history_blocks,
             *operands.arrays(stream),
             below,
             operands.operand(predict[-1]) if predict else of_sum,
             stored,
             of_sum if lift is None else operands.operand(lift),
-            grid=(running.spec.width // COLUMNS * batch * in_range,),
-            updated=operands.arrays(running),
+            grid=(running_sum.spec.width // COLUMNS * batch * in_range,),
+            updated=operands.arrays(running_sum),
             stages=tiles.stages,
-            SUM_WIDTH=running.spec.width,
+            SUM_WIDTH=running_sum.spec.width,
             BELOW=predict[-1].shape[0] if predict else 0,
             STORED=0 if lift is None else lift.shape[0],
             ADD_SUM=accumulation.predict == (),
@@ -129,5 +129,5 @@ def accumulate(
             **shared,
             **operands.stream_constants(stream.spec),
         )
-        running = Blocks(tuple(words), scale, zero, running.spec)
-    return running
+        running_sum = Blocks(tuple(words), scale, zero, running_sum.spec)
+    return running_sum

@@ -83,7 +83,7 @@ def test_parts_can_be_read_alone(checkpoint):
 def test_factors_are_computed_from_the_layer(checkpoint):
     opened = HuggingFaceCheckpoint(checkpoint())
     value = opened.factors("joint", 1)["value"]
-    assert value["down"] @ value["up"] == pytest.approx(opened.layer(1)["value"]["kernel"], abs=1e-5)
+    assert value["project"] @ value["rebuild"] == pytest.approx(opened.layer(1)["value"]["kernel"], abs=1e-5)
 
 
 def test_norms_may_be_float32_beside_bfloat16(checkpoint, tiny_config, tiny_tensors):

@@ -50,16 +50,16 @@ def test_joint_factors_rebuild_the_weight(shape, dtype):
     w = weight(shape, dtype=dtype)
     factors = joint_factors(w)
     rank = min(shape)
-    assert factors["down"].shape == (shape[0], rank)
-    assert factors["up"].shape == (rank, shape[1])
-    assert factors["down"].dtype == factors["up"].dtype == np.float32
-    assert relative_error(factors["down"].astype(np.float64) @ factors["up"], w) < TOLERANCE
-    assert orthonormality_error(factors["down"]) < TOLERANCE
+    assert factors["project"].shape == (shape[0], rank)
+    assert factors["rebuild"].shape == (rank, shape[1])
+    assert factors["project"].dtype == factors["rebuild"].dtype == np.float32
+    assert relative_error(factors["project"].astype(np.float64) @ factors["rebuild"], w) < TOLERANCE
+    assert orthonormality_error(factors["project"]) < TOLERANCE
 
 
 def test_rows_of_up_are_the_singular_directions_in_order():
     w = weight((96, 48))
-    lengths = np.linalg.norm(joint_factors(w)["up"], axis=1)
+    lengths = np.linalg.norm(joint_factors(w)["rebuild"], axis=1)
     assert lengths == pytest.approx(np.linalg.svd(w.astype(np.float64), compute_uv=False), rel=1e-6)
 
 
@@ -69,11 +69,11 @@ def test_per_head_factors_rebuild_every_head(shape):
     factors = per_head_factors(w, HEADS)
     d = shape[1] // HEADS
     rank = min(shape[0], d)
-    assert factors["down"].shape == (shape[0], HEADS, rank)
-    assert factors["up"].shape == (HEADS, rank, d)
+    assert factors["project"].shape == (shape[0], HEADS, rank)
+    assert factors["rebuild"].shape == (HEADS, rank, d)
     for head in range(HEADS):
-        basis = factors["down"][:, head]
-        rebuilt = basis.astype(np.float64) @ factors["up"][head]
+        basis = factors["project"][:, head]
+        rebuilt = basis.astype(np.float64) @ factors["rebuild"][head]
         assert relative_error(rebuilt, w[:, head * d : (head + 1) * d]) < TOLERANCE
         assert orthonormality_error(basis) < TOLERANCE
 
@@ -99,8 +99,8 @@ def test_a_rank_deficient_weight_still_gives_an_orthonormal_basis():
     w = weight((96, 48))
     w[:, 24:] = w[:, :24]
     factors = joint_factors(w)
-    assert orthonormality_error(factors["down"]) < TOLERANCE
-    assert relative_error(factors["down"].astype(np.float64) @ factors["up"], w) < TOLERANCE
+    assert orthonormality_error(factors["project"]) < TOLERANCE
+    assert relative_error(factors["project"].astype(np.float64) @ factors["rebuild"], w) < TOLERANCE
 
 
 @pytest.fixture
@@ -126,8 +126,8 @@ def test_factors_of_a_layer(grouped):
         shapes = {path: leaf.shape for path, leaf in leaves_of(factors[kind]).items()}
         assert shapes == factor_shapes(kind, grouped)
     key, value = layer["key"]["kernel"], layer["value"]["kernel"]
-    assert np.array_equal(factors["joint"]["value"]["up"], joint_factors(value)["up"])
-    assert np.array_equal(factors["per_head"]["key"]["down"], per_head_factors(key, 2)["down"])
+    assert np.array_equal(factors["joint"]["value"]["rebuild"], joint_factors(value)["rebuild"])
+    assert np.array_equal(factors["per_head"]["key"]["project"], per_head_factors(key, 2)["project"])
     scale = layer["attention_norm"]["scale"][:, None]
     folded = [scale.astype(np.float64) * w.astype(np.float64) for w in (key, value)]
     assert np.array_equal(factors["kv"]["basis"], kv_basis(*folded)["basis"])
@@ -137,7 +137,7 @@ def test_the_norm_is_folded_in_where_asked(grouped):
     layer = random_layer(grouped)
     folded = layer_factors(["joint"], layer, grouped, folded=True)["joint"]["key"]
     expected = layer["attention_norm"]["scale"][:, None] * layer["key"]["kernel"]
-    assert relative_error(folded["down"] @ folded["up"], expected) < 1e-6
+    assert relative_error(folded["project"] @ folded["rebuild"], expected) < 1e-6
     plain = layer_factors(["kv"], layer, grouped, folded=False)["kv"]
     assert np.array_equal(plain["basis"], kv_basis(layer["key"]["kernel"], layer["value"]["kernel"])["basis"])
 

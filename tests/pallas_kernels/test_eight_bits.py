@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import KeyRebuild, target
-from pallas_kernels.eight_bits import in_eight_bits
+from pallas_kernels.eight_bits import quantize_matrix
 from pallas_kernels.pallas_tpu import chip, refuse_decode_attention
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import unpack
@@ -25,7 +25,7 @@ def matrices() -> np.ndarray:
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_a_matrix_is_off_by_no_more_than_its_rounding(name: str) -> None:
     w = matrices()
-    small = in_eight_bits(jnp.asarray(w), name, GROUP)
+    small = quantize_matrix(jnp.asarray(w), name, GROUP)
     scale = np.asarray(small["scale"], np.float64)[:, None]
     off = np.abs(np.asarray(small["matrix"], np.float64) * scale - w)
     most = scale / 2 if name == "int8" else np.maximum(np.abs(w) / 16, scale / 1024)
@@ -38,8 +38,8 @@ def test_scaled_integer_products_and_sums_are_the_definition(name: str, bits: in
     """K = sum over g of s_g (q_g W_g) + z_g (1 W_g), times the columns' scales."""
     x = np.random.default_rng(1).standard_normal((1, 1, 128, C)).astype(np.float32)
     blocks = quantize(jnp.asarray(x), StreamSpec(C, bits, "token", GROUP))
-    small = {field: a[1] for field, a in in_eight_bits(jnp.asarray(matrices()), name, GROUP).items()}
-    codes, w = np.asarray(unpack(blocks.words, bits), np.float64)[0, 0], np.asarray(small["matrix"], np.float64)
+    small = {field: a[1] for field, a in quantize_matrix(jnp.asarray(matrices()), name, GROUP).items()}
+    codes, w = np.asarray(unpack(blocks.planes, bits), np.float64)[0, 0], np.asarray(small["matrix"], np.float64)
     scale, zero = (np.asarray(a, np.float64)[0, 0] for a in (blocks.scale, blocks.zero))
     keys = zero @ np.asarray(small["sums"], np.float64)
     for g in range(C // GROUP):
@@ -57,7 +57,7 @@ def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
             return jax.eval_shape(lambda: allocate_blocks(StreamSpec(256, bits, axis), (1, 1, 1)))
 
         matrix = jax.eval_shape(
-            lambda: {k: a[0] for k, a in in_eight_bits(jnp.zeros((1, 256, 128)), name, 128).items()}
+            lambda: {k: a[0] for k, a in quantize_matrix(jnp.zeros((1, 256, 128)), name, 128).items()}
         )
         rebuild = KeyRebuild(**matrix)
         geometry = Geometry(jnp.zeros((1, 1), jnp.int32), 8, jnp.zeros(32), 1.0)

@@ -16,7 +16,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import Accumulation, KeyRebuild, api, target
-from pallas_kernels.eight_bits import in_eight_bits
+from pallas_kernels.eight_bits import quantize_matrix
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import unpack
@@ -66,7 +66,7 @@ class Case:
     norm: bool = False
     rotated: bool = False
     sliding_window: int = NO_WINDOW
-    flushed: tuple[int, ...] = (0, 1, 2, 5)
+    history_blocks: tuple[int, ...] = (0, 1, 2, 5)
     blocks: int = 5
 
 
@@ -75,20 +75,31 @@ CASES = [
     Case("per_head", 2, 3, new=3, sliding_window=300),
     Case("per_head", 3, 2, norm=True, heads=6),
     Case("per_head", 8, 8, new=16, heads=4),
-    Case("per_head", 4, 4, flushed=(0, 15, 16, 17, 18), blocks=18),  # around the end of the largest tile
+    Case("per_head", 4, 4, history_blocks=(0, 15, 16, 17, 18), blocks=18),  # around the end of the largest tile
     Case("dense", 4, 4, bias=True),
     Case("dense", 3, 8, new=2),
     Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True),
-    Case("dense", 2, 2, kv_heads=8, axis="token", width=1152, one_stream=True, blocks=2, flushed=(1, 2)),
+    Case("dense", 2, 2, kv_heads=8, axis="token", width=1152, one_stream=True, blocks=2, history_blocks=(1, 2)),
     Case("dense", 4, 4, kv_heads=4, heads=4, axis="token", width=384, one_stream=True, small="int8"),
     Case("dense", 3, 3, kv_heads=4, axis="token", width=256, one_stream=True, small="int8", bias=True, norm=True),
-    Case("dense", 2, 2, kv_heads=16, heads=16, axis="token", width=1152, one_stream=True, small="int8", flushed=(1, 4)),
+    Case(
+        "dense",
+        2,
+        2,
+        kv_heads=16,
+        heads=16,
+        axis="token",
+        width=1152,
+        one_stream=True,
+        small="int8",
+        history_blocks=(1, 4),
+    ),
     Case("dense", 8, 8, dim=128, new=2, axis="token", width=512, one_stream=True, small="int8", sliding_window=200),
     Case("dense", 4, 4, kv_heads=4, axis="token", width=384, one_stream=True, small="fp8"),
     Case("dense", 3, 3, dim=128, new=2, axis="token", width=256, one_stream=True, small="fp8"),
     Case("identity", 4, 4, rotated=True),
     Case("identity", 8, 8, axis="token"),
-    Case("identity", 2, 2, sliding_window=200, flushed=(17, 3, 18), blocks=18),
+    Case("identity", 2, 2, sliding_window=200, history_blocks=(17, 3, 18), blocks=18),
 ]
 
 
@@ -98,7 +109,9 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.asarray(jnp.asarray(numbers, jnp.bfloat16).astype(jnp.float32))
 
 
-def plain_attention(q, keys, values, flushed, positions, sliding_window, frequencies) -> tuple[np.ndarray, np.ndarray]:
+def plain_attention(
+    q, keys, values, history_blocks, positions, sliding_window, frequencies
+) -> tuple[np.ndarray, np.ndarray]:
     """One query head at a time, float64, complex rotations; keys [B, S, K, d], values [B, S, K or 1, C]."""
     batch, length, heads, dim = q.shape
     kv_heads = keys.shape[2]
@@ -113,7 +126,7 @@ def plain_attention(q, keys, values, flushed, positions, sliding_window, frequen
         return np.concatenate([z.real, z.imag], axis=-1)
 
     for b, t, h in np.ndindex(batch, length, heads):
-        s = np.arange(128 * flushed[b])
+        s = np.arange(128 * history_blocks[b])
         s = s[positions[b, t] - s < sliding_window]
         if not len(s):
             continue
@@ -125,9 +138,9 @@ def plain_attention(q, keys, values, flushed, positions, sliding_window, frequen
 
 
 LOOPED = [
-    Case("dense", 2, 2, 1, 16, 16, axis="token", width=1152, one_stream=True, blocks=16, flushed=(7, 11)),
-    Case("dense", 8, 8, axis="token", width=256, one_stream=True, small="int8", blocks=16, flushed=(7, 11)),
-    Case("dense", 2, 2, axis="token", width=256, one_stream=True, small="fp8", blocks=16, flushed=(7, 11)),
+    Case("dense", 2, 2, 1, 16, 16, axis="token", width=1152, one_stream=True, blocks=16, history_blocks=(7, 11)),
+    Case("dense", 8, 8, axis="token", width=256, one_stream=True, small="int8", blocks=16, history_blocks=(7, 11)),
+    Case("dense", 2, 2, axis="token", width=256, one_stream=True, small="fp8", blocks=16, history_blocks=(7, 11)),
 ]
 """So many multiplications that groups are a loop on a TPU, or 8 bits: chunks of eight blocks, then of two."""
 
@@ -139,7 +152,7 @@ def differs(run: str, case: Case) -> bool:
     """Whether a run tries what no other one does: a v5p cuts an odd number of sequences in two, a v7x takes fp8."""
     if run == "pallas_tpu-v7x" or (case.small == "fp8" and run.startswith("pallas_tpu")):
         return run == "pallas_tpu-v7x" and case.small == "fp8"
-    return (run != "pallas_tpu-v5p" or len(case.flushed) % 2 == 1) and (
+    return (run != "pallas_tpu-v5p" or len(case.history_blocks) % 2 == 1) and (
         run != "pallas_tpu-v6e" or case not in AS_ON_A_V5E
     )
 
@@ -158,8 +171,8 @@ RUN_CASES = [
 
 @pytest.mark.parametrize(("implementation", "case"), RUN_CASES, indirect=["implementation"])
 def test_decode_attention(implementation: str, case: Case) -> None:
-    layers, batch, kv_heads, dim = 2, len(case.flushed), case.kv_heads, case.dim
-    width, flushed = case.width or kv_heads * dim, np.asarray(case.flushed, np.int32)
+    layers, batch, kv_heads, dim = 2, len(case.history_blocks), case.kv_heads, case.dim
+    width, history_blocks = case.width or kv_heads * dim, np.asarray(case.history_blocks, np.int32)
     matrix = {
         "per_head": lambda: random(kv_heads, dim, dim) / 16,
         "dense": lambda: random(width, kv_heads * dim) / 32,
@@ -167,7 +180,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
     }[case.form]()
     small = {}
     if case.small:
-        small = {name: a[0] for name, a in in_eight_bits(jnp.asarray(matrix)[None], case.small, 128).items()}
+        small = {name: a[0] for name, a in quantize_matrix(jnp.asarray(matrix)[None], case.small, 128).items()}
         matrix = np.asarray(small["matrix"], np.float64) * np.asarray(small["scale"])
     rebuild = KeyRebuild(
         matrix=small.pop("matrix") if small else None if matrix is None else jnp.asarray(matrix),
@@ -186,17 +199,17 @@ def test_decode_attention(implementation: str, case: Case) -> None:
     value_heads = 1 if case.form == "dense" else kv_heads
     q = random(batch, case.new, case.heads, dim)
     frequencies = Rope().frequencies(dim)
-    positions = 128 * flushed[:, None] + 40 + np.arange(case.new)
+    positions = 128 * history_blocks[:, None] + 40 + np.arange(case.new)
 
     @jax.jit
-    def attend(q, key, rebuild, value, flushed, positions, frequencies, layer):
+    def attend(q, key, rebuild, value, history_blocks, positions, frequencies, layer):
         geometry = Geometry(positions, case.sliding_window, frequencies, dim**-0.5, rotated=case.rotated)
         heads = {"num_kv_heads": kv_heads, "value_heads": value_heads}
         return pallas_kernels.decode_attention(
-            q, key, rebuild, value, flushed, geometry, layer=layer, **heads, implementation=implementation
+            q, key, rebuild, value, history_blocks, geometry, layer=layer, **heads, implementation=implementation
         )
 
-    part = attend(q, key, rebuild, value, flushed, positions, frequencies, jnp.int32(1))
+    part = attend(q, key, rebuild, value, history_blocks, positions, frequencies, jnp.int32(1))
     z = np.asarray(dequantize(key))[1].reshape(batch, -1, width).astype(np.float64)
     if case.form == "per_head":
         keys = np.einsum("bske,ked->bskd", z.reshape(batch, -1, kv_heads, dim), matrix)
@@ -209,7 +222,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         keys = keys / np.sqrt((keys**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(rebuild.norm)
     values = np.asarray(dequantize(value))[1].reshape(batch, case.blocks * 128, value_heads, -1).astype(np.float64)
     out, lse = plain_attention(
-        q, keys, values, flushed, positions, case.sliding_window, None if case.rotated else frequencies
+        q, keys, values, history_blocks, positions, case.sliding_window, None if case.rotated else frequencies
     )
     tolerance = TOLERANCE.get(implementation, KERNEL_TOLERANCE)
     np.testing.assert_allclose(part.lse, lse, atol=tolerance)
@@ -241,19 +254,19 @@ class Sum:
     stored: int = 256  # width of the stream
     predict: tuple[int, ...] | None = ()
     lift: bool = False
-    flushed: tuple[int, ...] = (0, 1, 3, 8)
+    history_blocks: tuple[int, ...] = (0, 1, 3, 8)
     blocks: int = 8
 
 
 SUMS = [
     Sum(2, predict=(256,)),
     Sum(4, predict=(128, 256)),
-    Sum(3, axis="channel", predict=(256,), flushed=(0, 5, 8), blocks=11),  # the last tile is not whole
+    Sum(3, axis="channel", predict=(256,), history_blocks=(0, 5, 8), blocks=11),  # the last tile is not whole
     Sum(2, width=384, stored=384),
     Sum(4, width=384, stored=256, lift=True),
-    Sum(4, predict=None, flushed=(15, 16), blocks=16),
-    Sum(2, predict=(256,), flushed=(16, 3, 9), blocks=24),
-    Sum(4, width=512, stored=256, predict=None, lift=True, blocks=3, flushed=(3, 2)),
+    Sum(4, predict=None, history_blocks=(15, 16), blocks=16),
+    Sum(2, predict=(256,), history_blocks=(16, 3, 9), blocks=24),
+    Sum(4, width=512, stored=256, predict=None, lift=True, blocks=3, history_blocks=(3, 2)),
 ]
 
 
@@ -264,12 +277,12 @@ SUMS = [
         for run in sorted(RUNS)
         if run != "pallas_tpu-v7x"
         for case in (SUMS[:2] if run == "pallas_tpu-v6e" else SUMS)
-        if run != "pallas_tpu-v5p" or len(case.flushed) % 2
+        if run != "pallas_tpu-v5p" or len(case.history_blocks) % 2
     ],
     indirect=["implementation"],
 )
 def test_accumulate(implementation: str, case: Sum) -> None:
-    batch = len(case.flushed)
+    batch = len(case.history_blocks)
     below = quantized(jnp.asarray(random(batch, case.blocks, 128, case.width)), StreamSpec(case.width, 8))
     difference = random(2, batch, case.blocks, 128, case.stored, seed=1) / 4
     stream = quantized(jnp.asarray(difference), StreamSpec(case.stored, case.bits, case.axis))
@@ -291,22 +304,22 @@ def test_accumulate(implementation: str, case: Sum) -> None:
     )
 
     @jax.jit
-    def add(below, stream, accumulation, flushed, layer):
+    def add(below, stream, accumulation, history_blocks, layer):
         return pallas_kernels.accumulate(
-            below, stream, accumulation, flushed, layer=layer, implementation=implementation
+            below, stream, accumulation, history_blocks, layer=layer, implementation=implementation
         )
 
-    total = add(below, stream, accumulation, jnp.asarray(case.flushed), jnp.int32(1))
+    total = add(below, stream, accumulation, jnp.asarray(case.history_blocks), jnp.int32(1))
     assert total.spec == below.spec
     scale = np.repeat(np.asarray(total.scale, np.float64), 128, axis=-1)
-    for row, flushed in enumerate(case.flushed):
+    for row, history_blocks in enumerate(case.history_blocks):
         # half a step of the grid, and of the products that bfloat16 rounds
-        error = np.abs(np.asarray(dequantize(total))[row, :flushed] - expected[row, :flushed])
-        assert (error <= 0.51 * scale[row, :flushed] + TOLERANCE.get(implementation, KERNEL_TOLERANCE)).all()
+        error = np.abs(np.asarray(dequantize(total))[row, :history_blocks] - expected[row, :history_blocks])
+        assert (error <= 0.51 * scale[row, :history_blocks] + TOLERANCE.get(implementation, KERNEL_TOLERANCE)).all()
         # as fine a grid as the reference has
-        spread = expected[row, :flushed].reshape(flushed, 128, case.width // 128, 128)
+        spread = expected[row, :history_blocks].reshape(history_blocks, 128, case.width // 128, 128)
         finest = (spread.max(-1) - spread.min(-1)) / 255
-        assert (np.asarray(total.scale, np.float64)[row, :flushed] <= 1.05 * finest + 1e-4).all()
+        assert (np.asarray(total.scale, np.float64)[row, :history_blocks] <= 1.05 * finest + 1e-4).all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +362,7 @@ def test_quantize(implementation: str, case: Quantized) -> None:
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
     np.testing.assert_array_equal(got.scale, expected.scale)
     np.testing.assert_array_equal(got.zero, expected.zero)
-    codes, expected_codes = (np.asarray(unpack(b.words, case.bits)).astype(int) for b in (got, expected))
+    codes, expected_codes = (np.asarray(unpack(b.planes, case.bits)).astype(int) for b in (got, expected))
     assert np.abs(codes - expected_codes).max() <= 1
     group = (1, spec.group) if case.axis == "token" else (128, 1)
     scale = np.kron(np.asarray(got.scale, np.float64), np.ones(group))
@@ -386,8 +399,8 @@ def test_widths_that_do_not_fit_are_an_error() -> None:
 def test_sums_that_do_not_fit_are_an_error() -> None:
     wide, narrow = (quantize(jnp.zeros((1, 1, 1, 128, n)), StreamSpec(n, 4)) for n in (32, 16))
     below = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 8))
-    flushed = jnp.ones(1, jnp.int32)
+    history_blocks = jnp.ones(1, jnp.int32)
     with pytest.raises(ConfigError, match=r"a sum of width 32 cannot be had from parts of width .16."):
-        pallas_kernels.accumulate(below, narrow, Accumulation(), flushed, layer=0)
+        pallas_kernels.accumulate(below, narrow, Accumulation(), history_blocks, layer=0)
     with pytest.raises(ConfigError, match=r"a sum of width 32 cannot be had from parts of width .32, 8."):
-        pallas_kernels.accumulate(below, wide, Accumulation((jnp.zeros((32, 8)),)), flushed, layer=0)
+        pallas_kernels.accumulate(below, wide, Accumulation((jnp.zeros((32, 8)),)), history_blocks, layer=0)

@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
 from pallas_kernels import Accumulation, KeyRebuild, target
-from pallas_kernels.eight_bits import in_eight_bits
+from pallas_kernels.eight_bits import quantize_matrix
 from pallas_kernels.pallas_tpu import refuse_decode_attention
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
@@ -101,19 +101,19 @@ def test_decode_attention_compiles_and_copies_no_history(
     matrix = {"per_head": (kv_heads, dim, dim), "stored": None}.get(form, (stored, kv_heads * dim))
     rebuild = KeyRebuild(matrix and shape(*matrix), None, shape(dim) if model == "qwen3-8b" else None, 1e-6)
     if small:
-        fields = jax.eval_shape(lambda w: in_eight_bits(w[None], small, 128), rebuild.matrix)
+        fields = jax.eval_shape(lambda w: quantize_matrix(w[None], small, 128), rebuild.matrix)
         rebuild = dataclasses.replace(
             rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in fields.items()}
         )
 
-    def attend(q, key, rebuild, value, flushed, positions, layer):
+    def attend(q, key, rebuild, value, history_blocks, positions, layer):
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(dim)), dim**-0.5)
         return pallas_kernels.decode_attention(
             q,
             key,
             rebuild,
             key if value is None else value,
-            flushed,
+            history_blocks,
             geometry,
             layer=layer,
             num_kv_heads=kv_heads,
@@ -166,20 +166,20 @@ def test_quantize_compiles(device: Any, width: int, stored: Any, dtype: Any) -> 
     ],
 )
 def test_accumulate_compiles_and_adds_in_place(device: Any, width: int, stored: int, predict: Any, lift: Any) -> None:
-    running = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 8), (1, BLOCKS)))
+    running_sum = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 8), (1, BLOCKS)))
     accumulation = Accumulation(
         None if predict is None else tuple(shape(*size) for size in predict), None if lift is None else shape(*lift)
     )
 
-    def run(running, stream, accumulation, flushed, layer):
+    def run(running_sum, stream, accumulation, history_blocks, layer):
         return pallas_kernels.accumulate(
-            running, stream, accumulation, flushed, layer=layer, implementation="pallas_tpu"
+            running_sum, stream, accumulation, history_blocks, layer=layer, implementation="pallas_tpu"
         )
 
     numbers = [shape(1, dtype=jnp.int32), shape(dtype=jnp.int32)]
-    args = (running, history(stored, 2, "token"), accumulation, *numbers)
+    args = (running_sum, history(stored, 2, "token"), accumulation, *numbers)
     memory = compiled(run, device, *args, donate=0).memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(running))
+    assert memory.alias_size_in_bytes >= sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(running_sum))
     assert memory.temp_size_in_bytes < 2**20
 
 

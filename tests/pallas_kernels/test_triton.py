@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Accumulation, KeyRebuild, target, xla
-from pallas_kernels.eight_bits import in_eight_bits
+from pallas_kernels.eight_bits import quantize_matrix
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
 from xquant_jax.numerics.rope import Rope
@@ -126,16 +126,18 @@ def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypat
 
 def test_blocks_past_a_length_are_not_read() -> None:
     arguments, static = Case().arguments()
-    q, key, rebuild, value, flushed, geometry = arguments
+    q, key, rebuild, value, history_blocks, geometry = arguments
 
     def spoiled(stream: Blocks) -> Blocks:
         """NaN scales in every block that does not exist, and in all of the other layer."""
-        exists = (jnp.arange(BLOCKS) < flushed[:, None])[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
+        exists = (jnp.arange(BLOCKS) < history_blocks[:, None])[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
         poison = jnp.where(exists[..., None, None], 1.0, jnp.nan).astype(jnp.bfloat16)
         return stream.replace(scale=stream.scale * poison)
 
     with target.interpreted():
-        part = backend.decode_attention(q, spoiled(key), rebuild, spoiled(value), flushed, geometry, layer=1, **static)
+        part = backend.decode_attention(
+            q, spoiled(key), rebuild, spoiled(value), history_blocks, geometry, layer=1, **static
+        )
         assert np.isfinite(part.out).all()
         assert (np.isfinite(part.lse) == (FLUSHED > 0)[:, None, None]).all()
 
@@ -169,20 +171,20 @@ def test_sums_in_ranges_agree_with_the_reference(tiles: Tiles, predict: int, mon
         got = jax.jit(lambda layer: backend.accumulate(*arguments, layer=layer))(1)
         got = jax.block_until_ready(got)
     expected = xla.accumulate(*arguments, layer=1)
-    for row, flushed in enumerate(FLUSHED):
-        a, b = (np.asarray(dequantize(blocks))[row, :flushed] for blocks in (got, expected))
-        steps = np.repeat(np.asarray(expected.scale, np.float32)[row, :flushed], 128, axis=-1)
+    for row, history_blocks in enumerate(FLUSHED):
+        a, b = (np.asarray(dequantize(blocks))[row, :history_blocks] for blocks in (got, expected))
+        steps = np.repeat(np.asarray(expected.scale, np.float32)[row, :history_blocks], 128, axis=-1)
         assert (np.abs(a - b) <= 1.01 * steps + TOLERANCE).all()  # one code where rounding was close
 
 
 def test_blocks_of_sums_past_a_length_are_neither_read_nor_written() -> None:
-    below, differences, accumulation, flushed = of_sums()
-    exists = (jnp.arange(BLOCKS) < flushed[:, None])[..., None, None]
+    below, differences, accumulation, history_blocks = of_sums()
+    exists = (jnp.arange(BLOCKS) < history_blocks[:, None])[..., None, None]
     nan = jnp.bfloat16(jnp.nan)
     differences = differences.replace(scale=jnp.where(exists, differences.scale, nan).at[0].set(nan))
     below = below.replace(scale=jnp.where(exists, below.scale, nan))
     with target.interpreted():
-        total = backend.accumulate(below, differences, accumulation, flushed, layer=1)
+        total = backend.accumulate(below, differences, accumulation, history_blocks, layer=1)
         for before, after in zip(jax.tree.leaves(below), jax.tree.leaves(total), strict=True):
             np.testing.assert_array_equal(*(np.where(exists, 0, np.asarray(a)).astype("f4") for a in (before, after)))
         assert np.isfinite(np.where(exists, np.asarray(total.scale, np.float32), 0)).all()
@@ -194,13 +196,13 @@ def test_sums_are_updated_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin.get_compute_capability.return_value = 90
     plugin.TritonKernelCall.return_value.to_proto.return_value = b""
     monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
-    below, differences, accumulation, flushed = of_sums()
+    below, differences, accumulation, history_blocks = of_sums()
     accumulation = jax.tree.map(lambda a: a.astype(jnp.bfloat16), accumulation)
 
     def layers(below: Blocks, differences: Blocks) -> Blocks:
         def layer(total: Blocks, number: jax.Array) -> tuple[Blocks, None]:
-            assert backend.refuse_accumulate(total, differences, accumulation, flushed, layer=number) is None
-            return backend.accumulate(total, differences, accumulation, flushed, layer=number), None
+            assert backend.refuse_accumulate(total, differences, accumulation, history_blocks, layer=number) is None
+            return backend.accumulate(total, differences, accumulation, history_blocks, layer=number), None
 
         return jax.lax.scan(layer, below, jnp.arange(LAYERS))[0]
 
@@ -211,11 +213,11 @@ def test_sums_are_updated_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sums_that_cannot_be_taken_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    below, differences, accumulation, flushed = of_sums()
+    below, differences, accumulation, history_blocks = of_sums()
 
     def reason(below: Blocks = below, accumulation: Accumulation = accumulation) -> str | None:
         with target.interpreted():
-            return backend.refuse_accumulate(below, differences, accumulation, flushed, layer=0)
+            return backend.refuse_accumulate(below, differences, accumulation, history_blocks, layer=0)
 
     def sum_of(spec: StreamSpec) -> Blocks:
         return jax.eval_shape(lambda: quantize(jnp.zeros((4, 1, 128, spec.width)), spec))
@@ -233,7 +235,7 @@ def test_sums_that_cannot_be_taken_are_refused_with_a_reason(monkeypatch: pytest
     wide = jax.eval_shape(lambda: quantize(jnp.zeros((1, 4, 1, 128, 256)), StreamSpec(256, 2, group=64)))
     with target.interpreted():
         assert (
-            backend.refuse_accumulate(below, wide, accumulation, flushed, layer=0)
+            backend.refuse_accumulate(below, wide, accumulation, history_blocks, layer=0)
             == "the stream's groups of 64 channels are not taken; multiples of 128 are"
         )
     monkeypatch.setattr(launching, "CAN_UPDATE", False)
@@ -273,7 +275,7 @@ def test_where_keys_are_not_rebuilt_in_eight_bits_is_said(monkeypatch: pytest.Mo
             **{"form": "dense", "key_axis": "token", "value_heads": 1, "shared_stream": True, "dim": 128} | changes
         )
         (q, key, rebuild, *rest), static = case.arguments()
-        small = {name: a[0] for name, a in in_eight_bits(rebuild.matrix[None], form, 128).items()}
+        small = {name: a[0] for name, a in quantize_matrix(rebuild.matrix[None], form, 128).items()}
         return backend.refuse_decode_attention(
             q.astype(jnp.bfloat16), key, dataclasses.replace(rebuild, **small), *rest, layer=0, **static
         )
@@ -311,16 +313,18 @@ def test_kernels_lower_into_a_program_for_cuda(monkeypatch: pytest.MonkeyPatch) 
     plugin.get_compute_capability.return_value = 90
     plugin.TritonKernelCall.return_value.to_proto.return_value = b""
     monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
-    (q, key, rebuild, value, flushed, geometry), static = Case(dim=128).arguments()
+    (q, key, rebuild, value, history_blocks, geometry), static = Case(dim=128).arguments()
     q = q.astype(jnp.bfloat16)
 
     def layers(q: jax.Array, key: Blocks, value: Blocks) -> jax.Array:
         def layer(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             assert (
-                backend.refuse_decode_attention(q, key, rebuild, value, flushed, geometry, layer=number, **static)
+                backend.refuse_decode_attention(
+                    q, key, rebuild, value, history_blocks, geometry, layer=number, **static
+                )
                 is None
             )
-            part = backend.decode_attention(q, key, rebuild, value, flushed, geometry, layer=number, **static)
+            part = backend.decode_attention(q, key, rebuild, value, history_blocks, geometry, layer=number, **static)
             return total + part.out, None
 
         return jax.lax.scan(layer, jnp.zeros((*q.shape[:3], 128)), jnp.arange(LAYERS))[0]

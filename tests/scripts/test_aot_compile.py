@@ -11,7 +11,7 @@ import pytest
 from scripts import aot_compile
 from tests.conftest import forget_programs
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.planning.plan import Costs
+from xquant_jax.planning.costs import Costs
 
 pytest.importorskip("libtpu", reason="no libtpu here, the compiler for TPUs")
 pytestmark = [
@@ -92,7 +92,7 @@ def test_plan_and_the_compiler_agree(tmp_path: Path, kv_heads: int, cache: str) 
     options = ("--cache", cache, "--mesh", "data=4", "--context", str(CONTEXT), "--batch", str(BATCH))
     report = compiled(tmp_path / "out.json", "v5e:2x2", config, *options, "--prefill-chunk", "1", layers=layers)
     costs, decode = planned(config, cache, layers), report["compiled"]["decode"]
-    stored, weights = costs.cache(BATCH, CONTEXT).total / 4, costs.weights + costs.factors
+    stored, weights = costs.cache(BATCH, CONTEXT).total / 4, costs.weights + costs.method_params
     assert stored == pytest.approx(report["per_device"]["cache"], rel=0.001)
     assert stored == pytest.approx(decode["updated_in_place"], rel=0.001)
     assert weights == pytest.approx(report["per_device"]["weights"], rel=0.001)

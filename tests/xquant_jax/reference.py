@@ -72,10 +72,10 @@ def read_block(
     scale = np.asarray(history.scale[layer, row, number]).astype(np.float32)
     scale = np.repeat(np.repeat(scale, 128 // len(scale), axis=0), history.spec.width // scale.shape[1], axis=1)
     if history.spec.format == "e4m3":
-        values = np.asarray(history.words[0][layer, row, number]).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        values = np.asarray(history.planes[0][layer, row, number]).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
         return values * scale, scale * 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6))) - 3)
     codes, low = 0, 0
-    for words in history.words:
+    for words in history.planes:
         words = np.asarray(words[layer, row, number])
         p = len(words) // 4  # bits of this plane
         plane = [(words[t % (4 * p)] >> np.uint32(p * (t // (4 * p)))) & np.uint32(2**p - 1) for t in range(128)]
@@ -118,8 +118,8 @@ def rope(x: np.ndarray, position: int, theta: float) -> np.ndarray:
 class Reference:
     """A model and what its xquant cache stores: per layer and stream all vectors, and those read back from blocks."""
 
-    def __init__(self, config: ModelConfig, params: Any, factors: Any, bits: int) -> None:
-        self.c, self.params, self.factors, self.bits = config, params, factors, bits
+    def __init__(self, config: ModelConfig, params: Any, method_params: Any, bits: int) -> None:
+        self.c, self.params, self.method_params, self.bits = config, params, method_params, bits
         self.stored: list[dict[str, list[np.ndarray]]] = [{} for _ in range(config.num_layers)]
         self.whole: list[dict[str, list[np.ndarray]]] = [{} for _ in range(config.num_layers)]
         self.length = 0
@@ -130,7 +130,7 @@ class Reference:
         def pick(tree: Any) -> Any:
             return {k: pick(v) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in tree.items()}
 
-        return pick(self.params["layers"]), pick(self.factors)
+        return pick(self.params["layers"]), pick(self.method_params)
 
     def read(self, i: int) -> dict[str, np.ndarray]:
         """Every stored token's vectors as they are read back, [S, C]."""
@@ -146,7 +146,7 @@ class Reference:
         read, both = self.read(i), []
         for side in ("key", "value"):
             z = read["x"] if "x" in read else read[side]
-            up = f[side]["up"] * f[side].get("scale", 1.0)
+            up = f[side]["rebuild"] * f[side].get("scale", 1.0)
             if up.ndim == 3:
                 heads = np.split(z, self.c.num_kv_heads, axis=1)
                 kv = np.stack([h @ up[n] for n, h in enumerate(heads)], axis=1)
@@ -160,8 +160,8 @@ class Reference:
         return both[0], both[1]
 
     def store(self, i: int, f: Any, x: np.ndarray, h: np.ndarray | None = None) -> None:
-        if "down" in f["key"]:
-            vectors = {s: x @ f[s]["down"].reshape(len(x), -1) for s in ("key", "value")}
+        if "project" in f["key"]:
+            vectors = {s: x @ f[s]["project"].reshape(len(x), -1) for s in ("key", "value")}
         else:
             vectors = {"x": x}
         for name, vector in vectors.items():

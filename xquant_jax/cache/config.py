@@ -139,12 +139,14 @@ class CacheConfig:
             method.streams(config)
         return segments
 
-    def factors(self, source: FactorSource) -> tuple[Any, ...]:
+    def method_params(self, source: FactorSource) -> tuple[Any, ...]:
         """One pytree per segment; its leaves have a leading axis from layer 0 to the segment's last, at least."""
         segments = self.segments(source.config)
         ends = itertools.accumulate(layers for _, layers in segments)
         # the last first: it needs the most layers, whose factors serve the others
-        found = [method.factors(source, end) for (method, _), end in reversed([*zip(segments, ends, strict=True)])]
+        found = [
+            method.method_params(source, end) for (method, _), end in reversed([*zip(segments, ends, strict=True)])
+        ]
         return tuple(reversed(found))
 
 

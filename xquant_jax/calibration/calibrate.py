@@ -41,11 +41,13 @@ def calibrate(
 ) -> list[dict[str, np.ndarray]]:
     """What each need gets, from windows of tokens of one length.
 
-    model: a `Model`, or whatever else has a transformer, params and the factors' sources
+    model: a `Model`, or whatever else has a transformer, params and a source of factors
 
     Raises `ConfigError` for windows of less than 128 tokens, or losses that are not finite.
     """
-    bases = [latent_basis(model, need.basis, folded=need.folded) for need in needs if isinstance(need, Directions)]
+    bases = [
+        latent_basis(model.source, need.basis, folded=need.folded) for need in needs if isinstance(need, Directions)
+    ]
     program: Any = jax.jit(partial(_statistics, model.transformer, tuple(needs)))
     totals: list[Any] = []
     for window in windows:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = load(arguments.model, dtype=arguments.dtype)
     path = arguments.out or model.calibration
     before = Calibration.read(path, model.fingerprint) if path.exists() else Calibration(model.fingerprint, {}, {})
-    needs = needs_of(arguments.cache or default_caches(model.config), model)
+    needs = needs_of(arguments.cache or default_caches(model.config), model.source)
     windows = spread(evaluate.cut(model, text, arguments.seq_len).tokens, arguments.limit_windows)
     console = Console(stderr=True)
     shown = track(windows, "calibrating", console=console, disable=not console.is_terminal)

@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch is not None and arguments.batch < 1:
         raise ConfigError(f"--batch {arguments.batch} is not possible; choose 1 or more")
     if arguments.plot:
-        from xquant_jax.evaluation import plot as plotting
+        from xquant_jax import figures
 
-        plotting.check(arguments.plot)
+        figures.check(arguments.plot)
     text = evaluate.read_text(arguments.text)
     earlier = None
     if arguments.resume and arguments.json.exists():

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax.json_file import check_folder, write_json
+from xquant_jax.planning.costs import CHUNK, Row
 from xquant_jax.planning.devices import find_device, read_devices
-from xquant_jax.planning.plan import CHUNK, PAPER_RIDGE, RESERVE, Plan, Row, gib, plan, read_config, without_bits
+from xquant_jax.planning.plan import PAPER_RIDGE, RESERVE, Plan, gib, plan, read_config, without_bits
 
 WIDEST = 1000
 """Columns of a terminal that any table fits into; a narrower one than the table wraps its lines."""
@@ -47,9 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         check_folder(option, path)
     if arguments.plot:
-        from xquant_jax.evaluation import plot as plotting
+        from xquant_jax import figures
 
-        plotting.check(arguments.plot)
+        figures.check(arguments.plot)
     device = find_device(arguments.device, arguments.devices)
     config = read_config(arguments.model)
     planned = plan(

@@ -1,7 +1,7 @@
 """Accuracy of cache methods on a text, at what size and speed: what `xquant eval` measures.
 
 The text is encoded once without special tokens and cut into windows that do not overlap; tokens 2 ... N of each are
-predicted (protocols: `xquant_jax.evaluation.scoring`). Perplexity is exp of the mean negative log-likelihood. Differences refer
+predicted (protocols: `evaluation.scoring`). Perplexity is exp of the mean negative log-likelihood. Differences refer
 to the baseline, the model without a cache, window by window.
 """
 

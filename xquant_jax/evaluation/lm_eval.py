@@ -4,7 +4,7 @@ Importing this module registers the model type `xquant` with the harness:
 
     lm_eval.simple_evaluate(model="xquant", model_args={"model": "demo", "cache": "xquant:4"}, tasks=[...])
 
-Likelihoods are those of `xquant_jax.evaluation.scoring`; generation is `xquant_jax.generate` through the same cache. Protocol
+Likelihoods are those of `evaluation.scoring`; generation is `xquant_jax.generate` through the same cache. Protocol
 "paper" sees every token quantized, however short the text; in "streaming" the newest 0 to 127 tokens are exact.
 """
 

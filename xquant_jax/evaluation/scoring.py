@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.methods.base import FactorSource
-from xquant_jax.cache.state import allocate, flush_when_due
+from xquant_jax.cache.flush import flush_when_due
+from xquant_jax.cache.state import allocate
 from xquant_jax.errors import ConfigError
 from xquant_jax.model.transformer import Transformer
 
@@ -44,7 +44,7 @@ Program = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]], Scores]
 class Scorer:
     """Scores tokens through `cache` (None: without one). Compiles once per shape."""
 
-    model: Any  # a Model, or whatever else has a transformer, params and the factors' sources
+    model: Any  # a Model, or whatever else has a transformer, params and a source of factors
     cache: CacheConfig | None
     protocol: str = "paper"
     chunk: int = CHUNK
@@ -54,8 +54,7 @@ class Scorer:
             raise ConfigError(f"protocol={self.protocol} is not known; choose {' or '.join(PROTOCOLS)}")
         if self.chunk < 1:
             raise ConfigError(f"chunk={self.chunk} is not possible; choose 1 or more")
-        assert isinstance(self.model, FactorSource)
-        self._factors = self.cache.factors(self.model) if self.cache else ()
+        self._factors = self.cache.method_params(self.model.source) if self.cache else ()
         self._programs: dict[tuple[int, int], Program] = {}
 
     def program(self, batch: int, length: int) -> Program:
@@ -64,9 +63,11 @@ class Scorer:
             if self.cache is None:
                 score: Any = partial(_exact, self.model.transformer)
             elif self.protocol == "paper":
-                score = partial(_paper, self.model.transformer, self.cache)
+                score = partial(_paper, self.model.transformer, self.cache, self.model.implementation)
             else:
-                score = partial(_streaming, self.model.transformer, self.cache, min(self.chunk, length))
+                score = partial(
+                    _streaming, self.model.transformer, self.cache, self.model.implementation, min(self.chunk, length)
+                )
             tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32)
             arguments = (self.model.params, self._factors)
             compiled = jax.jit(score).lower(*arguments, tokens, lengths).compile()
@@ -78,18 +79,35 @@ class Scorer:
         return self._programs[batch, length]
 
 
-def _exact(model: Transformer, params: Any, factors: Any, tokens: Array, lengths: Array) -> Scores:
+def _exact(model: Transformer, params: Any, method_params: Any, tokens: Array, lengths: Array) -> Scores:
     logits: Any = model.apply({"params": params}, tokens, method="score")
     return _scores(logits[:, :-1], tokens[:, 1:])
 
 
-def _paper(model: Transformer, cache: CacheConfig, params: Any, factors: Any, tokens: Array, lengths: Array) -> Scores:
-    logits: Any = model.apply({"params": params}, tokens, cache, factors, lengths, method="score_stored")
+def _paper(
+    model: Transformer,
+    cache: CacheConfig,
+    implementation: str | None,
+    params: Any,
+    method_params: Any,
+    tokens: Array,
+    lengths: Array,
+) -> Scores:
+    logits: Any = model.apply(
+        {"params": params}, tokens, cache, method_params, lengths, implementation, method="score_stored"
+    )
     return _scores(logits[:, :-1], tokens[:, 1:])
 
 
 def _streaming(
-    model: Transformer, config: CacheConfig, chunk: int, params: Any, factors: Any, tokens: Array, lengths: Array
+    model: Transformer,
+    config: CacheConfig,
+    implementation: str | None,
+    chunk: int,
+    params: Any,
+    method_params: Any,
+    tokens: Array,
+    lengths: Array,
 ) -> Scores:
     batch, length = tokens.shape
     steps = -(-length // chunk)
@@ -98,11 +116,11 @@ def _streaming(
     def step(cache: Any, fed: Array) -> tuple[Any, Scores]:
         piece = lax.dynamic_slice_in_dim(padded, fed, chunk + 1, axis=1)
         counts = jnp.clip(lengths - fed, 0, chunk)
-        extended: Any = model.apply({"params": params}, piece[:, :-1], cache, factors, counts, method="extend")
+        extended: Any = model.apply({"params": params}, piece[:, :-1], cache, method_params, counts, method="extend")
         logits, cache = extended
-        return flush_when_due(cache, factors, model.implementation), _scores(logits, piece[:, 1:])
+        return flush_when_due(cache, method_params), _scores(logits, piece[:, 1:])
 
-    empty = allocate(config, model.config, batch=batch, tokens=length, max_step=chunk)
+    empty = allocate(config, model.config, batch=batch, tokens=length, max_step=chunk, implementation=implementation)
     _, scores = lax.scan(step, empty, chunk * jnp.arange(steps))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, : length - 1], scores)
 

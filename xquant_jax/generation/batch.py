@@ -18,10 +18,13 @@ from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.errors import ConfigError, PromptError
-from xquant_jax.generation.generate import (
+from xquant_jax.generation.programs import Slots, admit, decode
+from xquant_jax.generation.request import (
     STOP_STRING_STEPS,
+    Answer,
     Completion,
     Prompt,
+    Request,
     bucket_length,
     check_length,
     check_max_new_tokens,
@@ -30,7 +33,6 @@ from xquant_jax.generation.generate import (
     padded_stop_ids,
     prompt_tokens,
 )
-from xquant_jax.generation.programs import Slots, admit, decode
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.generation.transcript import Transcript
 from xquant_jax.model.loading import Model
@@ -46,24 +48,6 @@ SMALL = 512
 
 STEPS = 64
 """Tokens of every slot between two looks at them, where no stop string asks for more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt (a text, or token ids taken as they are), and what is to differ from the options of the run."""
-
-    prompt: Prompt
-    max_new_tokens: int | None = None
-    seed: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What became of request number `index`: a completion, or the error that a bad prompt is."""
-
-    index: int
-    completion: Completion | None
-    error: str | None = None
 
 
 def prepare(
@@ -103,7 +87,7 @@ def prepare(
     return Batch(
         model=model,
         cache_config=cache_config,
-        factors=model.factors(cache_config),
+        method_params=model.method_params(cache_config),
         sampling=sampling,
         ends=ends,
         stop=stop,
@@ -121,7 +105,7 @@ class Batch:
 
     model: Model
     cache_config: CacheConfig
-    factors: tuple[Any, ...]
+    method_params: tuple[Any, ...]
     sampling: Sampling
     ends: tuple[int, ...]
     stop: Sequence[str]
@@ -253,10 +237,12 @@ class _Table:
         capacity = max(s.capacity for s in expected)
         self.cache_config = batch.cache_config
         with sharding.using(model.mesh):
-            self.cache = allocate(batch.cache_config, model.config, batch=size, tokens=capacity)
+            self.cache = allocate(
+                batch.cache_config, model.config, batch=size, tokens=capacity, implementation=model.implementation
+            )
         self.vocabulary = None if batch.sampling.repetition_penalty is None else model.config.vocab_size
         self.slots = Slots.free(size, self.vocabulary)
-        self.parts = (model.transformer, model.params, batch.factors)
+        self.parts = (model.transformer, model.params, batch.method_params)
         self.choice = (jax.tree.map(np.float32, batch.sampling), padded_stop_ids(batch.ends))
         self.steps = STOP_STRING_STEPS if batch.stop else STEPS
         for chunk in self.buckets:  # compiles

@@ -16,17 +16,13 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array
-
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.generation.batch import Answer, Request
+from xquant_jax.generation.request import Answer, Request
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.json_file import read_json, write_json
 from xquant_jax.model.loading import Model
+from xquant_jax.model.weights import weights_checksum
 
 FIELDS = ("id", "prompt", "tokens", "max_new_tokens", "seed")
 
@@ -226,23 +222,3 @@ def settings_of(
         "stop_ids": list(model.stop_ids if stop_ids is None else stop_ids),
         "prefill_chunk": prefill_chunk,
     }
-
-
-def weights_checksum(params: Any) -> int:
-    """32 bits that depend on every bit of all parameters and its place, however they are split over devices."""
-
-    def mixed(a: Array) -> Array:
-        """A word of each number and its place, mixed by the finalizer of MurmurHash3 (Appleby)."""
-        x = lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}").astype(jnp.uint32)
-        for axis in range(a.ndim):
-            x = x * jnp.uint32(0x9E3779B1) + lax.broadcasted_iota(jnp.uint32, a.shape, axis)
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            x = (x ^ (x >> shift)) * jnp.uint32(factor)
-        return x ^ (x >> 16)
-
-    @jax.jit
-    def total(params: Any) -> Array:
-        parts = [jnp.sum(mixed(a), dtype=jnp.uint32) for a in jax.tree.leaves(params)]
-        return sum((part * jnp.uint32(2 * i + 1) for i, part in enumerate(parts)), start=jnp.uint32(0))
-
-    return int(total(params))

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from xquant_jax import sharding
-from xquant_jax.cache.state import Cache, flush, flush_when_due
+from xquant_jax.cache.flush import flush_when_due
+from xquant_jax.cache.partition import constrain_cache
+from xquant_jax.cache.state import Cache
+from xquant_jax.generation.programs import feed, token_keys
 from xquant_jax.generation.sampling import Sampling, sample
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.numerics.quantization import Leaf
@@ -50,7 +53,7 @@ class Decoding:
 def advance(
     model: Transformer,
     params: Any,
-    factors: tuple[Any, ...],
+    method_params: tuple[Any, ...],
     state: Decoding,
     cache: Cache,
     sampling: Sampling,
@@ -82,50 +85,15 @@ def advance(
     def decode_step(carry: tuple[Decoding, Cache]) -> tuple[Decoding, Cache]:
         s, cache = carry
         token = lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1)
-        logits, cache = forward(model, params, token, cache, factors, (~s.done).astype(jnp.int32))
-        return choose(s, logits), sharding.constrain_cache(flush_when_due(cache, factors, model.implementation))
+        logits, cache = forward(model, params, token, cache, method_params, (~s.done).astype(jnp.int32))
+        return choose(s, logits), constrain_cache(flush_when_due(cache, method_params))
 
     prompts = (state.prompts, state.prompt_lengths, state.fed)
-    logits, cache, fed = feed(model, params, factors, *prompts, cache, chunk=chunk)
+    logits, cache, fed = feed(model, params, method_params, *prompts, cache, chunk=chunk)
     state = dataclasses.replace(state, fed=fed)
     state = lax.cond(state.step == 0, choose, lambda s, _: s, state, logits)
     state, cache = lax.while_loop(
         lambda carry: (carry[0].step < limit) & ~carry[0].done.all(), decode_step, (state, cache)
     )
     state = sharding.constrain_as(state, sharding.P())  # small, and every host reads it
-    return state, sharding.constrain_cache(cache)
-
-
-def feed(
-    model: Transformer,
-    params: Any,
-    factors: tuple[Any, ...],
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
-    fed: Int[Array, ""],
-    cache: Cache,
-    *,
-    chunk: int,
-) -> tuple[Float[Array, "B V"], Cache, Int[Array, ""]]:
-    """Feeds the prompts from token `fed` on, `chunk` tokens at a time, up to the longest.
-
-    Returns the logits of the last token of every prompt that ends here (zeros for others), and how much is fed now.
-    """
-
-    def feed_chunk(carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
-        fed, cache, last = carry
-        tokens = lax.dynamic_slice_in_dim(prompts, fed, chunk, axis=1)
-        counts = jnp.clip(lengths - fed, 0, chunk)
-        logits, cache = forward(model, params, tokens, cache, factors, counts)
-        ends_here = (counts > 0) & (fed + counts == lengths)
-        cache = sharding.constrain_cache(flush(cache, factors, model.implementation))
-        return fed + chunk, cache, jnp.where(ends_here[:, None], logits, last)
-
-    nothing = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)
-    fed, cache, logits = lax.while_loop(lambda carry: carry[0] < lengths.max(), feed_chunk, (fed, cache, nothing))
-    return logits, cache, fed
-
-
-def token_keys(seeds: Int[Array, " B"], numbers: Int[Array, " B"]) -> Any:
-    """The random key that token `numbers` of each answer is drawn with: it depends on seed and number only."""
-    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
+    return state, constrain_cache(cache)

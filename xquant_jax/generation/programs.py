@@ -17,8 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import Cache, allocate, flush_when_due
-from xquant_jax.generation.decoding import feed, token_keys
+from xquant_jax.cache.flush import flush, flush_when_due
+from xquant_jax.cache.partition import constrain_cache
+from xquant_jax.cache.rows import copy_rows
+from xquant_jax.cache.state import Cache, allocate
 from xquant_jax.generation.sampling import Sampling, sample
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.numerics.quantization import Leaf
@@ -58,7 +60,7 @@ class Slots:
 def admit(
     model: Transformer,
     params: Any,
-    factors: tuple[Any, ...],
+    method_params: tuple[Any, ...],
     slots: Slots,
     cache: Cache,
     prompts: Int[Array, "R P"],
@@ -78,8 +80,8 @@ def admit(
     rows, length = prompts.shape
     # on a mesh as long as the cache, so that every device copies blocks of its own
     tokens = cache.capacity if sharding.active() else min(length, cache.capacity)
-    own = allocate(cache_config, model.config, batch=rows, tokens=tokens)
-    logits, own, _ = feed(model, params, factors, prompts, lengths, jnp.int32(0), own, chunk=chunk)
+    own = allocate(cache_config, model.config, batch=rows, tokens=tokens, implementation=cache.implementation)
+    logits, own, _ = feed(model, params, method_params, prompts, lengths, jnp.int32(0), own, chunk=chunk)
     arrivals, logprobs = _take(arrivals, logits, sampling, stop_ids)
 
     def put(whole: Array, part: Array) -> Array:
@@ -87,14 +89,14 @@ def admit(
 
     slots = jax.tree.map(put, slots, arrivals)
     slots, arrivals, logprobs = sharding.constrain_as((slots, arrivals, logprobs), sharding.P())
-    return slots, _copy_rows(cache, own, targets), arrivals, logprobs
+    return slots, copy_rows(cache, own, targets), arrivals, logprobs
 
 
 @partial(jax.jit, static_argnames=("model", "steps"), donate_argnames=("slots", "cache"))
 def decode(
     model: Transformer,
     params: Any,
-    factors: tuple[Any, ...],
+    method_params: tuple[Any, ...],
     slots: Slots,
     cache: Cache,
     live: Bool[Array, " B"],
@@ -111,7 +113,7 @@ def decode(
     Returns slots and cache, then tokens and log-probabilities: the first of a column are those that its slot made.
     """
     slots = dataclasses.replace(slots, live=live)
-    held = {"lengths": jnp.where(live, cache.lengths, 0), "flushed": jnp.where(live, cache.flushed, 0)}
+    held = {"lengths": jnp.where(live, cache.lengths, 0), "flushed": jnp.where(live, cache.history_blocks, 0)}
     shape = (steps, live.shape[0])
 
     def goes_on(carry: tuple[Array, Slots, Cache, Array, Array]) -> Array:
@@ -120,15 +122,15 @@ def decode(
 
     def step(carry: tuple[Array, Slots, Cache, Array, Array]) -> tuple[Array, Slots, Cache, Array, Array]:
         i, s, cache, tokens, logprobs = carry
-        logits, cache = forward(model, params, s.last[:, None], cache, factors, s.live.astype(jnp.int32))
+        logits, cache = forward(model, params, s.last[:, None], cache, method_params, s.live.astype(jnp.int32))
         s, logprob = _take(s, logits, sampling, stop_ids)
-        cache = sharding.constrain_cache(flush_when_due(cache, factors, model.implementation))
+        cache = constrain_cache(flush_when_due(cache, method_params))
         return i + 1, s, cache, tokens.at[i].set(s.last), logprobs.at[i].set(logprob)
 
     start = (jnp.int32(0), slots, dataclasses.replace(cache, **held), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     _, slots, cache, *made = lax.while_loop(goes_on, step, start)
     slots, (tokens, logprobs) = sharding.constrain_as((slots, made), sharding.P())  # every host reads them
-    return slots, sharding.constrain_cache(cache), tokens, logprobs
+    return slots, constrain_cache(cache), tokens, logprobs
 
 
 def _take(
@@ -148,28 +150,36 @@ def _take(
     ), logprobs
 
 
-def _copy_rows(cache: Cache, own: Cache, targets: Int[Array, " R"]) -> Cache:
-    """The cache with the rows of another in its slots. What a slot had beyond their blocks is never read."""
-    specs = sharding.cache_specs(cache)
-    copy = sharding.on_shards(_copy_own_rows, (specs, sharding.cache_specs(own), sharding.P()), specs)
-    return copy(cache, own, targets)
+def feed(
+    model: Transformer,
+    params: Any,
+    method_params: tuple[Any, ...],
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    fed: Int[Array, ""],
+    cache: Cache,
+    *,
+    chunk: int,
+) -> tuple[Float[Array, "B V"], Cache, Int[Array, ""]]:
+    """Feeds the prompts from token `fed` on, `chunk` tokens at a time, up to the longest.
+
+    Returns the logits of the last token of every prompt that ends here (zeros for others), and how much is fed now.
+    """
+
+    def feed_chunk(carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
+        fed, cache, last = carry
+        tokens = lax.dynamic_slice_in_dim(prompts, fed, chunk, axis=1)
+        counts = jnp.clip(lengths - fed, 0, chunk)
+        logits, cache = forward(model, params, tokens, cache, method_params, counts)
+        ends_here = (counts > 0) & (fed + counts == lengths)
+        cache = constrain_cache(flush(cache, method_params))
+        return fed + chunk, cache, jnp.where(ends_here[:, None], logits, last)
+
+    nothing = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)
+    fed, cache, logits = lax.while_loop(lambda carry: carry[0] < lengths.max(), feed_chunk, (fed, cache, nothing))
+    return logits, cache, fed
 
 
-def _copy_own_rows(cache: Cache, own: Cache, targets: Array) -> Cache:
-    batch, size = sharding.RULES.batch, cache.lengths.shape[0]
-    targets = targets - size * sharding.shard_index(batch)
-    targets = jnp.where((targets >= 0) & (targets < size), targets, size)
-
-    def put(whole: Array, part: Array) -> Array:
-        """[L, B, N, ...] and [L, R, n, ...]: blocks, or places of a window."""
-        return whole.at[:, targets, : part.shape[2]].set(sharding.gather(part, batch, axis=1), mode="drop")
-
-    def put_number(whole: Array, part: Array) -> Array:
-        return whole.at[targets].set(sharding.gather(part, batch, axis=0), mode="drop")
-
-    return dataclasses.replace(
-        cache,
-        lengths=put_number(cache.lengths, own.lengths),
-        flushed=put_number(cache.flushed, own.flushed),
-        segments=jax.tree.map(put, cache.segments, own.segments),
-    )
+def token_keys(seeds: Int[Array, " B"], numbers: Int[Array, " B"]) -> Any:
+    """The random key that token `numbers` of each answer is drawn with: it depends on seed and number only."""
+    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)

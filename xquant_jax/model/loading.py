@@ -19,7 +19,9 @@ from converters.svd import factor_shapes
 from pallas_kernels import api
 from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.cache.methods.learned import Need
+from xquant_jax.cache.partition import PER_HEAD_PARAMS, partition_of
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError, ConfigError
 from xquant_jax.model.calibration_file import FILE, Calibration, fingerprint
@@ -45,6 +47,7 @@ class Model:
     dtype: str
     checkpoint: Any
     calibration: Path  # file of what `xquant calibrate` found; need not exist
+    implementation: str | None = None  # of the kernels
     mesh: Mesh | None = None  # devices that the parameters are spread over
     _factors: dict[tuple[str, bool], Any] = dataclasses.field(default_factory=dict, repr=False)
     _built: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -69,23 +72,25 @@ class Model:
             raise ConfigError(f"the model lies on {self.mesh}, not on {mesh}; load it with mesh=... of the one to use")
         return self
 
-    def factors(self, cache_config: CacheConfig) -> tuple[Any, ...]:
-        """`CacheConfig.factors`, on a mesh where the cache needs them; of the cache asked for last they are kept."""
+    def method_params(self, cache_config: CacheConfig) -> tuple[Any, ...]:
+        """`CacheConfig.method_params`, on a mesh where the cache needs them; of the last cache they are kept."""
         if self._built.get("cache") != cache_config or self._built["params"] is not self.params:
             self._built.clear()  # before others take their place
-            self._built.update(cache=cache_config, params=self.params, factors=self._built_factors(cache_config))
+            self._built.update(cache=cache_config, params=self.params, method_params=self._built_factors(cache_config))
         return self._built["factors"]
 
     def _built_factors(self, cache_config: CacheConfig) -> tuple[Any, ...]:
         if self.mesh is None:
-            return cache_config.factors(self)
+            return cache_config.method_params(self.source)
         with sharding.using(self.mesh):
-            lies = sharding.layout(cache_config, self.config)
-        factors = cache_config.factors(self if lies.channels else _WholeWeights(self))
-        return sharding.place(factors, lies.stacked_factors(factors), self.mesh)
+            partition = partition_of(cache_config, self.config)
+        method_params = cache_config.method_params(self.source if partition.channels else self._whole_source())
+        return sharding.place(method_params, partition.stacked_params(method_params), self.mesh)
 
-    def layer_params(self) -> dict[str, Any]:
-        return self.params["layers"]
+    @property
+    def source(self) -> FactorSource:
+        """Where cache methods find the matrices that they multiply with."""
+        return FactorSource(self.config, self.params["layers"], self.svd, self.calibrated)
 
     def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
         """SVD factors of at least the first `number` layers (None: all) on a leading axis: read from a converted
@@ -104,13 +109,22 @@ class Model:
             read = partial(self.checkpoint.factors, kind) if stored else compute
             if self.mesh is not None:
                 shapes = build_tree(factor_shapes(kind, self.config).items())  # pyright: ignore[reportArgumentType]
-                specs = sharding.named_specs(shapes, sharding.PER_HEAD_FACTORS if kind == "per_head" else {})
+                specs = sharding.named_specs(shapes, PER_HEAD_PARAMS if kind == "per_head" else {})
                 if stored and isinstance(self.checkpoint, ConvertedCheckpoint):
                     read = partial(read, sharding=sharding.named(specs, self.mesh))
                 else:
                     read = computed_once(read, shapes, specs, self.mesh)
             self._factors[key] = stack_layers(number, read, self.dtype)
         return self._factors[key]
+
+    def _whole_source(self) -> FactorSource:
+        """On a mesh, a source of what every device has whole."""
+        whole = partial(sharding.place, specs=sharding.P(), mesh=self.mesh)
+        names = ("key", "value", "key_norm", "attention_norm")
+        layers = {name: whole(tree) for name, tree in self.params["layers"].items() if name in names}
+        return FactorSource(
+            self.config, layers, lambda *kind, **which: whole(self.svd(*kind, **which)), self.calibrated
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -171,7 +185,8 @@ def load(
         sharding.check_model(config, mesh)
     tokenizer = directory / "tokenizer.json"
     return Model(
-        transformer=Transformer(config, implementation),
+        transformer=Transformer(config),
+        implementation=implementation,
         params=read_parameters(checkpoint, dtype, mesh),
         tokenizer=Tokenizer.from_file(tokenizer) if tokenizer.exists() else None,
         stop_ids=_stop_ids(directory, checkpoint.config),
@@ -180,28 +195,6 @@ def load(
         calibration=Path(calibration) if calibration is not None else directory / FILE,
         mesh=mesh,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _WholeWeights:
-    """A model on a mesh as a source of factors that every device has whole."""
-
-    model: Model
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    def layer_params(self) -> dict[str, Any]:
-        names = ("key", "value", "key_norm", "attention_norm")
-        params = {name: tree for name, tree in self.model.layer_params().items() if name in names}
-        return sharding.place(params, sharding.P(), self.model.mesh)
-
-    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
-        return sharding.place(self.model.svd(kind, folded=folded, number=number), sharding.P(), self.model.mesh)
-
-    def calibrated(self, need: Need) -> dict[str, Array]:
-        return self.model.calibrated(need)
 
 
 def _stop_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:

@@ -17,30 +17,27 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from xquant_jax import sharding
+from xquant_jax.cache.append import append, new_vectors_spec
+from xquant_jax.cache.attend import LayerCache, attend_stored
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.methods.base import NewTokens, Stored
-from xquant_jax.cache.state import Cache, Segment, append, new_vectors_spec
-from xquant_jax.cache.stored_attention import attend_stored
+from xquant_jax.cache.methods.base import NewTokens
+from xquant_jax.cache.state import Cache, Segment
+from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.config import ModelConfig
 from xquant_jax.model.layers import Block
 from xquant_jax.numerics import attention, rope
 from xquant_jax.numerics.attention import Geometry, Part
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import allocate_blocks
-from xquant_jax.sharding import Layout
 
 UNLIMITED = 2**30
 """A sliding window that no sequence reaches."""
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer; owns parameters only. The parameters of all layers are stacked, leading axis L.
-
-    `implementation` chooses the kernels, see `pallas_kernels.api`.
-    """
+    """Decoder-only transformer; owns parameters only. The parameters of all layers are stacked, leading axis L."""
 
     config: ModelConfig
-    implementation: str | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -64,16 +61,16 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         cache: Cache,
-        factors: tuple[Any, ...],
+        method_params: tuple[Any, ...],
         counts: Int[Array, " B"],
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of each sequence's last new token, and the cache with the new tokens appended.
 
         The first `counts` of the T tokens of each sequence are new, the rest is padding: neither attended to nor
-        stored. They see everything stored, and each other exactly. `factors` is `CacheConfig.factors(...)`.
+        stored. They see everything stored, and each other exactly. `method_params` is `CacheConfig.method_params(...)`.
         The caller makes sure that there is room (`check_room`) and flushes (`flush`, `flush_when_due`).
         """
-        h, cache = self._extend(tokens, cache, factors, counts)
+        h, cache = self._extend(tokens, cache, method_params, counts)
         last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
         return self._logits(last), cache
 
@@ -81,49 +78,51 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         cache: Cache,
-        factors: tuple[Any, ...],
+        method_params: tuple[Any, ...],
         counts: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """The same as a call, with the logits of every new token; those of padding mean nothing."""
-        h, cache = self._extend(tokens, cache, factors, counts)
+        h, cache = self._extend(tokens, cache, method_params, counts)
         return self._logits(h), cache
 
-    def _extend(self, tokens: Array, cache: Cache, factors: tuple[Any, ...], counts: Array) -> tuple[Array, Cache]:
+    def _extend(
+        self, tokens: Array, cache: Cache, method_params: tuple[Any, ...], counts: Array
+    ) -> tuple[Array, Cache]:
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
         h = sharding.constrain(self.embed(tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
-        start, emitted, running = 0, [], cache.running
-        for segment, segment_factors in zip(cache.segments, factors, strict=True):
+        start, emitted, running_sum = 0, [], cache.running_sum
+        for segment, segment_params in zip(cache.segments, method_params, strict=True):
 
-            def layer(carry: Any, number: Array, segment=segment, factors=segment_factors, start=start) -> Any:
-                h, running = carry
+            def layer(carry: Any, number: Array, segment=segment, method_params=segment_params, start=start) -> Any:
+                h, running_sum = carry
                 pick = partial(lax.dynamic_index_in_dim, index=start + number, keepdims=False)
-                stored = Stored(segment, number, cache.flushed, cache.in_window, running)
-                h, (new, running) = self._cached_layer(
-                    h, pick, jax.tree.map(pick, factors), stored, cache.lengths, positions, cache.layout
+                layer_cache = LayerCache.of(cache, segment, number, running_sum)
+                h, (new, running_sum) = self._cached_layer(
+                    h, pick, jax.tree.map(pick, method_params), layer_cache, cache, positions
                 )
-                return (h, running), new
+                return (h, running_sum), new
 
-            (h, running), new = lax.scan(layer, (h, running), jnp.arange(segment.num_layers))
+            (h, running_sum), new = lax.scan(layer, (h, running_sum), jnp.arange(segment.num_layers))
             start += segment.num_layers
             emitted.append(new)
-        return h, append(dataclasses.replace(cache, running=running), tuple(emitted), counts)
+        return h, append(dataclasses.replace(cache, running_sum=running_sum), tuple(emitted), counts)
 
     def _cached_layer(
-        self, h: Array, pick: Any, factors: Any, stored: Stored, lengths: Array, positions: Array, lies: Layout
+        self, h: Array, pick: Any, method_params: Any, layer_cache: LayerCache, cache: Cache, positions: Array
     ) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        c, method = self.config, stored.segment.method
+        c, method = self.config, layer_cache.segment.method
         geometry = self._geometry(positions, pick(self._sliding_windows()))
 
         def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            own = attention.attend(q, k, v, geometry, origin=lengths, count=q.shape[1])
-            old, running = attend_stored(factors, q, stored, geometry, c, lies, self.implementation)
-            new = method.encode(factors, NewTokens(h, x, k, v, geometry, c.norm_eps))
-            new = sharding.constrain_as(new, new_vectors_spec(lies, q.shape[1]))
-            return attention.merge(own, old).out, (new, running)
+            own = attention.attend(q, k, v, geometry, origin=cache.lengths, count=q.shape[1])
+            old, running_sum = attend_stored(method_params, q, layer_cache, geometry, c, cache)
+            new = method.encode(method_params, NewTokens(h, x, k, v, geometry, c.norm_eps))
+            new = sharding.constrain_as(new, new_vectors_spec(cache.partition, q.shape[1]))
+            return attention.merge(own, old).out, (new, running_sum)
 
         return self._block(jax.tree.map(pick, self.layers), h, attend)
 
-    def implementation_of(self, cache: Cache, factors: tuple[Any, ...], dtype: str) -> str:
+    def implementation_of(self, cache: Cache, method_params: tuple[Any, ...], dtype: str) -> str:
         """What decoding reads this cache's history with: a backend of `pallas_kernels`, or several where layers differ.
 
         Raises `ConfigError` where a step would: for kernels asked for by name that cannot take a layer's streams.
@@ -131,16 +130,16 @@ class Transformer(nn.Module):
         c, batch = self.config, len(cache.lengths)
         q = jax.ShapeDtypeStruct((batch, 1, c.num_heads, c.head_dim), dtype)
 
-        def attend(segment: Segment, factors: Any, cache: Cache, q: Array) -> Part:
+        def attend(segment: Segment, method_params: Any, cache: Cache, q: Array) -> Part:
             geometry = self._geometry(cache.lengths[:, None], self._sliding_windows()[0])
-            stored = Stored(segment, jnp.int32(0), cache.flushed, cache.in_window, cache.running)
-            own = jax.tree.map(lambda a: a[0], factors)
-            return attend_stored(own, q, stored, geometry, c, cache.layout, self.implementation)[0]
+            layer_cache = LayerCache.of(cache, segment, jnp.int32(0), cache.running_sum)
+            own = jax.tree.map(lambda a: a[0], method_params)
+            return attend_stored(own, q, layer_cache, geometry, c, cache)[0]
 
         names: set[str] = set()
-        for segment, segment_factors in zip(cache.segments, factors, strict=True):
+        for segment, segment_params in zip(cache.segments, method_params, strict=True):
             with pallas_kernels.recorded() as chosen:
-                jax.eval_shape(attend, segment, segment_factors, cache, q)
+                jax.eval_shape(attend, segment, segment_params, cache, q)
             names |= chosen or {"xla"}
         return ", ".join(sorted(names))
 
@@ -178,12 +177,13 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         cache_config: CacheConfig,
-        factors: tuple[Any, ...],
+        method_params: tuple[Any, ...],
         lengths: Int[Array, " B"] | None = None,
+        implementation: str | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of every position with every token, the newest too, seen as the cache stores it: no window.
 
-        Protocol "paper" of `xquant_jax.evaluation.scoring`. Streams are really packed and read back, quantized from vectors that
+        Protocol "paper" of `evaluation.scoring`. Streams are really packed and read back, quantized from vectors that
         no window has rounded. Behind its `lengths` tokens (by default T) a sequence is filled up to whole blocks with
         copies of its last token's vectors, so that padding changes no group.
         """
@@ -193,25 +193,25 @@ class Transformer(nn.Module):
         whole = -(-length // BLOCK) * BLOCK
         ends = jnp.full(batch, length) if lengths is None else jnp.maximum(lengths, 1)
         filled = jnp.minimum(jnp.arange(whole), ends[:, None] - 1)[..., None]
-        h, start, running = self.embed(tokens), 0, None
+        h, start, running_sum = self.embed(tokens), 0, None
         for method, _ in cache_config.segments(c):
-            if running is None and (spec := method.running(c)) is not None:
-                running = allocate_blocks(spec, (batch, whole // BLOCK))
+            if running_sum is None and (spec := method.running_sum(c)) is not None:
+                running_sum = allocate_blocks(spec, (batch, whole // BLOCK))
 
-        for (method, layers), segment_factors in zip(cache_config.segments(c), factors, strict=True):
+        for (method, layers), segment_params in zip(cache_config.segments(c), method_params, strict=True):
             specs = method.streams(c)
 
-            def layer(carry: Any, number: Array, method=method, factors=segment_factors, specs=specs) -> Any:
-                h, running = carry
+            def layer(carry: Any, number: Array, method=method, method_params=segment_params, specs=specs) -> Any:
+                h, running_sum = carry
                 pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
-                own = jax.tree.map(pick, factors)
+                own = jax.tree.map(pick, method_params)
                 geometry = self._geometry(positions, pick(self._sliding_windows()))
 
                 def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                     new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
                     whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
-                    quantized = method.without_sink(whole_blocks, jnp.ones(batch, bool))
-                    _, vectors, summed = method.store_and_read(own, quantized, running, specs, self.implementation)
+                    quantized = without_sink(method, whole_blocks, jnp.ones(batch, bool))
+                    _, vectors, summed = store_and_read(method, own, quantized, running_sum, specs, implementation)
                     n = method.sink_tokens
                     vectors = {
                         name: jnp.concatenate([new[name][:, :n], v[:, n:length]], axis=1).astype(q.dtype)
@@ -224,10 +224,10 @@ class Transformer(nn.Module):
                         seen = dataclasses.replace(geometry, rotated=True)
                     return attention.attend(q, k, v, seen, origin=positions[:, 0], count=length).out, summed
 
-                h, running = self._block(jax.tree.map(pick, self.layers), h, attend)
-                return (h, running), None
+                h, running_sum = self._block(jax.tree.map(pick, self.layers), h, attend)
+                return (h, running_sum), None
 
-            (h, running), _ = lax.scan(layer, (h, running), start + jnp.arange(layers))
+            (h, running_sum), _ = lax.scan(layer, (h, running_sum), start + jnp.arange(layers))
             start += layers
         return self._logits(h)
 
@@ -257,10 +257,10 @@ def forward(
     params: Any,
     tokens: Int[Array, "B T"],
     cache: Cache,
-    factors: tuple[Any, ...],
+    method_params: tuple[Any, ...],
     counts: Int[Array, " B"],
 ) -> tuple[Float[Array, "B V"], Cache]:
     """`Transformer.__call__` as a pure function: logits of each sequence's last new token, and the cache with the new
     tokens appended but not flushed."""
-    logits_and_cache: Any = model.apply({"params": params}, tokens, cache, factors, counts)
+    logits_and_cache: Any = model.apply({"params": params}, tokens, cache, method_params, counts)
     return logits_and_cache

@@ -11,13 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from converters.finite import all_finite
 from xquant_jax import sharding
 from xquant_jax.errors import CheckpointError
-from xquant_jax.parameters import build_tree, layer_parameters, outer_parameters
+from xquant_jax.parameters import PARAMETER_AXES, build_tree, layer_parameters, outer_parameters
+from xquant_jax.sharding.rules import RULES
 
 
 def read_parameters(checkpoint: Any, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def parameter_specs(params: dict[str, Any]) -> dict[str, Any]:
 
     def spec(path: tuple[Any, ...], _: Any) -> sharding.P:
         names = [key.key for key in path]
-        one = sharding.parameter_spec(".".join(names[-2:]))
+        one = parameter_spec(".".join(names[-2:]))
         return sharding.P(None, *one) if names[0] == "layers" else one
 
     return jax.tree_util.tree_map_with_path(spec, params)
@@ -90,15 +94,15 @@ def cast(tree: Any, dtype: str) -> Any:
 
 
 def _shardings(parameters: Any, mesh: Mesh) -> dict[str, Any]:
-    return build_tree((p.path, NamedSharding(mesh, sharding.parameter_spec(p.path))) for p in parameters)
+    return build_tree((p.path, NamedSharding(mesh, parameter_spec(p.path))) for p in parameters)
 
 
 def _zeros(num_layers: int, layer: Any, dtype: str) -> jax.Array:
     shape = (num_layers, *layer.shape)
     if not isinstance(layer, jax.Array):
         return jnp.zeros(shape, dtype)
-    lies: Any = layer.sharding
-    return jnp.zeros(shape, dtype, device=NamedSharding(lies.mesh, sharding.P(None, *lies.spec)))
+    partition: Any = layer.sharding
+    return jnp.zeros(shape, dtype, device=NamedSharding(partition.mesh, sharding.P(None, *partition.spec)))
 
 
 @partial(jax.jit, donate_argnames="stack")
@@ -109,3 +113,28 @@ def _set(stack: Any, layer: Any, i: Any) -> Any:
 @jax.jit
 def _finite(a: jax.Array) -> jax.Array:
     return jnp.isfinite(a).all()
+
+
+def parameter_spec(path: str) -> P:
+    """The partition of a parameter of one layer or of the outer part."""
+    return RULES.spec(*PARAMETER_AXES.get(path, ()))
+
+
+def weights_checksum(params: Any) -> int:
+    """32 bits that depend on every bit of all parameters and its place, however they are split over devices."""
+
+    def mixed(a: Array) -> Array:
+        """A word of each number and its place, mixed by the finalizer of MurmurHash3 (Appleby)."""
+        x = lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}").astype(jnp.uint32)
+        for axis in range(a.ndim):
+            x = x * jnp.uint32(0x9E3779B1) + lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return x ^ (x >> 16)
+
+    @jax.jit
+    def total(params: Any) -> Array:
+        parts = [jnp.sum(mixed(a), dtype=jnp.uint32) for a in jax.tree.leaves(params)]
+        return sum((part * jnp.uint32(2 * i + 1) for i, part in enumerate(parts)), start=jnp.uint32(0))
+
+    return int(total(params))

@@ -91,7 +91,7 @@ def check_bits(bits: int) -> None:
 class Blocks:
     """Whole blocks of a stream, packed.
 
-    words: one uint32 array [*rest, 4p, C] per plane; the values themselves [*rest, 128, C] if unquantized; their
+    planes: one uint32 array [*rest, 4p, C] per plane; the values themselves [*rest, 128, C] if unquantized; their
         bits as uint8 [*rest, 128, C] if e4m3 (where a device has no such type, XLA would convert whole caches)
     scale, zero: bfloat16 [*rest, 128/G, C] along a channel, [*rest, 128, C/G] along a token; None if unquantized,
         and e4m3 has no zero
@@ -99,7 +99,7 @@ class Blocks:
         (bfloat16): [*rest, n 128/G, C] along a channel, [*rest, 128, n C/G] along a token; None if there are none
     """
 
-    words: tuple[Leaf, ...]
+    planes: tuple[Leaf, ...]
     scale: Leaf
     zero: Leaf
     spec: StreamSpec = struct.field(pytree_node=False)
@@ -172,14 +172,14 @@ def dequantize(blocks: Blocks, codebook: Float[Array, " levels"] | None = None) 
     """The stored values: float32, or as stored if unquantized. `codebook`: the one they were quantized with."""
     spec = blocks.spec
     if spec.bits == UNQUANTIZED:
-        return blocks.words[0]
+        return blocks.planes[0]
     axis = _group_axis(spec)
     scale = jnp.expand_dims(blocks.scale.astype(jnp.float32), axis)
     if spec.format == "e4m3":
-        values = lax.bitcast_convert_type(blocks.words[0], E4M3).astype(jnp.float32)
+        values = lax.bitcast_convert_type(blocks.planes[0], E4M3).astype(jnp.float32)
         return (_group(values, spec) * scale).reshape(values.shape)
     zero = jnp.expand_dims(blocks.zero.astype(jnp.float32), axis)
-    codes = unpack(blocks.words, spec.bits)
+    codes = unpack(blocks.planes, spec.bits)
     levels = codes.astype(jnp.float32) if codebook is None else codebook.astype(jnp.float32)[codes]
     values = _group(levels, spec) * scale + zero
     if spec.outliers:

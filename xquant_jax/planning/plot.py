@@ -7,9 +7,10 @@ import numpy as np
 
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.config import ModelConfig
-from xquant_jax.evaluation.plot import COLOURS, new_figure
+from xquant_jax.figures import COLOURS, new_figure
 from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.planning.plan import Costs, Plan, without_bits
+from xquant_jax.planning.costs import Costs
+from xquant_jax.planning.plan import Plan, without_bits
 
 SHORTEST = 1024
 """Tokens that the axis begins with."""

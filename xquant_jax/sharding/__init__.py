@@ -1,3 +1,61 @@
-"""How arrays lie on a mesh of devices: the rules from logical axes to mesh axes, and meshes."""
+"""How arrays lie on a mesh of devices: the rules from logical axes to mesh axes (`rules`), and meshes (`mesh`)."""
 
-from xquant_jax.sharding.rules import *  # noqa: F403
+from xquant_jax.sharding.mesh import (
+    batch_parts,
+    check_batch,
+    check_model,
+    checked,
+    describe,
+    divisors,
+    make_mesh,
+    parse_mesh,
+    using,
+)
+from xquant_jax.sharding.rules import (
+    AXES,
+    RULES,
+    Axes,
+    P,
+    Rules,
+    active,
+    constrain,
+    constrain_as,
+    devices_along,
+    gather,
+    named,
+    named_specs,
+    on_shards,
+    place,
+    round_up,
+    shard_index,
+    tokens_axis,
+)
+
+__all__ = [
+    "AXES",
+    "RULES",
+    "Axes",
+    "P",
+    "Rules",
+    "active",
+    "batch_parts",
+    "check_batch",
+    "check_model",
+    "checked",
+    "constrain",
+    "constrain_as",
+    "describe",
+    "devices_along",
+    "divisors",
+    "gather",
+    "make_mesh",
+    "named",
+    "named_specs",
+    "on_shards",
+    "parse_mesh",
+    "place",
+    "round_up",
+    "shard_index",
+    "tokens_axis",
+    "using",
+]

@@ -4,25 +4,16 @@ The mesh is the one of `jax.set_mesh`. Dense arithmetic is left to XLA's partiti
 reads or writes the cache runs on every device's own share (`on_shards`). Without a mesh the same code runs as it is.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from xquant_jax.config import ModelConfig
-from xquant_jax.errors import ConfigError
-from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
-
-if TYPE_CHECKING:
-    from xquant_jax.cache.config import CacheConfig
-    from xquant_jax.cache.state import Cache
 
 AXES = ("data", "sequence", "tensor")
 """The axes of a mesh, outermost first: neighbours along `tensor` talk most."""
@@ -53,132 +44,6 @@ class Rules:
 
 
 RULES = Rules()
-
-PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
-    "embed.embedding": ("vocabulary", None),
-    "head.kernel": (None, "vocabulary"),
-    "query.kernel": (None, "heads"),
-    "query.bias": ("heads",),
-    "key.kernel": (None, "heads"),
-    "key.bias": ("heads",),
-    "value.kernel": (None, "heads"),
-    "value.bias": ("heads",),
-    "output.kernel": ("heads", None),
-    "gate.kernel": (None, "mlp"),
-    "gate.bias": ("mlp",),
-    "up.kernel": (None, "mlp"),
-    "up.bias": ("mlp",),
-    "down.kernel": ("mlp", None),
-}
-"""Logical axes of one layer's parameters, of the embedding and the head; the others lie whole on every device."""
-
-PER_HEAD_FACTORS: dict[str, tuple[str | None, ...]] = {
-    "down": (None, "heads", None),
-    "up": ("heads", None, None),
-    "bias": ("heads",),
-}
-"""Logical axes of one layer's factors where each head has its own, by the name of the leaf."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The mesh axes that a method's streams are split over: their blocks (and window places), and their channels."""
-
-    blocks: Axes
-    channels: Axes
-
-    @property
-    def history(self) -> P:
-        """Of [L, B, N, rows, C]."""
-        return P(None, RULES.batch, self.blocks, None, self.channels)
-
-    @property
-    def window(self) -> P:
-        """Of [L, B, W, C]."""
-        return P(None, RULES.batch, self.blocks, self.channels)
-
-    @property
-    def sink(self) -> P:
-        """Of [L, B, n, C]."""
-        return P(None, RULES.batch, None, self.channels)
-
-    @property
-    def running(self) -> P:
-        """Of [B, N, rows, C]."""
-        return P(RULES.batch, self.blocks)
-
-    def factors(self, tree: Any) -> Any:
-        """Of the leaves of one layer's factors."""
-        return named_specs(tree, PER_HEAD_FACTORS if self.channels else {})
-
-    def stacked_factors(self, tree: Any) -> Any:
-        """The same for factors of all layers, leading axis L."""
-        return jax.tree.map(lambda spec: P(None, *spec), self.factors(tree), is_leaf=lambda x: isinstance(x, P))
-
-    def share(self, history: dict[str, Blocks]) -> dict[str, Blocks]:
-        """Within `on_shards`: a device's own arrays, described as streams of their own width."""
-        parts = devices_along(self.channels)
-
-        def own(spec: StreamSpec) -> StreamSpec:
-            group = 0 if spec.bits == UNQUANTIZED else spec.group
-            return dataclasses.replace(spec, width=spec.width // parts, group=group)
-
-        return {name: dataclasses.replace(blocks, spec=own(blocks.spec)) for name, blocks in history.items()}
-
-
-def layout(cache_config: "CacheConfig", config: ModelConfig) -> Layout:
-    """By head if all streams of all layers belong to heads and no group of channels spans those of two devices."""
-    segments, parts = cache_config.segments(config), devices_along(RULES.heads)
-    groups = [
-        spec.width // spec.group
-        for method, _ in segments
-        for spec in method.streams(config).values()
-        if spec.axis == "token" and spec.bits != UNQUANTIZED
-    ]
-    by_head = all(method.by_head(config) for method, _ in segments) and all(n % parts == 0 for n in groups)
-    return Layout(RULES.head_blocks, RULES.heads) if by_head else Layout(RULES.whole_blocks, ())
-
-
-def make_mesh(data: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh over `devices`, by default all there are. Raises `ConfigError` if their number is another one."""
-    devices = jax.devices() if devices is None else devices
-    sizes = (data, sequence, tensor)
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        raise ConfigError(
-            f"mesh {describe(sizes)} takes {math.prod(sizes)} devices, and there are {len(devices)}; "
-            f"choose sizes whose product is {len(devices)}"
-        )
-    if isinstance(devices, np.ndarray):
-        devices = devices.ravel().tolist()
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes by axis from `data=1,sequence=4,tensor=4`; an axis that is left out has size 1."""
-    sizes = {}
-    for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if name not in AXES or not equals or not value.isdigit() or int(value) < 1 or name in sizes:
-            raise ConfigError(f"mesh {text!r}: {part!r} must be {', '.join(AXES)}, each once, = devices; as tensor=4")
-        sizes[name] = int(value)
-    return sizes
-
-
-def describe(sizes: tuple[int, ...]) -> str:
-    """Sizes as `parse_mesh` takes them."""
-    return ",".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
-
-
-def checked(mesh: Mesh) -> Mesh:
-    """The mesh with its axes left to XLA's partitioner. Raises `ConfigError` unless it has the axes of `AXES`."""
-    if mesh.axis_names != AXES:
-        raise ConfigError(f"mesh axes {mesh.axis_names} must be {AXES}; xquant_jax.make_mesh makes such a mesh")
-    return Mesh(mesh.devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """`jax.set_mesh`, or nothing."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def active() -> bool:
@@ -241,36 +106,6 @@ def named(specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def parameter_spec(path: str) -> P:
-    """The partition of a parameter of one layer or of the outer part."""
-    return RULES.spec(*PARAMETER_AXES.get(path, ()))
-
-
-def cache_specs(cache: "Cache") -> "Cache":
-    """The partition of every array of a cache, in its own structure."""
-    segments = tuple(
-        dataclasses.replace(
-            segment,
-            history=jax.tree.map(lambda _: cache.layout.history, segment.history),
-            window=jax.tree.map(lambda _: cache.layout.window, segment.window),
-            sink=jax.tree.map(lambda _: cache.layout.sink, segment.sink),
-        )
-        for segment in cache.segments
-    )
-    return dataclasses.replace(
-        cache,
-        lengths=RULES.spec("batch"),
-        flushed=RULES.spec("batch"),
-        segments=segments,
-        running=jax.tree.map(lambda _: cache.layout.running, cache.running),
-    )
-
-
-def constrain_cache(cache: "Cache") -> "Cache":
-    """The cache, asked to lie as `cache_specs` says."""
-    return constrain_as(cache, cache_specs(cache))
-
-
 def place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
     """The arrays of a tree, put where a tree of partitions (or one for all) says; what lies there stays.
 
@@ -290,58 +125,6 @@ def place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree, specs)
 
 
-def check_model(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises `ConfigError` where the model's weights do not divide by the mesh."""
-    sizes = {
-        "num_attention_heads": (config.num_heads, RULES.heads),
-        "num_key_value_heads": (config.num_kv_heads, RULES.heads),
-        "intermediate_size": (config.mlp_width, RULES.mlp),
-        "vocab_size": (config.vocab_size, RULES.vocabulary),
-    }
-    fitting = set(range(1, config.num_kv_heads + 1))
-    for size, _ in sizes.values():
-        fitting &= set(divisors(size))
-    for name, (size, axes) in sizes.items():
-        if size % _parts(mesh, axes):
-            raise ConfigError(
-                f"{name}={size} cannot be split over {_named(mesh, axes)}; for this model "
-                f"{'*'.join(axes)} can be {_listed(fitting)}"
-            )
-
-
-def check_batch(batch: int, mesh: Mesh, what: str = "prompts") -> None:
-    """Raises `ConfigError` where the sequences of a batch do not divide by the mesh."""
-    parts = batch_parts(mesh)
-    if batch % parts:
-        raise ConfigError(
-            f"{batch} {what} cannot be split over {_named(mesh, RULES.batch)}; give a multiple of {parts} {what}, "
-            f"or a mesh with data={_listed(divisors(batch))}"
-        )
-
-
-def batch_parts(mesh: Mesh | None) -> int:
-    """Into how many parts a batch is split."""
-    return 1 if mesh is None else _parts(mesh, RULES.batch)
-
-
 def round_up(n: int, step: int) -> int:
     """The next multiple of `step`."""
     return -(-n // step) * step
-
-
-def divisors(n: int) -> list[int]:
-    """All of them, smallest first."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _parts(mesh: Mesh, axes: Axes) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _named(mesh: Mesh, axes: Axes) -> str:
-    return ",".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-
-
-def _listed(numbers: Any) -> str:
-    *others, last = sorted(numbers)
-    return f"{', '.join(map(str, others))} or {last}" if others else str(last)

@@ -21,7 +21,7 @@ MAGIC = tl.constexpr(8388608.0)  # 2^23: added to a number below it, leaves the 
 
 @triton.jit
 @no_type_check
-def _tile(scalars, flushed, WIDTH: tl.constexpr, BATCH: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr):
+def _tile(scalars, history_blocks, WIDTH: tl.constexpr, BATCH: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr):
     """A program's first column, sequence, first block, the block behind its last that exists, first row in the range.
 
     Neighbours have the same tile, which the cache then holds; tiles are in order of their blocks, what exists first.
@@ -29,7 +29,7 @@ def _tile(scalars, flushed, WIDTH: tl.constexpr, BATCH: tl.constexpr, TILES: tl.
     column, number = tl.program_id(0) % (WIDTH // COLUMNS) * COLUMNS, tl.program_id(0) // (WIDTH // COLUMNS)
     row, tile = number % BATCH, number // BATCH
     range_row = (row * TILES + tile).to(tl.int64) * (BLOCKS * 128)
-    return column, row, tl.load(scalars + 1) + tile * BLOCKS, tl.load(flushed + row), range_row
+    return column, row, tl.load(scalars + 1) + tile * BLOCKS, tl.load(history_blocks + row), range_row
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _low_tokens(BLOCKS: tl.constexpr):
 @no_type_check
 def lay_out(
     scalars,  # int32 [2]: layer, first block of the range
-    flushed,  # int32 [B]
+    history_blocks,  # int32 [B]
     words,
     words_high,
     scales,
@@ -66,7 +66,7 @@ def lay_out(
     PRECISION: tl.constexpr,
 ):
     """Dequantizes 128 columns of a tile, or its product with 128 columns of the matrix."""
-    column, row, first, end, range_row = _tile(scalars, flushed, OUT_WIDTH, BATCH, TILES, BLOCKS)
+    column, row, first, end, range_row = _tile(scalars, history_blocks, OUT_WIDTH, BATCH, TILES, BLOCKS)
     if first >= end:
         return
     exists = first + tl.arange(0, BLOCKS) < end
@@ -98,7 +98,7 @@ def lay_out(
 @no_type_check
 def add(
     scalars,  # these as in `lay_out`
-    flushed,
+    history_blocks,
     words,  # of the stream, all layers
     words_high,
     scales,
@@ -126,7 +126,7 @@ def add(
     PRECISION: tl.constexpr,
 ):
     """Adds up 128 columns of a tile and quantizes them."""
-    column, row, first, end, range_row = _tile(scalars, flushed, SUM_WIDTH, BATCH, TILES, BLOCKS)
+    column, row, first, end, range_row = _tile(scalars, history_blocks, SUM_WIDTH, BATCH, TILES, BLOCKS)
     if first >= end:
         return
     exists = first + tl.arange(0, BLOCKS) < end
@@ -197,7 +197,7 @@ def _multiply(
 @triton.jit
 @no_type_check
 def _quantize(x):
-    """`xquant_jax.numerics.quantization.quantize` of a group in each row at 8 bits: codes, and bfloat16 scales and zeros."""
+    """`numerics.quantization.quantize` of a group in each row at 8 bits: codes, and bfloat16 scales and zeros."""
     low = tl.min(x, axis=1)
     away, towards = _away_from_zero(low), low.to(tl.uint32, bitcast=True) & 0xFFFF0000
     zero = tl.where(low < 0, away, towards).to(tl.float32, bitcast=True)

@@ -16,16 +16,16 @@ class KeysValues(Method):
     def by_head(self, config: ModelConfig) -> bool:
         return True
 
-    def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
+    def encode(self, method_params: Any, new: NewTokens) -> dict[str, Array]:
         k = new.k
         if self.keys_rotated:
             k = rotate_heads(k, new.geometry.positions, new.geometry.frequencies)
         return {"key": flat(k), "value": flat(new.v)}
 
-    def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
+    def rebuild(self, method_params: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
         return split(vectors["key"], config), split(vectors["value"], config)
 
-    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed | None:
+    def absorbed(self, method_params: Any, config: ModelConfig) -> Absorbed | None:
         return Absorbed("key", KeyRebuild(), "value", config.num_kv_heads)
 
 

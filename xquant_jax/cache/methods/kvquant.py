@@ -61,14 +61,14 @@ class KVQuant(KeysValues):
         streams = self.streams(config)
         return (Codebooks(self.bits, self.outliers, self.sink, streams["key"], streams["value"]),)
 
-    def factors(self, source: FactorSource, number: int) -> Any:
+    def method_params(self, source: FactorSource, number: int) -> Any:
         (need,) = self.needs(source.config)
         return source.calibrated(need)
 
-    def codebooks(self, factors: Any) -> dict[str, Array]:
-        return factors
+    def codebooks(self, method_params: Any) -> dict[str, Array]:
+        return method_params
 
-    def absorbed(self, factors: Any, config: ModelConfig) -> None:
+    def absorbed(self, method_params: Any, config: ModelConfig) -> None:
         """None: the streams are read as they are, and keep to the definition."""
 
 

@@ -13,8 +13,8 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import KeyRebuild
-from pallas_kernels.eight_bits import in_eight_bits
-from pallas_kernels.xla import expand
+from pallas_kernels.eight_bits import quantize_matrix
+from pallas_kernels.operands import expand
 from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -75,46 +75,46 @@ class XQuant(Method):
     def by_head(self, config: ModelConfig) -> bool:
         return not config.is_multi_head and self._bases() == ("per_head", "per_head")
 
-    def factors(self, source: FactorSource, number: int) -> Any:
-        params = source.layer_params()
+    def method_params(self, source: FactorSource, number: int) -> Any:
+        params = source.layers
         folded = self.input == "unit_norm"
         if source.config.is_multi_head:
-            factors = {side: {"up": weight} for side, weight in projections(params, folded, number).items()}
+            method_params = {side: {"rebuild": weight} for side, weight in projections(params, folded, number).items()}
             if self.rebuild_dtype != "bf16":
                 group = self.streams(source.config)["x"].group
-                factors["key"] = key_factors(factors["key"]["up"][:number], self.rebuild_dtype, group)
+                method_params["key"] = key_factors(method_params["key"]["rebuild"][:number], self.rebuild_dtype, group)
         else:
             key, value = (source.svd(basis, folded=folded, number=number) for basis in self._bases())
-            factors = {"key": dict(key["key"]), "value": dict(value["value"])}
+            method_params = {"key": dict(key["key"]), "value": dict(value["value"])}
         for side in ("key", "value"):
             if source.config.qkv_bias:
-                factors[side]["bias"] = params[side]["bias"]
+                method_params[side]["bias"] = params[side]["bias"]
         if source.config.qk_norm:
-            factors["key"]["norm"] = params["key_norm"]["scale"]
-        return factors
+            method_params["key"]["norm"] = params["key_norm"]["scale"]
+        return method_params
 
-    def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
+    def encode(self, method_params: Any, new: NewTokens) -> dict[str, Array]:
         x = new.x if self.input == "post_norm" else unit_norm(new.h, new.norm_eps)
-        if "down" not in factors["key"]:
+        if "project" not in method_params["key"]:
             return {"x": x}
-        down = {side: factors[side]["down"].reshape(x.shape[-1], -1) for side in ("key", "value")}
+        down = {side: method_params[side]["project"].reshape(x.shape[-1], -1) for side in ("key", "value")}
         return {side: x @ matrix for side, matrix in down.items()}
 
-    def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
+    def rebuild(self, method_params: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
         key, value = ("x", "x") if config.is_multi_head else ("key", "value")
-        v = expand(vectors[value], factors["value"]["up"], config.num_kv_heads)
+        v = expand(vectors[value], method_params["value"]["rebuild"], config.num_kv_heads)
         if config.qkv_bias:
-            v = v + _heads(factors["value"]["bias"], config)
-        return key_rebuild(factors, config)(vectors[key], config.num_kv_heads), v
+            v = v + _heads(method_params["value"]["bias"], config)
+        return key_rebuild(method_params, config)(vectors[key], config.num_kv_heads), v
 
-    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
-        up = factors["value"]["up"]
+    def absorbed(self, method_params: Any, config: ModelConfig) -> Absorbed:
+        up = method_params["value"]["rebuild"]
         key, value = ("x", "x") if config.is_multi_head else ("key", "value")
 
         heads = config.num_kv_heads if up.ndim == 3 else 1
-        bias = factors["value"].get("bias")
+        bias = method_params["value"].get("bias")
         return Absorbed(
-            key, key_rebuild(factors, config), value, heads, lambda out: project_values(out, up, bias, config)
+            key, key_rebuild(method_params, config), value, heads, lambda out: project_values(out, up, bias, config)
         )
 
     def _bases(self) -> tuple[str, str]:
@@ -123,15 +123,15 @@ class XQuant(Method):
 
 def key_factors(matrix: Array, rebuild_dtype: str, group: int) -> dict[str, Array]:
     """Factors of keys from dense matrices [L, C, R] in 8 bits; the stream's groups have `group` channels."""
-    small = in_eight_bits(matrix, rebuild_dtype, group)
-    return {"up": small["matrix"], "scale": small["scale"], "sums": small["sums"]}
+    small = quantize_matrix(matrix, rebuild_dtype, group)
+    return {"rebuild": small["matrix"], "scale": small["scale"], "sums": small["sums"]}
 
 
-def key_rebuild(factors: Any, config: ModelConfig) -> KeyRebuild:
+def key_rebuild(method_params: Any, config: ModelConfig) -> KeyRebuild:
     """How the keys of a layer are rebuilt, from its factors."""
-    key = factors["key"]
+    key = method_params["key"]
     small = {name: key[name] for name in ("scale", "sums") if name in key}
-    return KeyRebuild(key["up"], key.get("bias"), key.get("norm"), config.norm_eps, **small)
+    return KeyRebuild(key["rebuild"], key.get("bias"), key.get("norm"), config.norm_eps, **small)
 
 
 def project_values(out: Array, up: Array, bias: Array | None, config: ModelConfig) -> Array:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float64
 from threadpoolctl import threadpool_limits
 
 from pallas_kernels import Accumulation
-from pallas_kernels.xla import expand, times
+from pallas_kernels.operands import expand, times
 from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens
 from xquant_jax.cache.methods.learned import Directions, Need
 from xquant_jax.cache.methods.xquant import XQuant, key_factors, key_rebuild, project_values, projections, unit_norm
@@ -59,7 +59,7 @@ class XQuantCL(Method):
     """
 
     name: ClassVar[str] = "xquant-cl"
-    accumulates: ClassVar[bool] = True
+    has_running_sum: ClassVar[bool] = True
     bits: int = 2
     input: str = "unit_norm"
     delta: str = "token"
@@ -114,7 +114,7 @@ class XQuantCL(Method):
     def window(self, config: ModelConfig) -> dict[str, tuple[int, str]]:
         return {"x": (self._running_width(config), "bfloat16")}
 
-    def running(self, config: ModelConfig) -> StreamSpec:
+    def running_sum(self, config: ModelConfig) -> StreamSpec:
         bits = UNQUANTIZED if self.accumulator == "bf16" else 8
         return StreamSpec(self._running_width(config), bits, "token")
 
@@ -123,46 +123,46 @@ class XQuantCL(Method):
             return ()
         return (Directions(self.basis or "joint", self.input == "unit_norm", self.rank),)
 
-    def factors(self, source: FactorSource, number: int) -> Any:
-        params, config = source.layer_params(), source.config
+    def method_params(self, source: FactorSource, number: int) -> Any:
+        params, config = source.layers, source.config
         folded = self.input != "post_norm"
         weights = projections(params, folded, number)
         if self._latent(config):
             basis = latent_basis(source, self.basis or "joint", folded=folded, number=number)
-            factors: dict[str, Any] = {"basis": basis} | self._rebuilding(source, weights, basis)
+            method_params: dict[str, Any] = {"basis": basis} | self._rebuilding(source, weights, basis)
             if self.rank:
                 (need,) = self.needs(config)
                 found = source.calibrated(need)
-                factors["predict"] = tuple(jnp.asarray(found[part], basis.dtype) for part in ("down", "up"))
+                method_params["predict"] = tuple(jnp.asarray(found[part], basis.dtype) for part in ("down", "up"))
             else:
                 orthonormal = self.basis != "per_head"
-                factors["predict"] = (jnp.asarray(prediction(basis, orthonormal), basis.dtype),)
+                method_params["predict"] = (jnp.asarray(prediction(basis, orthonormal), basis.dtype),)
         else:
-            factors = {side: {"up": weight} for side, weight in weights.items()}
+            method_params = {side: {"rebuild": weight} for side, weight in weights.items()}
             if not config.is_multi_head:
-                factors["basis"] = source.svd("kv", folded=folded, number=number)["basis"]
+                method_params["basis"] = source.svd("kv", folded=folded, number=number)["basis"]
         if self.rebuild_dtype != "bf16":
-            group = self.running(config).group
-            factors["key"] = key_factors(factors["key"]["up"][:number], self.rebuild_dtype, group)
+            group = self.running_sum(config).group
+            method_params["key"] = key_factors(method_params["key"]["rebuild"][:number], self.rebuild_dtype, group)
         if config.qkv_bias:
             for side in ("key", "value"):
-                factors[side]["bias"] = params[side]["bias"]
+                method_params[side]["bias"] = params[side]["bias"]
         if config.qk_norm:
-            factors["key"]["norm"] = params["key_norm"]["scale"]
-        return factors
+            method_params["key"]["norm"] = params["key_norm"]["scale"]
+        return method_params
 
     def _rebuilding(self, source: FactorSource, weights: dict[str, Array], basis: Array) -> dict[str, Any]:
         """From latents to keys and values: A^T W of all directions, or Sigma_h B_h^T of the head's own."""
         if self.basis == "per_head":
-            factors = source.svd("per_head", folded=self.input != "post_norm", number=len(basis))
-            return {side: {"up": factors[side]["up"]} for side in ("key", "value")}
+            method_params = source.svd("per_head", folded=self.input != "post_norm", number=len(basis))
+            return {side: {"rebuild": method_params[side]["rebuild"]} for side in ("key", "value")}
         back = np.swapaxes(np.asarray(basis, np.float32), 1, 2)
         return {
-            side: {"up": jnp.asarray(back @ np.asarray(w[: len(back)], np.float32), w.dtype)}
+            side: {"rebuild": jnp.asarray(back @ np.asarray(w[: len(back)], np.float32), w.dtype)}
             for side, w in weights.items()
         }
 
-    def encode(self, factors: Any, new: NewTokens) -> dict[str, Array]:
+    def encode(self, method_params: Any, new: NewTokens) -> dict[str, Array]:
         match self.input:
             case "post_norm":
                 x = new.x
@@ -170,26 +170,26 @@ class XQuantCL(Method):
                 x = unit_norm(new.h, new.norm_eps)
             case _:
                 x = new.h
-        return {"x": x @ factors["basis"] if "predict" in factors else x}
+        return {"x": x @ method_params["basis"] if "predict" in method_params else x}
 
-    def store(self, factors: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
+    def store(self, method_params: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
         assert predicted is not None
         difference = window["x"].astype(jnp.float32) - predicted
-        return {"delta": self._project(factors, difference)}
+        return {"delta": self._project(method_params, difference)}
 
-    def accumulation(self, factors: Any) -> Accumulation:
-        return Accumulation(factors.get("predict", ()), self._lift(factors))
+    def accumulation(self, method_params: Any) -> Accumulation:
+        return Accumulation(method_params.get("predict", ()), self._lift(method_params))
 
-    def rebuild(self, factors: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
-        absorbed = self.absorbed(factors, config)
+    def rebuild(self, method_params: Any, vectors: dict[str, Array], config: ModelConfig) -> tuple[Array, Array]:
+        absorbed = self.absorbed(method_params, config)
         vectors = absorbed.prepare(vectors) if absorbed.prepare else vectors
-        v = expand(vectors[absorbed.value], factors["value"]["up"], config.num_kv_heads)
+        v = expand(vectors[absorbed.value], method_params["value"]["rebuild"], config.num_kv_heads)
         if config.qkv_bias:
-            v = v + factors["value"]["bias"].reshape(config.num_kv_heads, config.head_dim)
+            v = v + method_params["value"]["bias"].reshape(config.num_kv_heads, config.head_dim)
         return absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads), v
 
-    def absorbed(self, factors: Any, config: ModelConfig) -> Absorbed:
-        value = factors["value"]
+    def absorbed(self, method_params: Any, config: ModelConfig) -> Absorbed:
+        value = method_params["value"]
 
         def normed(vectors: dict[str, Array]) -> dict[str, Array]:
             return {"x": unit_norm(vectors["x"], config.norm_eps)}
@@ -200,10 +200,10 @@ class XQuantCL(Method):
         per_head = self.basis == "per_head"
         return Absorbed(
             key="key" if per_head else "x",
-            key_rebuild=key_rebuild(factors, config),
+            key_rebuild=key_rebuild(method_params, config),
             value="value" if per_head else "x",
             value_heads=config.num_kv_heads if per_head else 1,
-            project=lambda out: project_values(out, value["up"], value.get("bias"), config),
+            project=lambda out: project_values(out, value["rebuild"], value.get("bias"), config),
             prepare=normed if self.input == "residual" else halves if per_head else None,
         )
 
@@ -231,15 +231,15 @@ class XQuantCL(Method):
         """Whether the running sum is that of latents."""
         return not config.is_multi_head and self.predict != "paper"
 
-    def _project(self, factors: Any, x: Array) -> Array:
+    def _project(self, method_params: Any, x: Array) -> Array:
         """From the running sum's space to that of the stream."""
-        return times(x, factors["basis"]) if self._has_basis(factors) else x
+        return times(x, method_params["basis"]) if self._has_basis(method_params) else x
 
-    def _lift(self, factors: Any) -> Array | None:
-        return factors["basis"].T if self._has_basis(factors) else None
+    def _lift(self, method_params: Any) -> Array | None:
+        return method_params["basis"].T if self._has_basis(method_params) else None
 
-    def _has_basis(self, factors: Any) -> bool:
-        return "basis" in factors and "predict" not in factors
+    def _has_basis(self, method_params: Any) -> bool:
+        return "basis" in method_params and "predict" not in method_params
 
 
 class Base(XQuantCL):
@@ -249,11 +249,11 @@ class Base(XQuantCL):
         self._check(config)
         return {"base": StreamSpec(self._stored_width(config), self.bits, "token")}
 
-    def store(self, factors: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
-        return {"base": self._project(factors, window["x"].astype(jnp.float32))}
+    def store(self, method_params: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
+        return {"base": self._project(method_params, window["x"].astype(jnp.float32))}
 
-    def accumulation(self, factors: Any) -> Accumulation:
-        return Accumulation(None, self._lift(factors))
+    def accumulation(self, method_params: Any) -> Accumulation:
+        return Accumulation(None, self._lift(method_params))
 
 
 def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int | None = None) -> Float[Array, "L D C"]:
@@ -262,8 +262,8 @@ def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int 
     if basis == "joint":
         found = source.svd("kv", folded=folded, number=number)["basis"]
         return found if number in (None, len(found)) else found[:number]
-    factors = source.svd("per_head", folded=folded, number=number)
-    sides = [factors[side]["down"][:number] for side in ("key", "value")]  # [L, D, K, e]
+    method_params = source.svd("per_head", folded=folded, number=number)
+    sides = [method_params[side]["project"][:number] for side in ("key", "value")]  # [L, D, K, e]
     return jnp.concatenate([side.reshape(*side.shape[:2], -1) for side in sides], axis=-1)
 
 

@@ -15,8 +15,9 @@ import pytest
 
 import xquant_jax as xq
 from xquant_jax.cli import main
-from xquant_jax.cli.batch import parse_bytes
-from xquant_jax.generation.batch_files import Results, parse_prompts, weights_checksum
+from xquant_jax.cli.options import parse_bytes
+from xquant_jax.generation.batch_files import Results, parse_prompts
+from xquant_jax.model.weights import weights_checksum
 
 SETTINGS = {"cache": "xquant:4", "seed": 0}
 
@@ -73,7 +74,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(stories: str, prompts:
     command = ["batch", stories, str(prompts), "RESULTS", "--cache", "bf16", "--slots", "2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "xquant_jax", *(str(killed) if word == "RESULTS" else word for word in command)],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 300

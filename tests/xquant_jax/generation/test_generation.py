@@ -12,7 +12,7 @@ import tokenizers
 
 import xquant_jax as xq
 from tests.conftest import counted_compilations
-from xquant_jax.generation.generate import bucket_length
+from xquant_jax.generation.request import bucket_length
 
 STORIES = ["Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big"]
 EXACT = "bf16,dtype=float32"
@@ -83,7 +83,7 @@ def test_factors_are_made_once(cache: str, shared: Path) -> None:
     with counted_compilations() as compiled:
         xq.generate(model, ["Here"], cache=cache, max_new_tokens=2)
     assert compiled == []
-    assert model.factors(xq.CacheConfig.parse(cache)) is model.factors(xq.CacheConfig.parse(cache))
+    assert model.method_params(xq.CacheConfig.parse(cache)) is model.method_params(xq.CacheConfig.parse(cache))
 
 
 def test_arrays_of_jax_are_token_ids(model: xq.Model) -> None:
@@ -95,7 +95,7 @@ def test_arrays_of_jax_are_token_ids(model: xq.Model) -> None:
 
 
 def test_layers_of_other_bits_share_their_factors(model: xq.Model) -> None:
-    segments = model.factors(xq.CacheConfig.parse("xquant:4;1=8;3=2"))
+    segments = model.method_params(xq.CacheConfig.parse("xquant:4;1=8;3=2"))
     assert len(segments) > 3
     for segment in segments:
         for side in ("key", "value"):

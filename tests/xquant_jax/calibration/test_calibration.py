@@ -83,8 +83,8 @@ def test_directions_are_the_principal_ones_of_the_layer_below(folded: bool) -> N
 
 
 def calibrated_basis(model, folded: bool) -> jax.Array:
-    factors = model.svd("per_head", folded=folded)
-    return jnp.concatenate([factors[side]["down"].reshape(3, 32, 16) for side in ("key", "value")], axis=-1)
+    method_params = model.svd("per_head", folded=folded)
+    return jnp.concatenate([method_params[side]["project"].reshape(3, 32, 16) for side in ("key", "value")], axis=-1)
 
 
 def test_a_lower_rank_takes_the_strongest_directions_of_a_higher_one() -> None:
@@ -94,8 +94,8 @@ def test_a_lower_rank_takes_the_strongest_directions_of_a_higher_one() -> None:
     kept = Calibration("", {}, {}).add(wide, found, "")
     got = kept.get(narrow)
     assert got is not None
-    assert got["down"].shape == (2, 32, 4)
-    np.testing.assert_array_equal(got["up"], found["up"][:, :4].astype(np.float32))
+    assert got["project"].shape == (2, 32, 4)
+    np.testing.assert_array_equal(got["rebuild"], found["rebuild"][:, :4].astype(np.float32))
     assert kept.get(Directions("joint", False, 10)) is None
     assert kept.get(Directions("per_head", False, 4)) is None
 
@@ -119,7 +119,7 @@ def test_calibrate_then_generate_and_eval(text: Path, tmp_path: Path, capsys: py
 def test_another_models_calibration_is_an_error(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     another = GOLDEN / "llama-llama3"
     demo = xq.load("demo")
-    needs = needs_of(["kvquant:2"], demo)
+    needs = needs_of(["kvquant:2"], demo.source)
     file = tmp_path / "calibration.safetensors"
     found = {side: np.zeros((12, 4)) for side in ("key", "value")}
     Calibration(demo.fingerprint, {}, {}).add(needs[0], found, "").write(file)

@@ -9,7 +9,8 @@ import pytest
 from tests.conftest import RandomModel, random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import Cache, allocate, flush, flush_when_due
+from xquant_jax.cache.flush import flush, flush_when_due
+from xquant_jax.cache.state import Cache, allocate
 from xquant_jax.errors import ConfigError
 
 PROMPTS = (127, 128, 129, 255, 256, 257)  # one below, on and above a flush
@@ -28,12 +29,12 @@ def run_library(
 ) -> list[tuple[np.ndarray, Cache]]:
     """Logits [B, V] and cache after a ragged prefill of `counts` tokens and after each of STEPS decoded tokens."""
     cache_config = CacheConfig.parse(spec)
-    factors = cache_config.factors(model)
+    method_params = cache_config.method_params(model.source)
 
     @jax.jit
     def feed(tokens: Any, cache: Any, counts: Any) -> Any:
-        logits, cache = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
-        return logits, (flush if tokens.shape[1] > 1 else flush_when_due)(cache, factors)
+        logits, cache = model.transformer.apply({"params": model.params}, tokens, cache, method_params, counts)
+        return logits, (flush if tokens.shape[1] > 1 else flush_when_due)(cache, method_params)
 
     cache = allocate(cache_config, model.config, batch=len(tokens), tokens=int(counts.max()) + STEPS)
     logits, cache = feed(tokens[:, : counts.max()], cache, counts)
@@ -43,7 +44,7 @@ def run_library(
         logits, cache = feed(token, cache, np.ones_like(counts))
         seen.append((np.asarray(logits), jax.device_get(cache)))
     assert (cache.lengths == counts + STEPS).all()
-    assert (cache.flushed == (counts + STEPS) // 128).all()
+    assert (cache.history_blocks == (counts + STEPS) // 128).all()
     return seen
 
 
@@ -66,7 +67,9 @@ def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
     seen = run_library(model, spec, tokens, counts)
     cache_config = CacheConfig.parse(spec)
     for row, count in enumerate(PROMPTS):
-        reference = Reference(model.config, model.params, cache_config.factors(model)[0], cache_config.method.bits)
+        reference = Reference(
+            model.config, model.params, cache_config.method_params(model.source)[0], cache_config.method.bits
+        )
         pieces = [tokens[row, :count], *tokens[row, count : count + STEPS, None]]
         for step, (piece, (logits, cache)) in enumerate(zip(pieces, seen, strict=True)):
             expected = reference.feed(list(piece))
@@ -87,10 +90,12 @@ def test_reference_can_tell_bit_widths_apart() -> None:
 def test_keys_are_rebuilt_with_the_matrix_in_eight_bits(dtype: str) -> None:
     """The values' matrix stays as it is; int8 takes a quarter of float32."""
     model = random_model(MODELS["K=H"])
-    exact, (small,) = (CacheConfig.parse(f"xquant:4{o}").factors(model) for o in ("", f",rebuild_dtype={dtype}"))
-    weight = np.asarray(exact[0]["key"]["up"], np.float64)
-    off = np.asarray(small["key"]["up"], np.float64) * np.asarray(small["key"]["scale"])[:, None] - weight
-    assert small["key"]["up"].nbytes == weight.size
+    exact, (small,) = (
+        CacheConfig.parse(f"xquant:4{o}").method_params(model.source) for o in ("", f",rebuild_dtype={dtype}")
+    )
+    weight = np.asarray(exact[0]["key"]["rebuild"], np.float64)
+    off = np.asarray(small["key"]["rebuild"], np.float64) * np.asarray(small["key"]["scale"])[:, None] - weight
+    assert small["key"]["rebuild"].nbytes == weight.size
     assert 0 < np.abs(off).max() <= np.abs(weight).max() / {"int8": 254, "fp8": 16}[dtype] * (1 + 1e-5)
     assert small["value"]["up"] is model.params["layers"]["value"]["kernel"]
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_config
+from xquant_jax.cache.append import append
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import Cache, allocate, append, cache_bytes, check_room, flush, flush_when_due
+from xquant_jax.cache.flush import flush, flush_when_due
+from xquant_jax.cache.state import Cache, allocate, cache_bytes, check_room
 from xquant_jax.errors import CacheFullError
 from xquant_jax.numerics.quantization import dequantize
 
@@ -51,7 +53,7 @@ def test_one_at_a_time_in_chunks_and_at_once_store_the_same_bytes(spec: str) -> 
     empty = allocate(CacheConfig.parse(spec), CONFIG, batch=4, tokens=300)
     new = vectors(empty, 300)
     at_once = feed(empty, new, 300)
-    assert (at_once.flushed == LENGTHS // 128).all()
+    assert (at_once.history_blocks == LENGTHS // 128).all()
 
     @jax.jit
     def one_at_a_time(cache: Cache) -> Cache:
@@ -106,12 +108,12 @@ def test_rejected_tokens_are_taken_back_by_shortening_lengths() -> None:
     new = vectors(cache, 140)
     cache = flush(append(cache, jax.tree.map(lambda a: a[:, :, :125], new), jnp.asarray([125])), none(cache))
     drafted = append(cache, vectors(cache, 10, seed=9), jnp.asarray([10]))
-    assert (drafted.flushed == 0).all()
-    assert drafted.in_window == 135
+    assert (drafted.history_blocks == 0).all()
+    assert drafted.window_lengths == 135
     kept = dataclasses.replace(drafted, lengths=drafted.lengths - 10)
     kept = append(kept, jax.tree.map(lambda a: a[:, :, 125:130], new), jnp.asarray([5]))
     kept = flush_when_due(kept, none(kept))
-    assert kept.flushed == 1
+    assert kept.history_blocks == 1
     for name, window in kept.segments[0].window.items():
         block = np.asarray(dequantize(kept.segments[0].history[name]))[:, 0, 0]
         np.testing.assert_array_equal(block, np.asarray(new[0][name])[:, 0, :128])

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,9 +20,10 @@ from xquant_jax.errors import ConfigError
 from xquant_jax.model.transformer import forward
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.planning import plan as planning
+from xquant_jax.planning.costs import Costs
 from xquant_jax.planning.counting import Operations, count
 from xquant_jax.planning.devices import Device, find_device, read_devices
-from xquant_jax.planning.plan import PAPER_RIDGE, Costs, default_specs, hidden_below, plan, read_config
+from xquant_jax.planning.plan import PAPER_RIDGE, default_specs, hidden_below, plan, read_config
 
 CONFIGS = GOLDEN / "configs"
 GROUPED, MULTI_HEAD = str(CONFIGS / "Llama-3.1-8B.json"), str(CONFIGS / "Llama-2-7b-hf.json")
@@ -108,17 +108,16 @@ def test_bytes_are_those_that_a_compiled_step_is_given(spec: str) -> None:
         """As a loaded model has them: each kind once, in the model's type."""
         return jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.svd(kind, folded=folded, number=number))
 
-    found = {"layer_params": model.layer_params, "svd": svd, "calibrated": model.calibrated}
-    source = SimpleNamespace(config=config, **found)
-    factors = cache_config.factors(source)
+    source = dataclasses.replace(model.source, svd=svd)
+    method_params = cache_config.method_params(source)
     stored = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=1000))
     step = jax.jit(partial(forward, model.transformer), keep_unused=True)
-    arguments = (model.params, jnp.zeros((2, 1), jnp.int32), stored, factors, jnp.ones(2, jnp.int32))
+    arguments = (model.params, jnp.zeros((2, 1), jnp.int32), stored, method_params, jnp.ones(2, jnp.int32))
     memory = step.lower(*arguments).compile().memory_analysis()
     known = {id(leaf) for leaf in jax.tree.leaves(model.params)}
     seen: set[int] = set()
     again = 0  # leaves that are passed a second time, but held once
-    for leaf in jax.tree.leaves(factors):
+    for leaf in jax.tree.leaves(method_params):
         again += leaf.nbytes if id(leaf) in known | seen else 0
         seen.add(id(leaf))
     cost = costs(config, spec)
@@ -136,7 +135,7 @@ def test_the_largest_context_and_batch_fit_and_more_does_not(grouped: ModelConfi
 
     def fits(batch: int, context: int) -> bool:
         shapes = jax.eval_shape(lambda: allocate(CacheConfig.parse(spec), grouped, batch=batch, tokens=context))
-        return cost.weights + cost.factors + cache_bytes(shapes).total <= usable
+        return cost.weights + cost.method_params + cache_bytes(shapes).total <= usable
 
     assert fits(7, row.largest_context)
     assert not fits(7, row.largest_context + 1)

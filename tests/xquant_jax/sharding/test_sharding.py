@@ -17,9 +17,13 @@ from converters.shards import Tensor
 from tests.checkpoints import write_checkpoint
 from tests.conftest import counted_compilations, forget_programs, random_tokens
 from xquant_jax import sharding
+from xquant_jax.cache.append import append
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import Cache, allocate, append, cache_bytes, flush, flush_when_due
+from xquant_jax.cache.flush import flush, flush_when_due
+from xquant_jax.cache.partition import cache_specs, constrain_cache
+from xquant_jax.cache.state import Cache, allocate, cache_bytes
 from xquant_jax.generation import batch
+from xquant_jax.generation.request import Request
 from xquant_jax.model.loading import Model
 from xquant_jax.model.transformer import forward
 
@@ -134,9 +138,9 @@ def test_flushes_write_the_same_bits(models: dict[bool, xq.Model], spec: str, sh
     counts = [LENGTHS, *np.random.default_rng(0).integers(0, 2, (6, 8))]  # some rows are at 127 and 128 tokens
 
     def fed(model: xq.Model) -> Cache:
-        factors, random = model.factors(cache_config), np.random.default_rng(1)
-        chunk = jax.jit(lambda cache, new, counts: flush(append(cache, new, counts), factors))
-        one = jax.jit(lambda cache, new, counts: flush_when_due(append(cache, new, counts), factors))
+        method_params, random = model.method_params(cache_config), np.random.default_rng(1)
+        chunk = jax.jit(lambda cache, new, counts: flush(append(cache, new, counts), method_params))
+        one = jax.jit(lambda cache, new, counts: flush_when_due(append(cache, new, counts), method_params))
         cache = allocate(cache_config, model.config, batch=8, tokens=1024)
         for count in counts:
             length = max(count)
@@ -154,11 +158,11 @@ def test_flushes_write_the_same_bits(models: dict[bool, xq.Model], spec: str, sh
     mesh = xq.make_mesh(*shape)
     with jax.set_mesh(mesh):
         found = fed(model.on(mesh))
-    np.testing.assert_array_equal(found.flushed, expected.flushed)
+    np.testing.assert_array_equal(found.history_blocks, expected.history_blocks)
     for mine, theirs in zip(found.segments, expected.segments, strict=True):
         jax.tree.map(np.testing.assert_array_equal, (mine.history, mine.sink), (theirs.history, theirs.sink))
         for name, window in mine.window.items():
-            for row, count in enumerate(expected.in_window):
+            for row, count in enumerate(expected.window_lengths):
                 np.testing.assert_array_equal(window[:, row, :count], theirs.window[name][:, row, :count])
 
 
@@ -190,17 +194,17 @@ def test_history_never_travels(models: dict[bool, xq.Model], spec: str) -> None:
     mesh, cache_config = xq.make_mesh(2, 2, 2), CacheConfig.parse(spec)
     model = models[False].on(mesh)
     with jax.set_mesh(mesh):
-        factors = model.factors(cache_config)
+        method_params = model.method_params(cache_config)
         cache = jax.eval_shape(lambda: allocate(cache_config, model.config, batch=8, tokens=TOKENS))
-        shardings = sharding.named(sharding.cache_specs(cache), mesh)
+        shardings = sharding.named(cache_specs(cache), mesh)
         cache = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), cache, shardings)
 
-        def step(params: Any, factors: Any, tokens: Any, cache: Cache) -> Any:
-            logits, cache = forward(model.transformer, params, tokens, cache, factors, jnp.ones(8, jnp.int32))
-            return logits, sharding.constrain_cache(flush_when_due(cache, factors))
+        def step(params: Any, method_params: Any, tokens: Any, cache: Cache) -> Any:
+            logits, cache = forward(model.transformer, params, tokens, cache, method_params, jnp.ones(8, jnp.int32))
+            return logits, constrain_cache(flush_when_due(cache, method_params))
 
         tokens = jax.ShapeDtypeStruct((8, 1), jnp.int32)
-        compiled = jax.jit(step, donate_argnames="cache").lower(model.params, factors, tokens, cache).compile()
+        compiled = jax.jit(step, donate_argnames="cache").lower(model.params, method_params, tokens, cache).compile()
     memory, own = compiled.memory_analysis(), cache_bytes(cache).total / 8
     assert memory.alias_size_in_bytes >= own
     assert memory.temp_size_in_bytes < 0.1 * own
@@ -241,9 +245,9 @@ def test_weights_are_read_shard_by_shard(
             assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
             np.testing.assert_array_equal(mine, theirs)
         for spec in ("xquant:4,group=8", "xquant-cl:2,first=1@4"):
-            factors = model.factors(CacheConfig.parse(spec))
-            alone = models[False].factors(CacheConfig.parse(spec))
-            jax.tree.map(np.testing.assert_array_equal, factors, alone)
+            method_params = model.method_params(CacheConfig.parse(spec))
+            alone = models[False].method_params(CacheConfig.parse(spec))
+            jax.tree.map(np.testing.assert_array_equal, method_params, alone)
 
 
 def test_a_second_call_on_a_mesh_compiles_nothing(directories: dict[bool, Path]) -> None:
@@ -257,7 +261,7 @@ def test_a_second_call_on_a_mesh_compiles_nothing(directories: dict[bool, Path])
 
 
 def test_a_batch_of_slots_on_a_mesh(directories: dict[bool, Path], models: dict[bool, xq.Model]) -> None:
-    requests = [batch.Request(prompt, max_new_tokens=5 + i) for i, prompt in enumerate(prompts_of(models[False]))]
+    requests = [Request(prompt, max_new_tokens=5 + i) for i, prompt in enumerate(prompts_of(models[False]))]
     options: dict[str, Any] = {"cache": "bf16,dtype=float32", "stop_ids": [], "prefill_chunk": 64}
     alone = {a.index: a for a in batch.prepare(models[False], slots=8, **options).answers(requests)}
     mesh = xq.make_mesh(2, 2, 2)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import random_model, random_tokens, tiny_config
+from tests.xquant_jax.cache.methods.test_xquant import STEPS, TOLERANCE, run_library
 from tests.xquant_jax.reference import Reference, bf16, directed, fake_quantize, fake_quantize_block, rms, rope
-from tests.xquant_jax.test_xquant import STEPS, TOLERANCE, run_library
 from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cache.flush import flush
 from xquant_jax.cache.methods import base
-from xquant_jax.cache.state import allocate, cache_bytes, flush
+from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.quantization import StreamSpec, dequantize, quantize
@@ -65,7 +66,7 @@ class KeysValues(Reference):
     def __init__(
         self, config: ModelConfig, params: Any, quantizers: list[tuple[Quantizer, Quantizer]], rotated: bool
     ) -> None:
-        super().__init__(config, params, factors={}, bits=0)
+        super().__init__(config, params, method_params={}, bits=0)
         self.quantizers = [dict(zip(("key", "value"), pair, strict=True)) for pair in quantizers]
         self.rotated = rotated
         self.weights = [self.layer(i)[0] for i in range(config.num_layers)]
@@ -132,15 +133,17 @@ def test_values_rebuilt_or_absorbed_give_the_same(spec: str, monkeypatch: pytest
     model = random_model(tiny_config())
     tokens = jnp.asarray(random_tokens(model.config, 2, 300))
     cache_config = CacheConfig.parse(spec)
-    factors = cache_config.factors(model)
+    method_params = cache_config.method_params(model.source)
     cache = allocate(cache_config, model.config, batch=2, tokens=300)
     counts = jnp.asarray([270, 140])
-    _, cache = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
-    cache = flush(cache, factors)
+    _, cache = model.transformer.apply({"params": model.params}, tokens, cache, method_params, counts)
+    cache = flush(cache, method_params)
     logits = []
     for bound in (0, 16):
         monkeypatch.setattr(base, "ABSORB_UP_TO", bound)
-        step = model.transformer.apply({"params": model.params}, tokens[:, :3], cache, factors, jnp.asarray([3, 3]))
+        step = model.transformer.apply(
+            {"params": model.params}, tokens[:, :3], cache, method_params, jnp.asarray([3, 3])
+        )
         logits.append(np.asarray(step[0]))
     assert np.abs(logits[0] - logits[1]).max() <= TOLERANCE * np.ptp(logits[0])
 
@@ -189,12 +192,12 @@ def test_e4m3_is_exact_to_the_bit(group: int) -> None:
     blocks = jax.jit(quantize, static_argnums=1)(jnp.asarray(x), StreamSpec(12, 8, group=group, format="e4m3"))
     parts = [[e4m3_group(part) for part in row.reshape(-1, group)] for row in x]
     words = np.stack([np.concatenate([values for values, _ in row]) for row in parts])
-    np.testing.assert_array_equal(blocks.words[0], words.view(np.uint8))
+    np.testing.assert_array_equal(blocks.planes[0], words.view(np.uint8))
     np.testing.assert_array_equal(
         np.asarray(blocks.scale).astype(np.float32), [[scale for _, scale in row] for row in parts]
     )
     assert blocks.zero is None
-    assert blocks.words[0].nbytes == x.size
+    assert blocks.planes[0].nbytes == x.size
 
 
 def test_e4m3_is_off_by_at_most_a_sixteenth_or_a_thousandth_of_the_scale() -> None:

@@ -12,7 +12,8 @@ from tests.conftest import counted_compilations
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.cli import main
-from xquant_jax.generation.batch import Answer, Request, prepare
+from xquant_jax.generation.batch import prepare
+from xquant_jax.generation.request import Answer, Request
 
 EXACT = "bf16,dtype=float32"
 STORIES = ("Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big", "Tom", "One day Sue")

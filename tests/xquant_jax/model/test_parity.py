@@ -10,7 +10,8 @@ import pytest
 
 import xquant_jax as xq
 from tests.conftest import GOLDEN
-from xquant_jax.cache.state import allocate, flush, flush_when_due
+from xquant_jax.cache.flush import flush, flush_when_due
+from xquant_jax.cache.state import allocate
 
 pytestmark = pytest.mark.optimized
 
@@ -45,12 +46,12 @@ def test_logits_equal_transformers(case: Path) -> None:
         assert_close(logits[row, :length], expected[row, :length], scale)
 
     cache_config = xq.CacheConfig.parse("bf16,dtype=float32")
-    factors = cache_config.factors(model)
+    method_params = cache_config.method_params(model.source)
 
     @jax.jit
     def feed(tokens, cache, counts):
-        logits, cache = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
-        return logits, (flush if tokens.shape[1] > 1 else flush_when_due)(cache, factors)
+        logits, cache = model.transformer.apply({"params": model.params}, tokens, cache, method_params, counts)
+        return logits, (flush if tokens.shape[1] > 1 else flush_when_due)(cache, method_params)
 
     cache = allocate(cache_config, model.config, batch=len(tokens), tokens=tokens.shape[1])
     counts = lengths // 2 + np.arange(len(lengths))  # ragged: each row's prompt ends elsewhere

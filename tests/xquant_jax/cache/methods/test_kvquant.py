@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import random_model, random_tokens, tiny_config
+from tests.xquant_jax.cache.methods.test_baselines import PROMPTS, KeysValues
+from tests.xquant_jax.cache.methods.test_xquant import STEPS, TOLERANCE, run_library
 from tests.xquant_jax.reference import bf16, fake_quantize_levels
-from tests.xquant_jax.test_baselines import PROMPTS, KeysValues
-from tests.xquant_jax.test_xquant import STEPS, TOLERANCE, run_library
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.calibration.levels import levels
@@ -28,7 +28,7 @@ class Codebooks(KeysValues):
 
     def __init__(self, model: Any, cache_config: CacheConfig) -> None:
         self.method: Any = cache_config.method
-        self.books = jax.tree.map(np.asarray, cache_config.factors(model)[0])
+        self.books = jax.tree.map(np.asarray, cache_config.method_params(model.source)[0])
         super().__init__(model.config, model.params, [(np.copy, np.copy)] * model.config.num_layers, rotated=False)
 
     def levels(self, i: int, name: str) -> np.ndarray:

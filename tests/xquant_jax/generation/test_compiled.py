@@ -48,7 +48,7 @@ def test_temporaries_stay_below_a_tenth_of_the_cache(spec: str) -> None:
     lowered = advance.lower(
         model.transformer,
         model.params,
-        cache_config.factors(model),
+        cache_config.method_params(model.source),
         state,
         cache,
         Sampling().checked(),

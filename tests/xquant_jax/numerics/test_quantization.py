@@ -63,7 +63,7 @@ def test_values_on_the_grid_are_exact_in_compiled_code(bits: int, axis: str) -> 
     def in_a_loop(x: jax.Array) -> tuple[jax.Array, ...]:
         def body(i: int, carry: tuple) -> tuple:
             stored = quantize(x * (1 + 0 * i), spec)
-            return unpack(stored.words, bits), stored.scale, stored.zero
+            return unpack(stored.planes, bits), stored.scale, stored.zero
 
         return jax.lax.fori_loop(0, 2, body, jax.tree.map(jnp.zeros_like, body(0, ())))
 

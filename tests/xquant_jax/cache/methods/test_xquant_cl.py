@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import history as tiles
+from pallas_kernels import xla as tiles
 from tests.conftest import random_model, random_tokens, tiny_config
+from tests.xquant_jax.cache.methods.test_xquant import PROMPTS, STEPS, run_library
 from tests.xquant_jax.reference import Reference, assert_neighbours, bf16, fake_quantize_block, read_block, rms
-from tests.xquant_jax.test_xquant import PROMPTS, STEPS, run_library
+from xquant_jax.cache.append import append
+from xquant_jax.cache.attend import LayerCache
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.methods.base import Stored
-from xquant_jax.cache.state import allocate, append, cache_bytes, flush
+from xquant_jax.cache.flush import flush
+from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Geometry
@@ -36,7 +38,7 @@ class ClosedLoop(Reference):
         self.method: Any = cache_config.method
         self.segments = cache_config.segments(model.config)
         self.segment_of = [n for n, (_, layers) in enumerate(self.segments) for _ in range(layers)]
-        super().__init__(model.config, model.params, cache_config.factors(model), self.method.bits)
+        super().__init__(model.config, model.params, cache_config.method_params(model.source), self.method.bits)
         self.codes: list[dict[str, list[np.ndarray]]] = [{} for _ in range(model.config.num_layers)]
         self.adopted: list[set[int]] = [set() for _ in range(model.config.num_layers)]
 
@@ -44,13 +46,13 @@ class ClosedLoop(Reference):
         def pick(tree: Any) -> Any:
             return {k: pick(v) if isinstance(v, dict) else np.asarray(v[i], np.float64) for k, v in tree.items()}
 
-        factors = dict(self.factors[self.segment_of[i]])
-        matrices = factors.pop("predict", ())
-        picked = pick(factors)
+        method_params = dict(self.method_params[self.segment_of[i]])
+        matrices = method_params.pop("predict", ())
+        picked = pick(method_params)
         if len(matrices) == 2:
             picked |= {"down": np.asarray(matrices[0][i], np.float64), "up": np.asarray(matrices[1][i], np.float64)}
         elif len(matrices) == 1 and i > 0:
-            below, own = (np.asarray(factors["basis"][n], np.float64) for n in (i - 1, i))
+            below, own = (np.asarray(method_params["basis"][n], np.float64) for n in (i - 1, i))
             weakest = 0.1 if self.method.basis == "per_head" else 1e-9
             picked["predict"] = np.linalg.pinv(below, weakest) @ own
         return pick(self.params["layers"]), picked
@@ -69,7 +71,7 @@ class ClosedLoop(Reference):
         fresh = [rms(np.asarray(v, bf16).astype(np.float64), 1.0, self.c.norm_eps) for v in kept[0]["x"]]
         vectors = np.concatenate([*old, *(v[None] for v in fresh[128 * len(old) :])])
         heads = (len(vectors), self.c.num_kv_heads, self.c.head_dim)
-        return (vectors @ f["key"]["up"]).reshape(heads), (vectors @ f["value"]["up"]).reshape(heads)
+        return (vectors @ f["key"]["rebuild"]).reshape(heads), (vectors @ f["value"]["rebuild"]).reshape(heads)
 
     def store(self, i: int, f: Any, x: np.ndarray, h: np.ndarray | None = None) -> None:
         if i == 0:
@@ -257,7 +259,7 @@ def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: st
     to them is the same in every layer. Ragged rows, one shorter than a block."""
     model = random_model(MODELS[kind])
     c, cache_config = model.config, CacheConfig.parse(f"{spec},first=2@4")
-    factors = cache_config.factors(model)
+    method_params = cache_config.method_params(model.source)
     counts = np.asarray([400, 256, 90])
     rng = np.random.default_rng(0)
     cache = allocate(cache_config, c, batch=3, tokens=400, max_step=200)
@@ -270,23 +272,23 @@ def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: st
     ]
     for start in (0, 200):
         piece = tuple({n: jnp.asarray(v[:, :, start : start + 200]) for n, v in part.items()} for part in vectors)
-        cache = flush(append(cache, piece, jnp.asarray(np.clip(counts - start, 0, 200))), factors)
+        cache = flush(append(cache, piece, jnp.asarray(np.clip(counts - start, 0, 200))), method_params)
     q = jnp.asarray(rng.standard_normal((3, 1, c.num_heads, c.head_dim)), jnp.float32)
     frequencies = jnp.asarray(c.rope.frequencies(c.head_dim))
     geometry = Geometry(jnp.asarray(counts)[:, None], 2**30, frequencies, c.head_dim**-0.5)
-    running, sums, start = cache.running, [None] * 3, 0
-    for segment, part, own_factors in zip(cache.segments, vectors, factors, strict=True):
+    running_sum, sums, start = cache.running_sum, [None] * 3, 0
+    for segment, part, own_factors in zip(cache.segments, vectors, method_params, strict=True):
         method, specs = segment.method, segment.method.streams(c)
         for i in range(segment.num_layers):
             own = jax.tree.map(lambda a, i=i, start=start: a[start + i], own_factors)
-            stored = Stored(segment, jnp.int32(i), cache.flushed, cache.in_window, running)
-            got, running = method.attend(own, q, stored, geometry, c)
+            stored = LayerCache(segment, jnp.int32(i), cache.history_blocks, cache.window_lengths, running_sum)
+            got, running_sum = method.attend(own, q, stored, geometry, c)
             for row, count in enumerate(counts.tolist()):
                 whole = count // 128 * 128
                 window = {n: jnp.asarray(v[i, row : row + 1, :count]) for n, v in part.items()}
                 read = window
                 if whole:
-                    if sums[row] is None and (spec_of := method.running(c)) is not None:
+                    if sums[row] is None and (spec_of := method.running_sum(c)) is not None:
                         sums[row] = allocate_blocks(spec_of, (1, whole // 128))
                     blocks = {n: v[:, :whole] for n, v in window.items()}
                     _, old, sums[row] = method.store_and_read(own, blocks, sums[row], specs)

@@ -78,7 +78,7 @@ def reference_losses(model: RandomModel, tokens: np.ndarray, bits: int) -> np.nd
 
 def factor_signs(model: RandomModel, layer: int, side: str, parts: list) -> list[np.ndarray]:
     """Signs of singular vectors are arbitrary; these are the library's."""
-    down = np.asarray(model.svd("per_head")[side]["down"][layer], np.float64)  # [D, K, e]
+    down = np.asarray(model.svd("per_head")[side]["project"][layer], np.float64)  # [D, K, e]
     return [np.sign((down[:, n] * u).sum(0)) for n, (u, _, _) in enumerate(parts)]
 
 
@@ -102,14 +102,14 @@ def test_streaming_protocol_is_the_cache_fed_step_by_step(spec: str, chunk: int)
     model = random_model(tiny_config())
     tokens, lengths = random_tokens(model.config, 2, 200), np.asarray([200, 131], np.int32)
     config = CacheConfig.parse(spec)
-    factors = config.factors(model)
+    method_params = config.method_params(model.source)
     ours = Scorer(model, config, "streaming", chunk).program(2, 200)(tokens, lengths).loss
     cache = xq.allocate(config, model.config, batch=2, tokens=200, max_step=chunk)
 
     @jax.jit
     def feed(tokens, cache, counts):
-        logits, after = model.transformer.apply({"params": model.params}, tokens, cache, factors, counts)
-        return jax.nn.log_softmax(logits), xq.flush_when_due(after, factors)
+        logits, after = model.transformer.apply({"params": model.params}, tokens, cache, method_params, counts)
+        return jax.nn.log_softmax(logits), xq.flush_when_due(after, method_params)
 
     for start in range(0, 200, chunk):
         piece = np.pad(tokens[:, start : start + chunk], ((0, 0), (0, max(0, start + chunk - 200))))
@@ -314,11 +314,10 @@ class TestCommand:
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
-    from xquant_jax.evaluation import plot as plotting
 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"xquant-jax\[plot\]"):
-        plotting.check(tmp_path / "out.png")
+        figures.check(tmp_path / "out.png")
 
 
 # From an independent fake-quantized computation of these models (float32; windows of 512 tokens, the first three layers

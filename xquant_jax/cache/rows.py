@@ -1,0 +1,39 @@
+"""Rows of a cache: a sequence each."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from xquant_jax import sharding
+from xquant_jax.cache.partition import cache_specs
+from xquant_jax.cache.state import Cache
+
+
+def copy_rows(cache: Cache, own: Cache, targets: Int[Array, " R"]) -> Cache:
+    """The cache with the rows of another in its slots. What a slot had beyond their blocks is never read."""
+    specs = cache_specs(cache)
+    copy = sharding.on_shards(_copy_own_rows, (specs, cache_specs(own), sharding.P()), specs)
+    return copy(cache, own, targets)
+
+
+def _copy_own_rows(cache: Cache, own: Cache, targets: Array) -> Cache:
+    batch, size = sharding.RULES.batch, cache.lengths.shape[0]
+    targets = targets - size * sharding.shard_index(batch)
+    targets = jnp.where((targets >= 0) & (targets < size), targets, size)
+
+    def put(whole: Array, part: Array) -> Array:
+        """[L, B, N, ...] and [L, R, n, ...]: blocks, or places of a window."""
+        return whole.at[:, targets, : part.shape[2]].set(sharding.gather(part, batch, axis=1), mode="drop")
+
+    def put_number(whole: Array, part: Array) -> Array:
+        return whole.at[targets].set(sharding.gather(part, batch, axis=0), mode="drop")
+
+    return dataclasses.replace(
+        cache,
+        lengths=put_number(cache.lengths, own.lengths),
+        lost=put_number(cache.lost, own.lost),
+        history_blocks=put_number(cache.history_blocks, own.history_blocks),
+        segments=jax.tree.map(put, cache.segments, own.segments),
+    )
