@@ -99,7 +99,7 @@ def _histogram(
     """Sensitivity of the loss to errors at every height between a group's least and largest value."""
     whole = values.shape[1] // BLOCK * BLOCK
     values, gradient = flat(values)[:, :whole].astype(jnp.float32), flat(gradient)[:, :whole]
-    values = values.at[:, :sink].set(values[:, sink : sink + 1])  # as `Method.without_sink`
+    values = values.at[:, :sink].set(values[:, sink : sink + 1])  # as `cache.store.without_sink`
     unit, scale, _, places, _ = normalize(as_blocks(values), spec)
     axis = -2 if spec.axis == "channel" else -1
     weight = (gradient.at[:, :sink].set(0).reshape(unit.shape) * scale.astype(jnp.float32)) ** 2

@@ -97,7 +97,7 @@ def test_keys_are_rebuilt_with_the_matrix_in_eight_bits(dtype: str) -> None:
     off = np.asarray(small["key"]["rebuild"], np.float64) * np.asarray(small["key"]["scale"])[:, None] - weight
     assert small["key"]["rebuild"].nbytes == weight.size
     assert 0 < np.abs(off).max() <= np.abs(weight).max() / {"int8": 254, "fp8": 16}[dtype] * (1 + 1e-5)
-    assert small["value"]["up"] is model.params["layers"]["value"]["kernel"]
+    assert small["value"]["rebuild"] is model.params["layers"]["value"]["kernel"]
 
 
 @pytest.mark.parametrize(

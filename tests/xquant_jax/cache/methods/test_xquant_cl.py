@@ -13,10 +13,11 @@ from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.cache.methods.test_xquant import PROMPTS, STEPS, run_library
 from tests.xquant_jax.reference import Reference, assert_neighbours, bf16, fake_quantize_block, read_block, rms
 from xquant_jax.cache.append import append
-from xquant_jax.cache.attend import LayerCache
+from xquant_jax.cache.attend import LayerCache, attend_own
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
 from xquant_jax.cache.state import allocate, cache_bytes
+from xquant_jax.cache.store import store_and_read
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Geometry
@@ -282,7 +283,7 @@ def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: st
         for i in range(segment.num_layers):
             own = jax.tree.map(lambda a, i=i, start=start: a[start + i], own_factors)
             stored = LayerCache(segment, jnp.int32(i), cache.history_blocks, cache.window_lengths, running_sum)
-            got, running_sum = method.attend(own, q, stored, geometry, c)
+            got, running_sum = attend_own(own, q, stored, geometry, c)
             for row, count in enumerate(counts.tolist()):
                 whole = count // 128 * 128
                 window = {n: jnp.asarray(v[i, row : row + 1, :count]) for n, v in part.items()}
@@ -291,7 +292,7 @@ def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: st
                     if sums[row] is None and (spec_of := method.running_sum(c)) is not None:
                         sums[row] = allocate_blocks(spec_of, (1, whole // 128))
                     blocks = {n: v[:, :whole] for n, v in window.items()}
-                    _, old, sums[row] = method.store_and_read(own, blocks, sums[row], specs)
+                    _, old, sums[row] = store_and_read(method, own, blocks, sums[row], specs)
                     read = {n: jnp.concatenate([old[n], window[n][:, whole:]], axis=1) for n in window}
                 k, v = method.rebuild(own, read, c)
                 at = dataclasses.replace(geometry, positions=geometry.positions[row : row + 1])
