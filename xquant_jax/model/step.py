@@ -26,8 +26,8 @@ def step(
     the rest is padding.
 
     Outside of compiled code a cache that is full raises `CacheFullError`. In compiled code nothing can be raised: what
-    does not fit is not stored, the logits of that sequence are NaN from then on, and `check_nothing_lost` raises when it
-    is given the cache after the loop.
+    does not fit is not stored, the logits of that sequence are NaN from then on, and `check_nothing_lost` raises when
+    it is given the cache after the loop.
     """
     length = tokens.shape[1]
     if counts is None:

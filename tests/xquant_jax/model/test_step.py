@@ -83,12 +83,12 @@ def test_a_window_that_is_not_flushed_is_noticed_too() -> None:
     model, cache_config = model_of("xquant:4")
     method_params = cache_config.method_params(model.source)
     step = jax.jit(partial(xq.forward, model.transformer))  # without a flush
-    for length, stored in ((1, 128), (100, 100)):
+    for length, stored in ((1, 128), (100, 227)):
         cache = empty("xquant:4")
-        for _ in range(200 // length):
+        for _ in range(300 // length):
             counts = jnp.full(ROWS, length)
             _, cache = step(model.params, jnp.zeros((ROWS, length), jnp.int32), cache, method_params, counts)
-        assert cache.lengths.tolist() == [stored] * ROWS if length == 1 else cache.lengths[0] < 200
+        assert cache.lengths.tolist() == [stored] * ROWS
         with pytest.raises(xq.CacheFullError, match="was not flushed"):
             xq.check_nothing_lost(cache)
 

@@ -142,5 +142,5 @@ def test_a_basis_does_not_apply_to_multi_head_models() -> None:
 
 
 def test_other_bits_need_a_method_that_has_bits() -> None:
-    with pytest.raises(ConfigError, match="bits 0=4 sets bits, and bf16 has a fixed width"):
+    with pytest.raises(ConfigError, match="bits 0=4: bf16 has a fixed width"):
         CacheConfig(BF16(), layer_bits=(LayerBits(0, 0, 4),))
