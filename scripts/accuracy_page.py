@@ -74,7 +74,7 @@ def real_size(cache: str, config: ModelConfig) -> float:
 
 def learned_by(cache: str) -> str:
     """The cache without what calibration does not depend on."""
-    keep = [part for part in cache.split(",") if not part.startswith(("first=", "accumulator=", "delta="))]
+    keep = [part for part in cache.split(",") if not part.startswith(("first=", "accumulator="))]
     return ",".join(keep) if cache.startswith("kvquant") or "rank=" in cache else ""
 
 
@@ -164,7 +164,7 @@ def rebuilt(results: dict[str, dict[str, Any]]) -> str:
 
 def cost(option: str) -> str:
     """MFLOP per cached token and layer, and scratch bytes per cached token."""
-    if option in ("accumulator=bf16", "input=post_norm", "delta=channel", "input=residual"):
+    if option in ("accumulator=bf16", "input=post_norm", "input=residual"):
         return "K = H | "
     latent, per_head = "predict=paper" not in option, "per_head" in option
     width = 2 * R if latent else D

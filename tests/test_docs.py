@@ -39,8 +39,8 @@ def test_the_example_of_a_batch_runs(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_loop_of_ones_own_runs(capsys) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.S)
-    exec(compile(code, "design.md", "exec"), {})
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(code, "architecture.md", "exec"), {})
     assert capsys.readouterr().out.startswith("import os")
 
 

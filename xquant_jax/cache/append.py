@@ -27,8 +27,9 @@ def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], 
     tokens that were dropped (`check_nothing_lost`).
     """
     length = jax.tree.leaves(new)[0].shape[2]
-    _check_append(cache, counts, length)
-    asked, counts = counts, jnp.clip(counts, 0, _room(cache, length))
+    room = _room(cache, length)
+    _check_append(cache, counts, length, room)
+    asked, counts = counts, jnp.clip(counts, 0, room)
     segments = tuple(
         dataclasses.replace(
             segment,
@@ -118,19 +119,13 @@ def _layer_by_layer(window: Float[Array, "L B W C"]) -> Float[Array, "L B W C"]:
     return with_layout_constraint(window, DeviceLayout((0, 1, 2, 3)))
 
 
-def _check_append(cache: Cache, counts: Array, length: int) -> None:
+def _check_append(cache: Cache, counts: Array, length: int, room: Array) -> None:
     if any(isinstance(a, Tracer) for a in (cache.lengths, cache.history_blocks, counts)):
         return
     if int(jnp.max(counts)) > length:
         raise ConfigError(f"counts={counts} is not possible; there are {length} new vectors")
     check_room(cache.capacity, int((cache.lengths + counts).max()))
-    width, room = next(iter(cache.segments[0].window.values())).shape[2], window_room(length, cache.partition)
-    fits = (
-        int((cache.window_lengths + counts).max()) <= width
-        if width >= room
-        else int(cache.window_lengths.max()) < BLOCK
-    )
-    if not fits:
+    if bool((counts > room).any()):
         raise CacheFullError(
-            f"the window holds {max(width, room)} tokens and whole blocks were not flushed; call flush first"
+            f"the window has room for {room} tokens more, and whole blocks were not flushed; call flush first"
         )

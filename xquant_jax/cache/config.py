@@ -56,13 +56,13 @@ class CacheConfig:
         bits   = b {";" layers "=" b}     the layers named at other bits than the rest
         layers = N | M "-" N              counted from 0; M to N, both included
 
-    `xquant:4`, `kivi:2,group=32`, `xquant:4;0-2=8;5=2`. `bits=4;0-2=8` may also stand among the options, where
-    `first=N@b` is short for layers 0 to N-1 at b bits; only one of the two can be given. `basis=` sets the bases of
-    keys and values; every other option is a field of the method. In a shell, quote a spec that has a semicolon.
+    `xquant:4`, `kivi:2,group=32`, `xquant:4;0-2=8;5=2`. `bits=4;0-2=8` may also stand among the options. Two options
+    are short for others: `first=N@b` for layers 0 to N-1 at b bits (xquant-cl has one of its own of that name), and
+    `basis=` for the bases of keys and values; every other one is a field of the method. In a shell, quote a spec that
+    has a semicolon.
     """
 
     method: Method
-    first: tuple[int, int] | None = None  # layers, bits
     layer_bits: tuple[LayerBits, ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,11 +70,8 @@ class CacheConfig:
         for one, two in itertools.pairwise(self.layer_bits):
             if two.first <= one.last:
                 raise ConfigError(f"bits: {one} and {two} both name layer {two.first}; name every layer once")
-        others = [*([f"first={_at(self.first)}"] if self.first else []), *(f"bits {part}" for part in self.layer_bits)]
-        if others and "bits" not in _options(type(self.method)):
-            raise ConfigError(f"{others[0]} sets bits, and {self.method.name} has a fixed width")
-        if self.first and self.layer_bits:
-            raise ConfigError(f"{' and '.join(others)} cannot be combined; name the first layers in bits= too")
+        if self.layer_bits and "bits" not in _options(type(self.method)):
+            raise ConfigError(f"bits {self.layer_bits[0]}: {self.method.name} has a fixed width")
 
     @classmethod
     def parse(cls, spec: "str | CacheConfig") -> "CacheConfig":
@@ -86,7 +83,8 @@ class CacheConfig:
         if name not in METHODS:
             raise ConfigError(f"cache method {name!r} is not known; choose one of {', '.join(METHODS)}")
         fields = _options(METHODS[name])
-        known = [*fields, *(["basis"] if "key_basis" in fields else []), *(["first"] if "bits" in fields else [])]
+        short = [*(["basis"] if "key_basis" in fields else []), *(["first"] if "bits" in fields else [])]
+        known = dict.fromkeys([*fields, *short])
         if colon:
             options.insert(0, f"bits={bits}")
         given: dict[str, str] = {}
@@ -100,15 +98,19 @@ class CacheConfig:
                 if field in given:
                     raise ConfigError(f"cache spec {spec!r} gives {field} twice")
                 given[field] = value
-        first = _parse_first(given.pop("first")) if "first" in given else None
         layer_bits: tuple[LayerBits, ...] = ()
+        if "first" in given and "first" not in fields:
+            number, bits = _parse_first(value := given.pop("first"))
+            if "bits" not in fields:
+                raise ConfigError(f"first={value} sets bits, and {name} has a fixed width")
+            layer_bits = (LayerBits(0, number - 1, bits),)
         if "bits" in given:
             given["bits"], *parts = given["bits"].split(";")
-            layer_bits = tuple(LayerBits.parse(part) for part in parts)
+            layer_bits += tuple(LayerBits.parse(part) for part in parts)
             if "=" in given["bits"]:
                 raise ConfigError(f"bits={given['bits']} leaves the other layers open; write bits=4;{given['bits']}")
         values = {key: _convert(key, value, fields[key]) for key, value in given.items()}
-        return cls(METHODS[name](**values), first, layer_bits)
+        return cls(METHODS[name](**values), layer_bits)
 
     def __str__(self) -> str:
         fields = _options(type(self.method))
@@ -120,14 +122,12 @@ class CacheConfig:
         if "key_basis" in options and options["key_basis"] == options.get("value_basis"):
             options["basis"] = options.pop("key_basis")
             del options["value_basis"]
-        if self.first:
-            options["first"] = _at(self.first)
-        return ",".join([spec, *(f"{name}={value}" for name, value in options.items())])
+        return ",".join([spec, *(f"{name}={_typed(value)}" for name, value in options.items())])
 
     def segments(self, config: ModelConfig) -> list[tuple[Method, int]]:
         """Runs of layers with the same method: (method, number of layers). Checks the options against the model."""
         layers: list[Any] = []
-        for method, count in self.method.layers(config, self.first):
+        for method, count in self.method.layers(config):
             layers += [method] * count
         for part in self.layer_bits:
             if part.last >= len(layers):
@@ -156,7 +156,9 @@ def _options(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _convert(key: str, value: str, field: dataclasses.Field[Any]) -> Any:
-    """What was typed, as the type of the option (`int`, `float`, `str`, each also with `| None`)."""
+    """What was typed, as the type of the option: `int`, `float` or `str`, also with `| None`; or layers and bits."""
+    if key == "first":
+        return _parse_first(value)
     kinds = typing.get_args(field.type) or (field.type,)
     if int in kinds:
         return _number(key, value)
@@ -172,11 +174,15 @@ def _parse_first(value: str) -> tuple[int, int]:
     layers, at, bits = value.partition("@")
     if not at:
         raise ConfigError(f"first={value} must be LAYERS@BITS, for example first=3@4")
-    return _number("first", layers), _number("first", bits)
+    number = _number("first", layers)
+    if number < 1:
+        raise ConfigError(f"first={value} names no layer; choose 1 or more, or leave it out")
+    return number, _number("first", bits)
 
 
-def _at(first: tuple[int, int]) -> str:
-    return f"{first[0]}@{first[1]}"
+def _typed(value: Any) -> str:
+    """The value of an option as users type it."""
+    return "@".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _number(key: str, value: str) -> int:

@@ -1,25 +1,21 @@
 """How a cache lies on a mesh: the mesh axes that split its blocks, the window's places and the streams' channels."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec as P
 
+from xquant_jax.cache.config import CacheConfig
 from xquant_jax.config import ModelConfig
 from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
-
-if TYPE_CHECKING:
-    from xquant_jax.cache.config import CacheConfig
-    from xquant_jax.cache.state import Cache
-from xquant_jax.sharding.rules import RULES, Axes, constrain_as, devices_along, named_specs
+from xquant_jax.sharding import RULES, Axes, P, constrain_as, devices_along, named_specs
 
 PER_HEAD_PARAMS: dict[str, tuple[str | None, ...]] = {
     "project": (None, "heads", None),
     "rebuild": ("heads", None, None),
     "bias": ("heads",),
 }
-"""Logical axes of one layer's factors where each head has its own, by the name of the leaf."""
+"""Logical axes of a layer's method parameters where each head has its own, by the name of the leaf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +46,11 @@ class CachePartition:
         return P(RULES.batch, self.blocks)
 
     def method_params(self, tree: Any) -> Any:
-        """Of the leaves of one layer's factors."""
+        """Of the leaves of one layer's method parameters."""
         return named_specs(tree, PER_HEAD_PARAMS if self.channels else {})
 
     def stacked_params(self, tree: Any) -> Any:
-        """The same for factors of all layers, leading axis L."""
+        """The same for those of all layers, leading axis L."""
         return jax.tree.map(lambda spec: P(None, *spec), self.method_params(tree), is_leaf=lambda x: isinstance(x, P))
 
     def share(self, history: dict[str, Blocks]) -> dict[str, Blocks]:
@@ -68,7 +64,7 @@ class CachePartition:
         return {name: dataclasses.replace(blocks, spec=own(blocks.spec)) for name, blocks in history.items()}
 
 
-def partition_of(cache_config: "CacheConfig", config: ModelConfig) -> CachePartition:
+def partition_of(cache_config: CacheConfig, config: ModelConfig) -> CachePartition:
     """By head if all streams of all layers belong to heads and no group of channels spans those of two devices."""
     segments, parts = cache_config.segments(config), devices_along(RULES.heads)
     groups = [
@@ -81,8 +77,8 @@ def partition_of(cache_config: "CacheConfig", config: ModelConfig) -> CacheParti
     return CachePartition(RULES.head_blocks, RULES.heads) if by_head else CachePartition(RULES.whole_blocks, ())
 
 
-def cache_specs(cache: "Cache") -> "Cache":
-    """The partition of every array of a cache, in its own structure."""
+def cache_specs[C: Any](cache: C) -> C:
+    """The partition of every array of a cache (`cache.state.Cache`), in its own structure."""
     segments = tuple(
         dataclasses.replace(
             segment,
@@ -102,6 +98,6 @@ def cache_specs(cache: "Cache") -> "Cache":
     )
 
 
-def constrain_cache(cache: "Cache") -> "Cache":
+def constrain_cache[C: Any](cache: C) -> C:
     """The cache, asked to lie as `cache_specs` says."""
     return constrain_as(cache, cache_specs(cache))

@@ -254,8 +254,8 @@ def _without_bits(cache_config: CacheConfig) -> CacheConfig:
     method: Any = cache_config.method
     if "bits" not in {field.name for field in dataclasses.fields(method)}:
         return cache_config
-    first = cache_config.first and (cache_config.first[0], 4)
-    return CacheConfig(dataclasses.replace(method, bits=4), first)
+    first = {"first": (method.first[0], 4)} if hasattr(method, "first") else {}
+    return CacheConfig(dataclasses.replace(method, bits=4, **first))
 
 
 def _size(tree: Any) -> int:

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.operands import Accumulation, KeyRebuild
 from xquant_jax.cache.methods.learned import Need
 from xquant_jax.config import ModelConfig
-from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import StreamSpec
 
@@ -82,22 +81,14 @@ class Method(abc.ABC):
         """How many tokens at the start of a sequence are kept as they are."""
         return 0
 
-    def layers(self, config: ModelConfig, first: tuple[int, int] | None) -> list[tuple["Method", int]]:
-        """The method of each run of layers: (method, number of layers). `first`: so many layers at so many bits."""
-        if first is None:
-            return [(self, config.num_layers)]
-        layers, bits = first
-        if not 0 < layers < config.num_layers:
-            raise ConfigError(
-                f"first={layers}@{bits}: the model has {config.num_layers} layers; choose 1 to {config.num_layers - 1}"
-            )
-        early: Any = dataclasses.replace(self, bits=bits)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        return [(early, layers), (self, config.num_layers - layers)]
+    def layers(self, config: ModelConfig) -> list[tuple["Method", int]]:
+        """The method of each run of layers: (method, number of layers)."""
+        return [(self, config.num_layers)]
 
     def by_head(self, config: ModelConfig) -> bool:
         """Whether all streams are the kv heads' own parts side by side, so that a device can hold some heads alone.
 
-        Factors that each head has its own of are then named as in `xquant_jax.sharding.PER_HEAD_PARAMS`.
+        Factors that each head has its own of are then named as in `cache.partition.PER_HEAD_PARAMS`.
         """
         return False
 

@@ -30,7 +30,6 @@ from xquant_jax.numerics.quantization import UNQUANTIZED, StreamSpec, check_bits
 
 CHOICES = {
     "input": ("post_norm", "unit_norm", "residual"),
-    "delta": ("token", "channel"),
     "predict": ("paper", "latent"),
     "basis": ("joint", "per_head"),
     "accumulator": ("bf16", "int8"),
@@ -47,11 +46,11 @@ would amplify what quantization added (measured: docs/accuracy.md)."""
 
 @dataclasses.dataclass(frozen=True)
 class XQuantCL(Method):
-    """Differences of X between layers at `bits` bits. `first=N@b` (3@4): the first layers, the last of them the base.
+    """Differences of X between layers at `bits` bits. The last of the `first` layers is the base.
 
     input: which X: after the norm (`post_norm`), after the norm without its weight, which is folded into the
         projections (`unit_norm`), or before the norm (`residual`, K = H only)
-    delta: quantize differences along the `token` or the `channel`
+    first: (layers, bits): the layers below the differences and the bits of their streams, typed as 3@4
     predict: K < H only, see above: `latent` by default, or `paper`
     basis, rank: of `predict=latent`, see above; rank=0: all directions, without calibration
     accumulator: how the running sum of the history is held: `bf16` or `int8`
@@ -62,7 +61,7 @@ class XQuantCL(Method):
     has_running_sum: ClassVar[bool] = True
     bits: int = 2
     input: str = "unit_norm"
-    delta: str = "token"
+    first: tuple[int, int] = (3, 4)
     predict: str | None = None  # None: latent where K < H
     basis: str | None = None  # None: joint
     rank: int = 0
@@ -92,9 +91,9 @@ class XQuantCL(Method):
         if self.rank < 0:
             raise ConfigError(f"rank={self.rank} is not possible; choose 1 or more, or 0 for all directions")
 
-    def layers(self, config: ModelConfig, first: tuple[int, int] | None) -> list[tuple[Method, int]]:
+    def layers(self, config: ModelConfig) -> list[tuple[Method, int]]:
         """Plain layers, the base of the running sum, and the differences."""
-        plain, bits = first or (3, 4)
+        plain, bits = self.first
         if not 0 < plain < config.num_layers:
             raise ConfigError(
                 f"first={plain}@{bits}: the model has {config.num_layers} layers, and xquant-cl needs one for its base "
@@ -109,7 +108,7 @@ class XQuantCL(Method):
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         self._check(config)
-        return {"delta": StreamSpec(self._stored_width(config), self.bits, self.delta)}  # pyright: ignore[reportArgumentType]
+        return {"delta": StreamSpec(self._stored_width(config), self.bits, "token")}
 
     def window(self, config: ModelConfig) -> dict[str, tuple[int, str]]:
         return {"x": (self._running_width(config), "bfloat16")}

@@ -61,7 +61,11 @@ def test_some_layers_may_have_other_bits(spec: str, segments: list[tuple[Method,
         ("fp8,scale=head", "fp8"),
         ("kivi", "kivi:4"),
         ("kivi,rope=post,bits=2", "kivi:2,rope=post"),
-        ("xquant:2,first=3@4,basis=joint", "xquant:2,basis=joint,first=3@4"),
+        ("xquant:2,first=3@4,basis=joint", "xquant:2;0-2=4,basis=joint"),
+        ("kivi:2,first=1@8", "kivi:2;0=8"),
+        ("kivi:2;5=4,first=3@8", "kivi:2;0-2=8;5=4"),
+        ("xquant-cl:2,first=2@8", "xquant-cl:2,first=2@8"),
+        ("xquant-cl:2,first=3@4", "xquant-cl:2"),
         ("xquant:2,value_basis=joint,key_basis=joint", "xquant:2,basis=joint"),
         ("xquant:2,value_basis=joint", "xquant:2,value_basis=joint"),
         ("xquant,group=8,bits=4;5-5=2;0-2=8", "xquant:4;0-2=8;5=2,group=8"),
@@ -107,8 +111,9 @@ def test_layers_may_be_named_in_any_order() -> None:
         ("int8,first=1@4", "int8 has a fixed width"),
         ("bf16,dtype=int4", "dtype=int4 is not supported"),
         ("xquant:4,group=5", "group=5 does not divide the stream's width 16; these do: .1, 2, 4, 8, 16."),
-        ("xquant:2,first=2@4", "first=2@4: the model has 2 layers; choose 1 to 1"),
-        ("xquant:2,first=0@4", "first=0@4: the model has 2 layers"),
+        ("xquant:2,first=3@4", "bits 0-2=4: the model has 2 layers, 0 to 1"),
+        ("xquant:2,first=0@4", "first=0@4 names no layer; choose 1 or more"),
+        ("xquant-cl:2,first=2", "first=2 must be LAYERS@BITS"),
         ("xquant:16", "bits=16 is not supported"),
         ("xquant:2,first=1@16", "bits=16 is not supported"),
         ("xquant:2,first=2", "first=2 must be LAYERS@BITS"),
@@ -123,7 +128,7 @@ def test_layers_may_be_named_in_any_order() -> None:
         ("kivi:2;0-1=4;1=8", "bits: 0-1=4 and 1=8 both name layer 1; name every layer once"),
         ("kivi:2;0=4;0=4", "bits: 0=4 and 0=4 both name layer 0"),
         ("kivi:2;0-2=4", "bits 0-2=4: the model has 2 layers, 0 to 1"),
-        ("kivi:2;0=4,first=1@8", "first=1@8 and bits 0=4 cannot be combined; name the first layers in bits= too"),
+        ("kivi:2;0=4,first=1@8", "bits: 0=4 and 0=8 both name layer 0; name every layer once"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error_that_names_it(spec: str, message: str) -> None:
@@ -137,5 +142,5 @@ def test_a_basis_does_not_apply_to_multi_head_models() -> None:
 
 
 def test_other_bits_need_a_method_that_has_bits() -> None:
-    with pytest.raises(ConfigError, match="bits 0=4 sets bits, and bf16 has a fixed width"):
+    with pytest.raises(ConfigError, match="bits 0=4: bf16 has a fixed width"):
         CacheConfig(BF16(), layer_bits=(LayerBits(0, 0, 4),))

@@ -116,7 +116,7 @@ class ClosedLoop(Reference):
             part = np.stack(self.stored[i]["x"][128 * n : 128 * (n + 1)]).astype(bf16).astype(np.float64)
             part = part if below is None else part - below
             part = part if basis is None else part @ basis
-            axis = "token" if below is None else self.method.delta
+            axis = "token"
             bits = self.segments[self.segment_of[i]][0].bits
             theirs = fake_quantize_block(part.astype(np.float32), bits, axis, part.shape[1])
         self.codes[i].setdefault("x", [])[n : n + 1] = [theirs]
@@ -165,13 +165,13 @@ class ClosedLoop(Reference):
         ("K=H", "xquant-cl:2,input=post_norm,accumulator=bf16"),
         ("K=H", "xquant-cl:3"),
         ("K=H", "xquant-cl:4,rebuild_dtype=int8"),
-        ("K=H", "xquant-cl:4,input=residual,delta=channel"),
+        ("K=H", "xquant-cl:4,input=residual"),
         ("K<H", "xquant-cl:2,predict=paper,input=post_norm,accumulator=bf16"),
-        ("K<H", "xquant-cl:4,predict=paper,delta=channel"),
+        ("K<H", "xquant-cl:4,predict=paper"),
         ("K<H", "xquant-cl:3,input=post_norm"),
         ("K<H", "xquant-cl:3,rebuild_dtype=int8"),
         ("K<H", "xquant-cl:2,predict=latent,basis=per_head,accumulator=bf16"),
-        ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,delta=channel,input=post_norm"),
+        ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,input=post_norm"),
     ],
 )
 def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
@@ -252,7 +252,7 @@ def test_what_does_not_apply_is_an_error(kind: str, spec: str, message: str) -> 
         ("K=H", "xquant-cl:3,input=residual,accumulator=bf16"),
         ("K<H", "xquant-cl:2"),
         ("K<H", "xquant-cl:3,predict=paper,accumulator=bf16"),
-        ("K<H", "xquant-cl:2,basis=per_head,rank=16,delta=channel"),
+        ("K<H", "xquant-cl:2,basis=per_head,rank=16"),
     ],
 )
 def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: str) -> None:
