@@ -1,12 +1,13 @@
 PYTHONS := 3.12 3.13 3.14
-PYTHON := .venv/bin/python
+VENV := .venv
+PYTHON := $(VENV)/bin/python
 GOLDEN_PYTHON := .venv-golden/bin/python
 PIP_INSTALL := -m pip -qq --disable-pip-version-check install
-INSTALLED := .venv/installed .venv/installed-test .venv/installed-plot .venv/installed-dev
+INSTALLED := $(VENV)/installed $(VENV)/installed-test $(VENV)/installed-plot $(VENV)/installed-dev
 GOLDEN_PACKAGES := torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
 MODELS := $(wildcard ../shared/models)
 PYTEST_FLAGS ?=
-# .venv holds the JAX for CPU; libtpu, which the tests compile with, would be asked for a TPU otherwise
+# the environment holds the JAX for CPU; libtpu, which the tests compile with, would be asked for a TPU otherwise
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
@@ -20,49 +21,49 @@ help:
 	@echo 'make benchmark  measure sizes and speed on this machine'
 	@echo 'make golden     write the reference outputs in tests/golden anew, with PyTorch'
 	@echo 'make clean      remove the virtual environments and caches'
-	@echo 'Each sets up what it needs in .venv first.'
+	@echo 'Each sets up what it needs in $(VENV) first; VENV=... names another environment.'
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	@$(PYTHON) scripts/demo.py
 
-test: .venv/installed-test
+test: $(VENV)/installed-test
 	@$(PYTHON) -m pytest --numprocesses=2 --dist=worksteal $(PYTEST_FLAGS)
 
 lint: style types
 
-style: .venv/installed-dev
+style: $(VENV)/installed-dev
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
 
-types: .venv/installed-dev
-	@.venv/bin/basedpyright
+types: $(VENV)/installed-dev
+	@$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 
-format: .venv/installed-dev
+format: $(VENV)/installed-dev
 	@$(PYTHON) -m ruff check --fix
 	@$(PYTHON) -m ruff format
 
-benchmark: .venv/installed-plot
+benchmark: $(VENV)/installed-plot
 	@$(PYTHON) benchmarks/run.py
 
 golden: .venv-golden/installed
 	@$(GOLDEN_PYTHON) scripts/write_golden.py tests/golden $(if $(MODELS),--models $(MODELS))
 
 clean:
-	rm -rf .venv .venv-golden build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv* build dist .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-installed_in := $(shell $(PYTHON) -c 'print(open(".venv/folder").read(), end="")' 2>/dev/null)
+installed_in := $(shell $(PYTHON) -c 'print(open("$(VENV)/folder").read(), end="")' 2>/dev/null)
 ifneq ($(installed_in),$(CURDIR))
 .PHONY: $(INSTALLED)
 endif
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { \
-	  found="$$(bash scripts/find_python.sh $(PYTHONS))" && "$$found" -m venv --clear .venv; }
-	@echo 'Installing into .venv; the first time takes a minute or two.'
-	@$(PYTHON) $(PIP_INSTALL) -c constraints.txt -e '.$(patsubst -%,[%],$(patsubst .venv/installed%,%,$@))'
-	@printf '%s' '$(CURDIR)' > .venv/folder
-	@touch .venv/installed $@ $(if $(filter %-dev,$@),$(INSTALLED))
+	  found="$$(bash scripts/find_python.sh $(PYTHONS))" && "$$found" -m venv --clear $(VENV); }
+	@echo 'Installing into $(VENV); the first time takes a minute or two.'
+	@$(PYTHON) $(PIP_INSTALL) -c constraints.txt -e '.$(patsubst -%,[%],$(patsubst $(VENV)/installed%,%,$@))'
+	@printf '%s' '$(CURDIR)' > $(VENV)/folder
+	@touch $(VENV)/installed $@ $(if $(filter %-dev,$@),$(INSTALLED))
 
 .venv-golden/installed: Makefile
 	@$(GOLDEN_PYTHON) -m pip --version >/dev/null 2>&1 || { \

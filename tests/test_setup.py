@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, entry_points, requires
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -29,10 +31,10 @@ BROKEN_SHIM = f"#!{BASH}\necho 'pyenv: python3.12: command not found' >&2\nexit 
 PRETENDER = f"""#!{BASH}
 case "$1 $2" in
   "-c "*ensurepip*) echo "$0" ;;
-  "-m pip") [ "$3" = --version ] || {{ echo "$*" >> pip.log; exit "${{PIP_STATUS:-0}}"; }} ;;
+  "-m pip") [ "$3" = --version ] || {{ echo "$0 $*" >> pip.log; exit "${{PIP_STATUS:-0}}"; }} ;;
   "-c "*) exec "{sys.executable}" "$@" ;;
-  "-m venv") "{shutil.which("mkdir")}" -p .venv/bin && "{shutil.which("cp")}" "$0" .venv/bin/python ;;
-  *) echo "ran $*" ;;
+  "-m venv") "{shutil.which("mkdir")}" -p "$4/bin" && "{shutil.which("cp")}" "$0" "$4/bin/python" ;;
+  *) echo "$0 ran $*" ;;
 esac
 """
 
@@ -103,25 +105,25 @@ class TestMake:
     def tree(self, tmp_path) -> Path:
         """A fresh checkout, in a folder with a space in its name."""
         tree = tmp_path / "a checkout"
-        for name in ("Makefile", "pyproject.toml", "constraints.txt", "scripts/find_python.sh"):
+        for name in (".ci/run", "Makefile", "pyproject.toml", "constraints.txt", "scripts/find_python.sh"):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
         return tree
 
     @pytest.fixture
     def make(self, tmp_path) -> Callable[..., str]:
-        """Runs make on a machine whose first Python is a pretender; returns what it printed."""
+        """Runs make, or what calls it, on a machine whose first Python is a pretender; returns what it printed."""
         folder = executable(tmp_path / "bin" / "python3.12", PRETENDER).parent
         inherited = {
             name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
         }
 
-        def run(tree: Path, target: str, status: int = 0, **variables: str) -> str:
+        def run(tree: Path, *targets: str, status: int = 0, command: str = "make", **variables: str) -> str:
             environment = inherited | {"PATH": f"{folder}{os.pathsep}{inherited['PATH']}"} | variables
             result = subprocess.run(
-                ["make", target, "PYTHONS=3.12"],
+                [*command.split(), *targets],
                 cwd=tree,
-                env=environment,
+                env=environment | {"MAKEFLAGS": "PYTHONS=3.12"},
                 capture_output=True,
                 text=True,
                 check=False,
@@ -144,6 +146,25 @@ class TestMake:
         assert "ran -m pytest" in make(tree, "test")
         (install,) = self.installs(tree)
         assert install.endswith("install -c constraints.txt -e .[test]")
+
+    def test_another_environment_can_be_named(self, tree, make):
+        assert ".venv-mine/bin/python ran scripts/demo.py" in make(tree, "demo", "VENV=.venv-mine")
+        assert ".venv-mine/bin/python ran scripts/demo.py" in make(tree, "demo", "VENV=.venv-mine")
+        assert len(self.installs(tree)) == 1
+        assert not (tree / ".venv").exists()
+
+    def test_ci_runs_the_demo_and_the_tests_in_environments_that_only_they_made(self, tree, make):
+        printed = make(tree, command=f"{BASH} .ci/run")
+        ran = [line.partition(" ran ") for line in printed.splitlines() if " ran " in line]
+        made = {line.partition(" ")[0]: line.partition(" -e ")[2] for line in self.installs(tree)}
+        assert len(made) == len(self.installs(tree)) == 3
+        assert [(made[python], command.partition(" --")[0]) for python, _, command in ran] == [
+            (".", "scripts/demo.py"),
+            (".[test]", "-m pytest"),
+            (".[dev]", "-m ruff check"),
+            (".[dev]", "-m ruff format"),
+            (".[dev]", "-m basedpyright"),
+        ]
 
     @pytest.mark.parametrize("target", ["demo", "test"])
     def test_second_run_installs_nothing(self, tree, make, target):
@@ -179,7 +200,7 @@ class TestPins:
             assert [specifier.operator for specifier in requirement.specifier] == ["=="]
         assert len(PINS) == len(CONSTRAINTS)
 
-    @pytest.mark.parametrize("extra", ["", "plot", "test", "dev"])
+    @pytest.mark.parametrize("extra", ["", "plot", "lm-eval", "train", "test", "dev"])
     def test_every_requirement_has_a_pin_that_satisfies_it(self, extra):
         lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
         for requirement in map(Requirement, lines):
@@ -207,6 +228,15 @@ class TestPins:
 
 
 class TestPackage:
+    def test_a_wheel_holds_three_typed_packages_and_the_demo_model(self, tmp_path):
+        """And nothing else: what it installs lies beside everybody else's packages."""
+        (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+        names = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+        packages = {name.parts[0] for name in names if not name.parts[0].endswith(".dist-info")}
+        assert packages == {"xquant_jax", "pallas_kernels", "converters"}
+        assert {Path(package) / "py.typed" for package in packages} <= names
+        assert Path("xquant_jax/demo/model.safetensors") in names
+
     def test_console_script_runs_the_command_line(self):
         (script,) = entry_points(group="console_scripts", name="xquant")
         assert script.value == "xquant_jax.cli:main"
