@@ -118,7 +118,7 @@ class Engine:
         return [s.request for s in (*self._rows, *self._queue) if s is not None]
 
     def fits(self, request: CheckedRequest) -> bool:
-        """Whether the cache can hold it, and a program that is compiled can feed it."""
+        """Whether the cache can hold it, and a program that there is already can feed it."""
         return request.capacity <= self.cache.capacity and self._chunk_for(len(request.tokens)) is not None
 
     def compile(self, requests: Iterable[CheckedRequest]) -> None:
@@ -142,15 +142,13 @@ class Engine:
         if isinstance(request, Request):
             request = checked(self.model, request)
         check_room(self.cache.capacity, request.capacity)
-        transcript = Transcript(
-            self.model.tokenizer, request.tokens, frozenset(request.stop_ids), request.stop, request.max_new_tokens
-        )
-        sequence = _Sequence(next(self._ids), request, transcript)
+        sequence = _Sequence(next(self._ids), request, Transcript.of(self.model.tokenizer, request))
         self._queue.append(sequence)
         return sequence.id
 
     def cancel(self, id: int) -> bool:
         """Ends a request without an answer; its slot is free at the next step. False if it is not on its way."""
+        self._news.pop(id, None)
         for row, sequence in enumerate(self._rows):
             if sequence is not None and sequence.id == id:
                 self._rows[row] = None
@@ -187,10 +185,6 @@ class Engine:
         news, self._news = self._news, {}
         return list(news.values())
 
-    def rows_at_once(self, chunk: int) -> int:
-        """Prompts that are fed together."""
-        return len(self._rows) if self.in_place else rows_at_once(chunk, self.model)
-
     @property
     def _idle_chunk(self) -> int:
         """Of the program that decodes when nobody is fed: in place it is one that could; 0: it has no part for that."""
@@ -211,10 +205,9 @@ class Engine:
             self._buckets[chunk] = max(length, self._buckets.get(chunk, 0))
         stops = sharding.round_up(max(len(request.stop_ids), 1), STOP_IDS)
         if stops > self._stops:
-            asked, self._stops = self._slots.asked, stops
-            room = ((0, 0), (0, stops - asked.stop_ids.shape[1]))
-            wider = dataclasses.replace(asked, stop_ids=np.pad(asked.stop_ids, room, constant_values=-1))
-            self._slots = dataclasses.replace(self._slots, asked=wider)
+            asked, more = self._slots.asked, ((0, 0), (0, stops - self._stops))
+            wider = dataclasses.replace(asked, stop_ids=np.pad(asked.stop_ids, more, constant_values=-1))
+            self._slots, self._stops = dataclasses.replace(self._slots, asked=wider), stops
         return chunk
 
     def _next(self) -> tuple[list[tuple[int, _Sequence]], int]:
@@ -226,12 +219,12 @@ class Engine:
         if self.in_place:
             return list(zip(free, waiting, strict=False)), max(self._reserve(s.request) for s in waiting)
         chunk = self._reserve(waiting[0].request)
-        alike = itertools.takewhile(lambda s: self._reserve(s.request) == chunk, waiting[: self.rows_at_once(chunk)])
-        return list(zip(free, alike, strict=False)), chunk
+        alike = itertools.takewhile(lambda s: self._reserve(s.request) == chunk, waiting)
+        return list(zip(free, alike, strict=False))[: rows_at_once(chunk, self.model)], chunk
 
     def _admit(self, arrivals: list[tuple[int, _Sequence]], chunk: int) -> None:
         """Feeds them into a small cache, and puts them into their slots."""
-        targets = np.full(self.rows_at_once(chunk), len(self._rows), np.int32)
+        targets = np.full(rows_at_once(chunk, self.model), len(self._rows), np.int32)
         targets[: len(arrivals)] = [slot for slot, _ in arrivals]
         requests: list[CheckedRequest | None] = [sequence.request for _, sequence in arrivals]
         requests += [None] * (len(targets) - len(requests))

@@ -3,8 +3,9 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 from jax.sharding import Mesh
 
 from xquant_jax.cache.config import CacheConfig
@@ -64,13 +65,13 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     cache: str | CacheConfig = "xquant:4",
-    max_new_tokens: int = 128,
+    max_new_tokens: SupportsIndex = 128,
     sampling: Sampling = Sampling(),
     seed: Seed = 0,
     stop: Sequence[str] = (),
-    stop_ids: Sequence[int] | None = None,
-    prefill_chunk: int | None = 512,
-    cache_tokens: int | None = None,
+    stop_ids: Sequence[int] | np.ndarray | None = None,
+    prefill_chunk: SupportsIndex | None = 512,
+    cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
 ) -> Generation:
     """Continues every prompt (a text, or token ids taken as they are).
@@ -98,13 +99,13 @@ def stream(
     prompts: Prompt | Sequence[Prompt],
     *,
     cache: str | CacheConfig = "xquant:4",
-    max_new_tokens: int = 128,
+    max_new_tokens: SupportsIndex = 128,
     sampling: Sampling = Sampling(),
     seed: Seed = 0,
     stop: Sequence[str] = (),
-    stop_ids: Sequence[int] | None = None,
-    prefill_chunk: int | None = 512,
-    cache_tokens: int | None = None,
+    stop_ids: Sequence[int] | np.ndarray | None = None,
+    prefill_chunk: SupportsIndex | None = 512,
+    cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[StreamedToken]:
     """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program."""

@@ -8,7 +8,7 @@ import dataclasses
 import numbers
 import operator
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from xquant_jax.model.loading import Model
 
 Prompt = str | Sequence[int] | np.ndarray | jax.Array
 Seed = int | np.integer | Sequence[int]
+Whole = Any
+"""An `int`; until it was checked also an integer of numpy or JAX."""
 
 SMALLEST_BUCKET = 16
 """Tokens that the shortest prompts are padded to."""
@@ -42,12 +44,12 @@ class Request:
     """
 
     prompt: Prompt
-    max_new_tokens: int = 128
-    seed: int = 0
+    max_new_tokens: SupportsIndex = 128
+    seed: SupportsIndex = 0
     sampling: Sampling = Sampling()
     stop: Sequence[str] = ()
-    stop_ids: Sequence[int] | None = None
-    logprobs: int = 0
+    stop_ids: Sequence[int] | np.ndarray | None = None
+    logprobs: SupportsIndex = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +115,10 @@ class Options:
     """
 
     cache: str | CacheConfig = "xquant:4"
-    prefill_chunk: int | None = 512
-    cache_tokens: int | None = None
-    slots: int | None = None
-    memory: int | None = None
+    prefill_chunk: Whole | None = 512
+    cache_tokens: Whole | None = None
+    slots: Whole | None = None
+    memory: Whole | None = None
     mesh: Mesh | None = None
 
     @property

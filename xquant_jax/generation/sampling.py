@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,11 @@ class Sampling:
     min_p: keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024)
     """
 
-    repetition_penalty: float | None = None
-    temperature: float | None = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    repetition_penalty: SupportsFloat | None = None
+    temperature: SupportsFloat | None = 0.0
+    top_k: SupportsIndex | None = None
+    top_p: SupportsFloat | None = None
+    min_p: SupportsFloat | None = None
 
     def checked(self) -> "Sampling":
         """The same sampling in plain numbers, greedy written as `temperature=None`.
@@ -95,7 +95,7 @@ class SamplingRows:
     def of(cls, samplings: Sequence[Sampling]) -> "SamplingRows":
         """One row for each of these, which are checked."""
 
-        def row(name: str, neutral: float, dtype: Any) -> np.ndarray:
+        def row(name: str, neutral: int, dtype: Any) -> np.ndarray:
             values = [getattr(sampling, name) for sampling in samplings]
             most = np.inf if dtype is np.float32 else np.iinfo(dtype).max
             return np.asarray([neutral if value is None else min(value, most) for value in values], dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from xquant_jax.generation.request import CheckedRequest
 from xquant_jax.model.tokenizer import TextStream, Tokenizer
 
 LENGTH, STOP = "length", "stop"
@@ -26,6 +27,10 @@ class Transcript:
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None, request: CheckedRequest) -> "Transcript":
+        return cls(tokenizer, request.tokens, frozenset(request.stop_ids), request.stop, request.max_new_tokens)
 
     def __post_init__(self) -> None:
         self._stream: TextStream | None = self.tokenizer.stream(self.prompt_tokens) if self.tokenizer else None
