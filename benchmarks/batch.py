@@ -14,7 +14,7 @@ import numpy as np
 
 import xquant_jax as xq
 from xquant_jax.generation.batch import prepare
-from xquant_jax.generation.request import Request
+from xquant_jax.generation.request import Options, Request
 
 SLOTS, PROMPTS, LONGEST = 8, 32, 192
 
@@ -28,8 +28,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     limits = np.exp(rng.uniform(np.log(8), np.log(LONGEST), PROMPTS)).astype(int).tolist()
     prompts = [rng.integers(256, model.config.vocab_size, int(n)).tolist() for n in rng.integers(8, 64, PROMPTS)]
-    requests = [Request(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
-    batch = prepare(model, cache=arguments.cache, slots=SLOTS, stop_ids=[])
+    requests = [Request(prompt, limit, stop_ids=[]) for prompt, limit in zip(prompts, limits, strict=True)]
+    batch = prepare(model, Options(cache=arguments.cache, slots=SLOTS))
 
     def slots() -> None:
         assert sum(len(a.completion.tokens) for a in batch.answers(requests) if a.completion) == sum(limits)

@@ -19,28 +19,20 @@ import numpy as np
 from jax import monitoring
 
 import xquant_jax as xq
-from xquant_jax.generation.decoding import Decoding, advance
+from xquant_jax.generation.programs import STEPS, Arrivals, Slots, advance
 from xquant_jax.numerics.packing import BLOCK
 
 METHODS = ("bf16", "int8", "xquant:4", "xquant:4,basis=joint", "xquant:2")
 LENGTHS = (512, 2048, 8192, 32768)
-STEPS = 32
+TIMED = 32
+"""Decoded tokens per measurement."""
 
 
-def start(model: xq.Model, batch: int, new: int) -> Decoding:
-    """A batch whose prompts are already in the cache and whose last token is 1."""
-    return Decoding(
-        prompts=jnp.zeros((batch, 16), jnp.int32),
-        prompt_lengths=jnp.zeros(batch, jnp.int32),
-        fed=jnp.int32(0),
-        step=jnp.int32(1),
-        tokens=jnp.ones((batch, new), jnp.int32),
-        logprobs=jnp.zeros((batch, new), jnp.float32),
-        counts=jnp.ones(batch, jnp.int32),
-        done=jnp.zeros(batch, bool),
-        seeds=jnp.zeros(batch, jnp.int32),
-        seen=None,
-    )
+def start(model: xq.Model, batch: int) -> Slots:
+    """Slots whose prompts are already in the cache and whose last token is 1."""
+    slots = Slots.free(batch, model.config.vocab_size, 8)
+    limit, last = np.full(batch, 2**30, np.int32), np.ones(batch, np.int32)
+    return dataclasses.replace(slots, asked=dataclasses.replace(slots.asked, limit=limit), last=last, made=last)
 
 
 def compile_seconds(model: xq.Model, layers: int, spec: str) -> float:
@@ -55,10 +47,11 @@ def compile_seconds(model: xq.Model, layers: int, spec: str) -> float:
     params = {**model.params, "layers": deeper(model.params["layers"])}
     method_params = deeper(cache_config.method_params(model.source))
     cache = jax.eval_shape(lambda: xq.allocate(cache_config, config, batch=1, tokens=1024))
-    arguments = (params, method_params, start(model, 1, 128), cache, xq.Sampling().checked())
+    arrivals = Arrivals.of([None], 16, 8)
+    slots_and_more = (start(model, 1), cache, np.ones(1, bool), np.int32(STEPS), np.bool_(False), arrivals)
     jax.clear_caches()
     before = time.perf_counter()
-    advance.lower(transformer, *arguments, jnp.zeros(1, jnp.int32), jnp.int32(1), chunk=16).compile()
+    advance.lower(transformer, params, method_params, *slots_and_more, chunk=16).compile()
     return time.perf_counter() - before
 
 
@@ -100,7 +93,7 @@ def decode_milliseconds(model: xq.Model, spec: str, length: int, batch: int = 1,
     """Per step, for a cache that holds `length` random tokens per sequence."""
     cache_config = xq.CacheConfig.parse(spec)
     method_params = cache_config.method_params(model.source)
-    cache = xq.allocate(cache_config, model.config, batch=batch, tokens=length + rounds * STEPS + BLOCK)
+    cache = xq.allocate(cache_config, model.config, batch=batch, tokens=length + rounds * TIMED + BLOCK)
     rng = np.random.default_rng(0)
 
     def fill(a: jax.Array) -> jax.Array:
@@ -114,16 +107,16 @@ def decode_milliseconds(model: xq.Model, spec: str, length: int, batch: int = 1,
         lengths=jnp.full(batch, length, jnp.int32),
         history_blocks=jnp.full(batch, length // BLOCK, jnp.int32),
     )
-    state = start(model, batch, (rounds + 1) * STEPS + 1)
-    ends, sampling = jnp.full(1, -1), xq.Sampling().checked()
+    slots, live = start(model, batch), np.ones(batch, bool)
     times = []
-    for i in range(rounds + 1):
+    for _ in range(rounds + 1):
         before = time.perf_counter()
-        limit = jnp.int32(1 + (i + 1) * STEPS)
-        state, cache = jax.block_until_ready(
-            advance(model.transformer, model.params, method_params, state, cache, sampling, ends, limit, chunk=16)
+        slots, cache, _ = jax.block_until_ready(
+            advance(
+                model.transformer, model.params, method_params, slots, cache, live, np.int32(TIMED), np.bool_(False)
+            )
         )
-        times.append((time.perf_counter() - before) / STEPS * 1e3)
+        times.append((time.perf_counter() - before) / TIMED * 1e3)
     return statistics.median(times[1:])  # the first compiles
 
 

@@ -9,10 +9,16 @@ from safetensors.numpy import save_file
 from tests.converters.conftest import config_of, tensors_of
 
 
-def write_checkpoint(directory: Path, *, multi_head: bool = False, layers: int = 3) -> Path:
-    """Eight key/value heads, 64 tokens of vocabulary; attention is smooth, so that a code that rounds the other way
+def write_checkpoint(directory: Path, *, multi_head: bool = False, layers: int = 3, vocab_size: int = 64) -> Path:
+    """Eight key/value heads; attention is smooth, so that a code that rounds the other way
     makes little difference."""
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": layers, "head_dim": 8}
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "head_dim": 8,
+    }
     config = config_of("llama", **sizes, num_attention_heads=8 if multi_head else 16, num_key_value_heads=8)
 
     def scaled(name: str, values: np.ndarray) -> np.ndarray:

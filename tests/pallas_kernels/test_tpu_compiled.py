@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -17,8 +18,7 @@ from pallas_kernels.pallas_tpu import refuse_decode_attention
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
-from xquant_jax.generation.decoding import Decoding, advance
-from xquant_jax.generation.sampling import Sampling
+from xquant_jax.generation.programs import Arrivals, Slots, advance
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks
 from xquant_jax.numerics.rope import Rope
@@ -197,21 +197,10 @@ def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str
     model = random_model(config)
     cache_config = CacheConfig.parse(cache)
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=131_072))
-    integers = {"dtype": jnp.int32}
-    state = Decoding(
-        prompts=shape(2, 128, **integers),
-        prompt_lengths=shape(2, **integers),
-        fed=shape(**integers),
-        step=shape(**integers),
-        tokens=shape(2, 64, **integers),
-        logprobs=shape(2, 64, dtype=jnp.float32),
-        counts=shape(2, **integers),
-        done=shape(2, dtype=jnp.bool),
-        seeds=shape(2, **integers),
-        seen=None,
-    )
-    arrays = (model.params, cache_config.factors(model), state, cache, jax.tree.map(jnp.float32, Sampling().checked()))
-    args = shapes((*arrays, shape(1, **integers), shape(**integers)), device)
+    method_params = cache_config.method_params(model.source)
+    slots, arrivals = Slots.free(2, config.vocab_size, 8), Arrivals.of([None] * 2, 128, 8)
+    rest = (np.ones(2, bool), np.int32(64), np.bool_(False), arrivals)
+    args = shapes((model.params, method_params, slots, cache, *rest), device)
     with target.compiling_for("tpu", device.device_kind):
         lowered = advance.trace(model.transformer, *args, chunk=128).lower(lowering_platforms=("tpu",))
         done = lowered.compile()

@@ -1,45 +1,31 @@
 """`xquant generate MODEL --prompt ...`: continue prompts, show the text and what the cache took."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from xquant_jax.cli.options import MODEL, add_options, options_of
 from xquant_jax.errors import ConfigError, PromptError
-from xquant_jax.generation.generate import Generation, generate, stream
-from xquant_jax.generation.sampling import Sampling
+from xquant_jax.generation.generate import Generation, generate_requests, stream_requests
 from xquant_jax.json_file import check_folder, write_json
-from xquant_jax.model.loading import DTYPES, load
+from xquant_jax.model.loading import load
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "generate", help="continue prompts", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help='converted or Hugging Face directory, or "demo"')
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", action="append", default=[], help="a text to continue; may be repeated")
     parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="a file whose text is a prompt")
-    parser.add_argument("--cache", default="xquant:4", help="name[:bits][,option=value...]: bf16, int8, xquant:4 ...")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--repetition-penalty", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], help="a string that ends the answer; may be repeated")
-    parser.add_argument("--stop-id", action="append", type=int, help="a token id that does, instead of the model's own")
-    parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
+    add_options(parser)
     parser.add_argument("--cache-tokens", type=int, help="tokens per sequence that the cache holds (default: enough)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes (one prompt)")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="of xquant calibrate (default: the model's own)"
-    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.set_defaults(run=run)
 
@@ -49,32 +35,18 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.stream and (len(prompts) != 1 or arguments.json):
         raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt and no --json")
     check_folder("--json", arguments.json)
+    request, options = options_of(arguments)
     model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
-    options: dict[str, Any] = {
-        "cache": arguments.cache,
-        "max_new_tokens": arguments.max_new_tokens,
-        "sampling": Sampling(
-            repetition_penalty=arguments.repetition_penalty,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            min_p=arguments.min_p,
-        ),
-        "seed": arguments.seed,
-        "stop": arguments.stop,
-        "stop_ids": arguments.stop_id,
-        "prefill_chunk": arguments.prefill_chunk or None,
-        "cache_tokens": arguments.cache_tokens,
-    }
+    requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
     if arguments.stream:
-        tokens = stream(model, prompts, **options)
+        tokens = stream_requests(model, requests, options)
         sys.stdout.write(prompts[0])
         for token in tokens:
             sys.stdout.write(token.text)
             sys.stdout.flush()
         sys.stdout.write("\n")
         return
-    generation = generate(model, prompts, **options)
+    generation = generate_requests(model, requests, options)
     if arguments.json:
         write_json(arguments.json, generation.to_json())
     _show(Console(), prompts, generation)

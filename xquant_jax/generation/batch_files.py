@@ -1,7 +1,9 @@
 """The files of an offline batch: prompts in, results out, one JSON object a line, and what makes a restart safe.
 
-PROMPTS.jsonl    {"prompt": text} or {"tokens": [ids]}, and if wanted "id", "max_new_tokens", "seed"
-RESULTS.jsonl    {"line", "id", "text", "tokens", "logprobs", "finish_reason"} or {"line", "id", "error"}
+PROMPTS.jsonl    {"prompt": text} or {"tokens": [ids]}, and if wanted "id" and what differs from the run: the fields of
+                 `Request` ("max_new_tokens", "seed", "stop", "stop_ids", "logprobs") and of `Sampling`
+RESULTS.jsonl    {"line", "id", "text", "tokens", "logprobs", "finish_reason"} or {"line", "id", "error"}; with
+                 "top_logprobs" where "logprobs" asks for them
 RESULTS.jsonl.run    what the results depend on, so that they are never mixed with those of another run
 
 Every line of prompts that is not blank gets one line of results, written as a whole and flushed to the disk; `line`
@@ -13,18 +15,20 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xquant_jax.cache.config import CacheConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.generation.request import Answer, Request
-from xquant_jax.generation.sampling import Sampling
+from xquant_jax.generation.request import Answer, Options, Request
 from xquant_jax.json_file import read_json, write_json
 from xquant_jax.model.loading import Model
 from xquant_jax.model.weights import weights_checksum
 
-FIELDS = ("id", "prompt", "tokens", "max_new_tokens", "seed")
+WHOLE = ("max_new_tokens", "seed", "top_k", "logprobs")
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+FIELDS = ("id", "prompt", "tokens", "max_new_tokens", "seed", *SAMPLING, "stop", "stop_ids", "logprobs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +45,13 @@ class Line:
         known = {"line": self.number} | ({} if self.id is None else {"id": self.id})
         if answer is None or answer.completion is None:
             return known | {"error": self.error if answer is None else answer.error}
-        completion = dataclasses.asdict(answer.completion)
+        completion = answer.completion.to_json()
         del completion["prompt"]
         return known | completion
 
 
-def parse_prompts(text: bytes) -> list[Line]:
-    """All lines that are not blank. A line that is malformed has an `error`."""
+def parse_prompts(text: bytes, default: Request) -> list[Line]:
+    """All lines that are not blank, with what `default` says where they say nothing; a malformed one has an `error`."""
     lines, first_with_id = [], {}
     for number, raw in enumerate(text.split(b"\n"), start=1):
         if not raw.strip():
@@ -58,7 +62,7 @@ def parse_prompts(text: bytes) -> list[Line]:
             identity = _writable(entry.get("id"))
             if identity is not None and (earlier := first_with_id.setdefault(_plain(identity), number)) != number:
                 raise ValueError(f"id {identity!r} is that of line {earlier} too; give every line its own")
-            lines.append(Line(number, identity, _request(entry)))
+            lines.append(Line(number, identity, _request(entry, default)))
         except ValueError as error:
             lines.append(Line(number, identity, None, str(error)))
     return lines
@@ -87,7 +91,7 @@ def _writable(identity: Any) -> Any:
     return identity
 
 
-def _request(entry: dict[str, Any]) -> Request:
+def _request(entry: dict[str, Any], default: Request) -> Request:
     if unknown := entry.keys() - set(FIELDS):
         raise ValueError(f"{min(unknown)!r} is not known; known: {', '.join(FIELDS)}")
     if ("prompt" in entry) == ("tokens" in entry):
@@ -95,12 +99,26 @@ def _request(entry: dict[str, Any]) -> Request:
     prompt: Any = entry.get("prompt", entry.get("tokens"))
     if "prompt" in entry and not isinstance(prompt, str):
         raise ValueError(f"prompt is a JSON {type(prompt).__name__}; it must be a string")
-    if "tokens" in entry and not (isinstance(prompt, list) and all(_is_integer(token) for token in prompt)):
+    if "tokens" in entry and not _is_list(prompt, _is_integer):
         raise ValueError("tokens must be a list of whole numbers")
-    for name in ("max_new_tokens", "seed"):
-        if not (entry.get(name) is None or _is_integer(entry[name])):
-            raise ValueError(f"{name}={entry[name]!r} is not a whole number")
-    return Request(prompt, entry.get("max_new_tokens"), entry.get("seed"))
+    said = {name: entry[name] for name in FIELDS[3:] if entry.get(name) is not None}
+    for name, value in said.items():
+        if name in WHOLE and not _is_integer(value):
+            raise ValueError(f"{name}={value!r} is not a whole number")
+        if name in NUMBERS and not (_is_integer(value) or isinstance(value, float)):
+            raise ValueError(f"{name}={value!r} is not a number")
+    if not _is_list(said.get("stop", []), lambda string: isinstance(string, str)):
+        raise ValueError("stop must be a list of strings")
+    if not _is_list(said.get("stop_ids", []), _is_integer):
+        raise ValueError("stop_ids must be a list of whole numbers")
+    sampling = {name: said.pop(name) for name in SAMPLING if name in said}
+    return dataclasses.replace(
+        default, prompt=prompt, sampling=dataclasses.replace(default.sampling, **sampling), **said
+    )
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
 
 
 def _is_integer(value: Any) -> bool:
@@ -192,33 +210,23 @@ def _check_settings(path: Path, settings: dict[str, Any], *, started: bool) -> N
             )
 
 
-def settings_of(
-    model: Model,
-    prompts: bytes,
-    *,
-    cache: str | CacheConfig,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    stop: list[str],
-    stop_ids: list[int] | None,
-    prefill_chunk: int | None,
-) -> dict[str, Any]:
+def settings_of(model: Model, prompts: bytes, default: Request, options: Options) -> dict[str, Any]:
     """What results depend on, ready for JSON; how many run at once and on which devices is not part of it.
 
     prompts: the content of the file
+    default: what is asked for where a line says nothing
     """
-    cache_config = CacheConfig.parse(cache)
+    cache_config = options.cache_config
     return {
         "weights": f"{weights_checksum(model.params):08x}",
         "dtype": model.dtype,
         "prompts": hashlib.sha256(prompts).hexdigest(),
         "cache": str(cache_config),
         "calibration": model.calibration_hash(cache_config),
-        "max_new_tokens": max_new_tokens,
-        "sampling": dataclasses.asdict(sampling),
-        "seed": seed,
-        "stop": list(stop),
-        "stop_ids": list(model.stop_ids if stop_ids is None else stop_ids),
-        "prefill_chunk": prefill_chunk,
+        "max_new_tokens": default.max_new_tokens,
+        "sampling": dataclasses.asdict(default.sampling),
+        "seed": default.seed,
+        "stop": list(default.stop),
+        "stop_ids": list(model.stop_ids if default.stop_ids is None else default.stop_ids),
+        "prefill_chunk": options.prefill_chunk,
     }

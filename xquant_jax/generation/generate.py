@@ -1,38 +1,32 @@
-"""`generate` and `stream`: prompts in, tokens and text out, over one compiled program (`generation.decoding`)."""
+"""`generate` and `stream`: prompts in, tokens and text out, over an `Engine` with a slot for every prompt."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, SupportsIndex
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import Cache, CacheBytes, allocate, cache_bytes, check_room
-from xquant_jax.generation.decoding import Decoding, advance
+from xquant_jax.cache.state import CacheBytes, cache_bytes, check_room
+from xquant_jax.errors import PromptError
+from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.request import (
-    STOP_STRING_STEPS,
+    CheckedRequest,
     Completion,
+    Options,
     Prompt,
+    Request,
     Seed,
-    _tokenize,
     answer_room,
     bucket_length,
-    check_length,
-    check_max_new_tokens,
-    checked_seeds,
-    checked_stops,
-    padded_stop_ids,
+    checked,
+    one_by_one,
+    seeds_of,
 )
 from xquant_jax.generation.sampling import Sampling
-from xquant_jax.generation.transcript import Transcript
 from xquant_jax.model.loading import Model
-
-STEPS = 256
-"""The same without stop strings: while a program runs, nobody can interrupt it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +45,8 @@ class Generation:
 
     def to_json(self) -> dict[str, Any]:
         sizes = dataclasses.asdict(self.cache_bytes) | {"total": self.cache_bytes.total}
-        return dataclasses.asdict(self) | {"cache_bytes": sizes}
+        results = [result.to_json() for result in self.results]
+        return dataclasses.asdict(self) | {"cache_bytes": sizes, "results": results}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +65,13 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     cache: str | CacheConfig = "xquant:4",
-    max_new_tokens: int = 128,
+    max_new_tokens: SupportsIndex = 128,
     sampling: Sampling = Sampling(),
     seed: Seed = 0,
     stop: Sequence[str] = (),
-    stop_ids: Sequence[int] | None = None,
-    prefill_chunk: int | None = 512,
-    cache_tokens: int | None = None,
+    stop_ids: Sequence[int] | np.ndarray | None = None,
+    prefill_chunk: SupportsIndex | None = 512,
+    cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
 ) -> Generation:
     """Continues every prompt (a text, or token ids taken as they are).
@@ -95,31 +90,8 @@ def generate(
     Raises `PromptError` for an empty prompt or a token id out of range, `CacheFullError` if `cache_tokens` is too
     small, `ConfigError` for an option that cannot be honoured.
     """
-    batch = _Batch.prepare(
-        model,
-        prompts,
-        cache=cache,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        stop=stop,
-        stop_ids=stop_ids,
-        prefill_chunk=prefill_chunk,
-        cache_tokens=cache_tokens,
-        mesh=mesh,
-    )
-    compile_s = batch.compile()
-    start = time.perf_counter()
-    batch.run(1)
-    prefill_s = time.perf_counter() - start
-    start = time.perf_counter()
-    step = STOP_STRING_STEPS if stop else STEPS
-    while batch.unfinished:
-        batch.run(min(batch.step + step, max_new_tokens))
-    decode_s = time.perf_counter() - start
-    return Generation(
-        batch.completions(), cache_bytes(batch.cache), batch.implementation, compile_s, prefill_s, decode_s
-    )
+    requests = _requests(prompts, Request("", max_new_tokens, 0, sampling, stop, stop_ids), seed)
+    return generate_requests(model, requests, Options(cache, prefill_chunk, cache_tokens, mesh=mesh))
 
 
 def stream(
@@ -127,166 +99,77 @@ def stream(
     prompts: Prompt | Sequence[Prompt],
     *,
     cache: str | CacheConfig = "xquant:4",
-    max_new_tokens: int = 128,
+    max_new_tokens: SupportsIndex = 128,
     sampling: Sampling = Sampling(),
     seed: Seed = 0,
     stop: Sequence[str] = (),
-    stop_ids: Sequence[int] | None = None,
-    prefill_chunk: int | None = 512,
-    cache_tokens: int | None = None,
+    stop_ids: Sequence[int] | np.ndarray | None = None,
+    prefill_chunk: SupportsIndex | None = 512,
+    cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[StreamedToken]:
     """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program."""
-    batch = _Batch.prepare(
-        model,
-        prompts,
-        cache=cache,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        stop=stop,
-        stop_ids=stop_ids,
-        prefill_chunk=prefill_chunk,
-        cache_tokens=cache_tokens,
-        mesh=mesh,
+    requests = _requests(prompts, Request("", max_new_tokens, 0, sampling, stop, stop_ids), seed)
+    return stream_requests(model, requests, Options(cache, prefill_chunk, cache_tokens, mesh=mesh))
+
+
+def generate_requests(model: Model, requests: Sequence[Request], options: Options) -> Generation:
+    """`generate` for prompts that ask for different things."""
+    engine, expected = _prepared(model, requests, options)
+    start = time.perf_counter()
+    engine.compile(expected)
+    compiled = time.perf_counter()
+    news = engine.step(limit=1)
+    prefilled = time.perf_counter()
+    while engine.busy:
+        news += engine.step()
+    decoded = time.perf_counter()
+    completions = {progress.id: progress.completion for progress in news if progress.completion is not None}
+    return Generation(
+        results=[completions[i] for i in range(len(requests))],
+        cache_bytes=cache_bytes(engine.cache),
+        implementation=engine.implementation,
+        compile_s=compiled - start,
+        prefill_s=prefilled - compiled,
+        decode_s=decoded - prefilled,
     )
-    return batch.events()
 
 
-@dataclasses.dataclass
-class _Batch:
-    """A batch in progress: the device's state and the host's transcripts."""
+def stream_requests(model: Model, requests: Sequence[Request], options: Options) -> Iterator[StreamedToken]:
+    """`stream` for prompts that ask for different things. What cannot be honoured raises at once."""
+    return _tokens(*_prepared(model, requests, options))
 
-    prompts: list[str | list[int]]
-    transcripts: list[Transcript]
-    state: Decoding
-    cache: Cache
-    program: Callable[[Decoding, Cache, int], tuple[Decoding, Cache]]
-    implementation: str
 
-    @classmethod
-    def prepare(
-        cls,
-        model: Model,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        cache: str | CacheConfig,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: Seed,
-        stop: Sequence[str],
-        stop_ids: Sequence[int] | None,
-        prefill_chunk: int | None,
-        cache_tokens: int | None,
-        mesh: Mesh | None,
-    ) -> "_Batch":
-        cache_config, sampling = CacheConfig.parse(cache), sampling.checked()
-        asked, tokens = _tokenize(model, prompts)
-        check_max_new_tokens(max_new_tokens)
-        ends = checked_stops(model, stop, stop_ids)
-        longest = max(map(len, tokens))
-        check_length(longest + max_new_tokens)
-        bucket, chunk = bucket_length(longest, prefill_chunk)
-        if cache_tokens is not None:
-            check_room(cache_tokens, longest + max_new_tokens - 1)
+def _tokens(engine: Engine, expected: Sequence[CheckedRequest]) -> Iterator[StreamedToken]:
+    engine.compile(expected)
+    while engine.busy:
+        for progress in engine.step(limit=1):
+            reason = None if progress.completion is None else progress.completion.finish_reason
+            yield StreamedToken(progress.id, progress.tokens[0], progress.logprobs[0], progress.text, reason)
 
-        size = len(tokens)
-        model = model.on(mesh)
-        if model.mesh is not None:
-            sharding.check_batch(size, model.mesh)
-        padded = np.zeros((size, bucket), np.int32)
-        for row, ids in zip(padded, tokens, strict=True):
-            row[: len(ids)] = ids
-        seen = None
-        if sampling.repetition_penalty is not None:
-            seen = np.zeros((size, model.config.vocab_size), bool)
-            for row, ids in zip(seen, tokens, strict=True):
-                row[ids] = True
-        room = answer_room(max_new_tokens)
-        with sharding.using(model.mesh):
-            kv = allocate(
-                cache_config,
-                model.config,
-                batch=size,
-                tokens=cache_tokens or bucket + room,
-                implementation=model.implementation,
-            )
-        state = Decoding(
-            prompts=padded,
-            prompt_lengths=np.asarray([len(ids) for ids in tokens], np.int32),
-            fed=np.int32(0),
-            step=np.int32(0),
-            tokens=np.zeros((size, room), np.int32),
-            logprobs=np.zeros((size, room), np.float32),
-            counts=np.zeros(size, np.int32),
-            done=np.zeros(size, bool),
-            seeds=np.asarray(checked_seeds(seed, size), np.int32),
-            seen=seen,
-        )
-        method_params = model.method_params(cache_config)
-        arrays = jax.tree.map(np.float32, sampling)
-        ends_array = padded_stop_ids(ends)
 
-        def program(state: Decoding, cache: Cache, limit: int) -> tuple[Decoding, Cache]:
-            state, options = sharding.place((state, (arrays, ends_array, np.int32(limit))), sharding.P(), model.mesh)
-            with sharding.using(model.mesh):
-                return advance(model.transformer, model.params, method_params, state, cache, *options, chunk=chunk)
+def _requests(prompts: Prompt | Sequence[Prompt], request: Request, seed: Seed) -> list[Request]:
+    """A request like this for every prompt, each with a seed of its own."""
+    several = one_by_one(prompts)
+    return [
+        dataclasses.replace(request, prompt=prompt, seed=own)
+        for prompt, own in zip(several, seeds_of(seed, len(several)), strict=True)
+    ]
 
-        transcripts = [Transcript(model.tokenizer, ids, frozenset(ends), stop, max_new_tokens) for ids in tokens]
-        implementation = model.transformer.implementation_of(kv, method_params, model.dtype)
-        return cls(asked, transcripts, state, kv, program, implementation)
 
-    def compile(self) -> float:
-        """Compiles the program, unless it was before, by running it on no prompt at all. Returns the seconds."""
-        start = time.perf_counter()
-        nothing = dataclasses.replace(
-            self.state,
-            prompt_lengths=np.zeros_like(self.state.prompt_lengths),
-            done=np.ones_like(self.state.done),
-        )
-        _, self.cache = jax.block_until_ready(self.program(nothing, self.cache, 0))
-        return time.perf_counter() - start
-
-    @property
-    def step(self) -> int:
-        return int(self.state.step)
-
-    @property
-    def unfinished(self) -> bool:
-        return any(t.finish_reason is None for t in self.transcripts)
-
-    def run(self, limit: int) -> list[StreamedToken]:
-        """Decodes until `limit` new tokens in all, and takes down what came."""
-        before = [len(t.tokens) for t in self.transcripts]
-        self.state, self.cache = self.program(self.state, self.cache, limit)
-        counts, tokens, logprobs = jax.device_get((self.state.counts, self.state.tokens, self.state.logprobs))
-        events = []
-        for i, transcript in enumerate(self.transcripts):
-            for at in range(before[i], counts[i]):
-                if transcript.finish_reason is None:
-                    token, logprob = int(tokens[i, at]), float(logprobs[i, at])
-                    text = transcript.push(token, logprob)
-                    events.append(StreamedToken(i, token, logprob, text, transcript.finish_reason))
-        if self.unfinished:  # rows that a stop string ended; the device knows only of stop ids
-            done = np.asarray([t.finish_reason is not None for t in self.transcripts])
-            self.state = dataclasses.replace(self.state, done=done)
-        return events
-
-    def events(self) -> Iterator[StreamedToken]:
-        self.compile()
-        limit = 0
-        while self.unfinished:
-            limit += 1
-            yield from self.run(limit)
-
-    def completions(self) -> list[Completion]:
-        return [
-            Completion(
-                prompt if isinstance(prompt, str) else list(prompt),
-                t.text,
-                t.tokens,
-                t.logprobs,
-                t.finish_reason or "",
-            )
-            for prompt, t in zip(self.prompts, self.transcripts, strict=True)
-        ]
+def _prepared(model: Model, requests: Sequence[Request], options: Options) -> tuple[Engine, list[CheckedRequest]]:
+    """An engine with these requests in its queue, and a slot for each."""
+    options = options.checked()
+    if not requests:
+        raise PromptError("there is no prompt; give at least one")
+    expected = [checked(model, request, f"prompt {i}") for i, request in enumerate(requests)]
+    tokens = options.cache_tokens
+    if tokens is None:
+        longest, room = max(len(r.tokens) for r in expected), max(r.max_new_tokens for r in expected)
+        tokens = bucket_length(longest, options.prefill_chunk)[0] + answer_room(room)
+    else:
+        check_room(tokens, max(r.capacity for r in expected))
+    engine = Engine(model, options, slots=len(expected), tokens=tokens, in_place=True)
+    for request in expected:
+        engine.submit(request)
+    return engine, expected

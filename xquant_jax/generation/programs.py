@@ -1,10 +1,12 @@
-"""The compiled programs behind an offline batch: a cache of slots, each with a sequence of its own.
+"""The compiled programs behind every answer: a cache of slots, each with a sequence of its own.
 
-`admit` feeds new prompts into a small cache and copies its rows into free slots; `decode` moves all live slots on until
-one is free. Slots come and go without another shape, so nothing is compiled again.
+`advance` moves all live slots on, after feeding prompts straight into their rows if there are any. `admit` feeds
+prompts into a small cache of their own and copies its rows into free slots. What a request asks for lies in arrays, a
+row for each slot: requests come and go, whatever their options, without another shape, and nothing is compiled again.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,9 +23,38 @@ from xquant_jax.cache.flush import flush, flush_when_due
 from xquant_jax.cache.partition import constrain_cache
 from xquant_jax.cache.rows import copy_rows
 from xquant_jax.cache.state import Cache, allocate
-from xquant_jax.generation.sampling import Sampling, sample
+from xquant_jax.generation.request import CheckedRequest
+from xquant_jax.generation.sampling import Chosen, Sampling, SamplingRows, sample
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.numerics.quantization import Leaf
+
+STEPS = 64
+"""Tokens of every slot that one run of a program makes at most: while it runs, nobody can interrupt it."""
+
+
+@struct.dataclass
+class Asked:
+    """What the requests of a batch ask for, a row each. Token i of an answer depends on its own `seed` and i only."""
+
+    limit: Leaf  # int32 [B], new tokens at most
+    seed: Leaf  # int32 [B]
+    sampling: SamplingRows
+    stop_ids: Leaf  # int32 [B, n], padded with -1
+    top: Leaf  # int32 [B], likeliest tokens told with every token
+
+    @classmethod
+    def of(cls, requests: Sequence[CheckedRequest | None], stops: int) -> "Asked":
+        """One row for each of these, with room for `stops` stop ids; None asks for nothing."""
+        stop_ids = np.full((len(requests), stops), -1, np.int32)
+        for row, request in zip(stop_ids, requests, strict=True):
+            if request is not None:
+                row[: len(request.stop_ids)] = request.stop_ids
+
+        def column(name: str) -> np.ndarray:
+            return np.asarray([0 if request is None else getattr(request, name) for request in requests], np.int32)
+
+        sampling = SamplingRows.of([Sampling() if request is None else request.sampling for request in requests])
+        return cls(column("max_new_tokens"), column("seed"), sampling, stop_ids, column("logprobs"))
 
 
 @struct.dataclass
@@ -32,28 +63,41 @@ class Slots:
 
     last: its newest token, which the cache has not seen yet
     made: new tokens so far
-    limit: new tokens at most
     live: whether there is more to come; the slot of a sequence that is not live is free
-    seed: token i of a sequence depends on its own seed and i only
-    seen: tokens of prompt and answer, if a repetition penalty needs them
+    seen: tokens of prompt and answer; filled in only for those that have a repetition penalty
     """
 
+    asked: Asked
     last: Leaf  # int32 [B]
     made: Leaf  # int32 [B]
-    limit: Leaf  # int32 [B]
     live: Leaf  # bool [B]
-    seed: Leaf  # int32 [B]
-    seen: Leaf | None  # bool [B, V]
+    seen: Leaf  # bool [B, V]
 
     @classmethod
-    def free(cls, size: int, vocabulary: int | None) -> "Slots":
-        """`size` free slots. `vocabulary`: its size, if a repetition penalty needs `seen`."""
+    def free(cls, size: int, vocabulary: int, stops: int) -> "Slots":
+        """`size` free slots, for stop ids up to `stops`."""
+        none = np.zeros(size, np.int32)
+        asked = Asked.of([None] * size, stops)
+        return cls(asked, none, none.copy(), np.zeros(size, bool), np.zeros((size, vocabulary), bool))
 
-        def zeros() -> np.ndarray:
-            return np.zeros(size, np.int32)
 
-        seen = None if vocabulary is None else np.zeros((size, vocabulary), bool)
-        return cls(zeros(), zeros(), zeros(), np.zeros(size, bool), zeros(), seen)
+@struct.dataclass
+class Arrivals:
+    """Requests that are to be fed. A row of length 0 holds none."""
+
+    asked: Asked
+    prompts: Leaf  # int32 [R, P], padded on the right
+    lengths: Leaf  # int32 [R]
+
+    @classmethod
+    def of(cls, requests: Sequence[CheckedRequest | None], length: int, stops: int) -> "Arrivals":
+        """One row for each of these, prompts padded to `length`."""
+        prompts, lengths = np.zeros((len(requests), length), np.int32), np.zeros(len(requests), np.int32)
+        for i, request in enumerate(requests):
+            if request is not None:
+                lengths[i] = len(request.tokens)
+                prompts[i, : lengths[i]] = request.tokens
+        return cls(Asked.of(requests, stops), prompts, lengths)
 
 
 @partial(jax.jit, static_argnames=("model", "cache_config", "chunk"), donate_argnames=("slots", "cache"))
@@ -63,108 +107,140 @@ def admit(
     method_params: tuple[Any, ...],
     slots: Slots,
     cache: Cache,
-    prompts: Int[Array, "R P"],
-    lengths: Int[Array, " R"],
-    arrivals: Slots,
+    arrivals: Arrivals,
     targets: Int[Array, " R"],
-    sampling: Sampling,
-    stop_ids: Int[Array, " stops"],
     *,
     cache_config: CacheConfig,
     chunk: int,
-) -> tuple[Slots, Cache, Slots, Float[Array, " R"]]:
+) -> tuple[Slots, Cache, Chosen]:
     """Feeds R prompts, takes the first token of each answer, and puts them into the slots `targets` (B: nowhere).
 
-    Returns slots and cache, then what became of the arrivals and the log-probabilities of their first tokens.
+    Returns slots and cache, then the first tokens [1, R].
     """
-    rows, length = prompts.shape
+    rows, length = arrivals.prompts.shape
     # on a mesh as long as the cache, so that every device copies blocks of its own
     tokens = cache.capacity if sharding.active() else min(length, cache.capacity)
     own = allocate(cache_config, model.config, batch=rows, tokens=tokens, implementation=cache.implementation)
-    logits, own, _ = feed(model, params, method_params, prompts, lengths, jnp.int32(0), own, chunk=chunk)
-    arrivals, logprobs = _take(arrivals, logits, sampling, stop_ids)
-
-    def put(whole: Array, part: Array) -> Array:
-        return whole.at[targets].set(part, mode="drop")
-
-    slots = jax.tree.map(put, slots, arrivals)
-    slots, arrivals, logprobs = sharding.constrain_as((slots, arrivals, logprobs), sharding.P())
-    return slots, copy_rows(cache, own, targets), arrivals, logprobs
+    logits, own = _feed(model, params, method_params, arrivals, own, chunk=chunk)
+    new, chosen = _take(_begun(arrivals, logits.shape[1]), logits)
+    slots = jax.tree.map(lambda whole, part: whole.at[targets].set(part, mode="drop"), slots, new)
+    slots, chosen = sharding.constrain_as((slots, chosen), sharding.P())
+    return slots, copy_rows(cache, own, targets), jax.tree.map(lambda a: a[None], chosen)
 
 
-@partial(jax.jit, static_argnames=("model", "steps"), donate_argnames=("slots", "cache"))
-def decode(
+@partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("slots", "cache"))
+def advance(
     model: Transformer,
     params: Any,
     method_params: tuple[Any, ...],
     slots: Slots,
     cache: Cache,
     live: Bool[Array, " B"],
+    steps: Int[Array, ""],
     waiting: Bool[Array, ""],
-    sampling: Sampling,
-    stop_ids: Int[Array, " stops"],
+    arrivals: Arrivals | None = None,
     *,
-    steps: int,
-) -> tuple[Slots, Cache, Int[Array, "steps B"], Float[Array, "steps B"]]:
-    """Up to `steps` tokens for every live slot. Ends sooner if none is live, or if one is freed and a prompt `waiting`.
+    chunk: int = 0,
+) -> tuple[Slots, Cache, Chosen]:
+    """Feeds the arrivals into their own rows (R = B), then decodes up to `steps` tokens for every live slot.
 
-    live: the caller's view, which knows of stop strings. A slot that is not live gives up what it stored.
+    Without arrivals (None, not merely rows of length 0) there is no feeding part in the program. While prompts are fed
+    the other rows take no part. Decoding ends sooner if no slot is live, or if one is freed and a request `waiting`.
 
-    Returns slots and cache, then tokens and log-probabilities: the first of a column are those that its slot made.
+    live: the caller's view, which knows of stop strings; arrivals are live. A slot that is not gives up what it stored.
+
+    Returns slots and cache, then tokens [1 + STEPS, B]: first those that end the feeding of a row, then the decoded
+    ones. As many of a column mean something as its slot has made more.
     """
-    slots = dataclasses.replace(slots, live=live)
-    held = {"lengths": jnp.where(live, cache.lengths, 0), "flushed": jnp.where(live, cache.history_blocks, 0)}
-    shape = (steps, live.shape[0])
+    vocabulary = model.config.vocab_size
+    chosen = Chosen.nothing(1 + STEPS, len(live), vocabulary=vocabulary)
+    fed = jnp.zeros_like(live) if arrivals is None else arrivals.lengths > 0
+    slots = dataclasses.replace(slots, live=live & ~fed)
+    cache = _keep(cache, slots.live)
+    if arrivals is not None:
 
-    def goes_on(carry: tuple[Array, Slots, Cache, Array, Array]) -> Array:
-        i, s = carry[:2]
-        return (i < steps) & s.live.any() & ~(waiting & (live & ~s.live).any())
+        def begin(logits: Array, slots: Slots) -> tuple[Slots, Chosen]:
+            begun, first = _take(_begun(arrivals, vocabulary), logits)
 
-    def step(carry: tuple[Array, Slots, Cache, Array, Array]) -> tuple[Array, Slots, Cache, Array, Array]:
-        i, s, cache, tokens, logprobs = carry
-        logits, cache = forward(model, params, s.last[:, None], cache, method_params, s.live.astype(jnp.int32))
-        s, logprob = _take(s, logits, sampling, stop_ids)
+            def pick(new: Array, old: Array) -> Array:
+                return jnp.where(jnp.expand_dims(fed, tuple(range(1, old.ndim))), new, old)
+
+            return jax.tree.map(pick, begun, slots), _record(chosen, 0, first)
+
+        logits, cache = _feed(model, params, method_params, arrivals, cache, chunk=chunk)
+        slots, chosen = lax.cond(fed.any(), begin, lambda logits, slots: (slots, chosen), logits, slots)
+
+    def goes_on(carry: tuple[Array, Slots, Cache, Chosen]) -> Array:
+        i, slots = carry[:2]
+        return (i < steps) & slots.live.any() & ~(waiting & (live & ~slots.live).any())
+
+    def step(carry: tuple[Array, Slots, Cache, Chosen]) -> tuple[Array, Slots, Cache, Chosen]:
+        i, slots, cache, chosen = carry
+        counts = slots.live.astype(jnp.int32)
+        logits, cache = forward(model, params, slots.last[:, None], cache, method_params, counts)
+        slots, new = _take(slots, logits)
         cache = constrain_cache(flush_when_due(cache, method_params))
-        return i + 1, s, cache, tokens.at[i].set(s.last), logprobs.at[i].set(logprob)
+        return i + 1, slots, cache, _record(chosen, i + 1, new)
 
-    start = (jnp.int32(0), slots, dataclasses.replace(cache, **held), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-    _, slots, cache, *made = lax.while_loop(goes_on, step, start)
-    slots, (tokens, logprobs) = sharding.constrain_as((slots, made), sharding.P())  # every host reads them
-    return slots, constrain_cache(cache), tokens, logprobs
+    _, slots, cache, chosen = lax.while_loop(goes_on, step, (jnp.int32(0), slots, cache, chosen))
+    slots, chosen = sharding.constrain_as((slots, chosen), sharding.P())  # every host reads them
+    return slots, constrain_cache(cache), chosen
 
 
-def _take(
-    slots: Slots, logits: Float[Array, "B V"], sampling: Sampling, stop_ids: Int[Array, " stops"]
-) -> tuple[Slots, Float[Array, " B"]]:
-    """The next token of every live slot, and its log-probability."""
-    tokens, logprobs = sample(logits, sampling, token_keys(slots.seed, slots.made), slots.seen)
-    rows, live = jnp.arange(tokens.shape[0]), slots.live
-    made = slots.made + live
+def _keep(cache: Cache, kept: Bool[Array, " B"]) -> Cache:
+    """The cache with only these rows filled."""
+    names = ("lengths", "history_blocks", "lost")
+    return dataclasses.replace(cache, **{name: jnp.where(kept, getattr(cache, name), 0) for name in names})
+
+
+def _begun(arrivals: Arrivals, vocabulary: int) -> Slots:
+    """The slots of arrivals that have made no token yet."""
+    rows, length = arrivals.prompts.shape
+    unseen = jnp.zeros((rows, vocabulary), bool)
+
+    def seen() -> Bool[Array, "R V"]:
+        inside = jnp.arange(length)[None] < arrivals.lengths[:, None]
+        return unseen.at[jnp.arange(rows)[:, None], arrivals.prompts].max(inside)
+
+    seen_by_penalty = lax.cond(jnp.any(arrivals.asked.sampling.repetition_penalty != 1), seen, lambda: unseen)
+    none = jnp.zeros(rows, jnp.int32)
+    return Slots(arrivals.asked, last=none, made=none, live=arrivals.lengths > 0, seen=seen_by_penalty)
+
+
+def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
+    """The next token of every live slot."""
+    asked, live = slots.asked, slots.live
+    chosen = sample(logits, asked.sampling, asked.seed, slots.made, slots.seen, asked.top)
+    made = slots.made + live.astype(jnp.int32)
+    ended = (chosen.tokens[:, None] == asked.stop_ids).any(axis=1) | (made >= asked.limit)
     return Slots(
-        last=jnp.where(live, tokens, slots.last),
+        asked=asked,
+        last=jnp.where(live, chosen.tokens, slots.last),
         made=made,
-        limit=slots.limit,
-        live=live & ~jnp.isin(tokens, stop_ids) & (made < slots.limit),
-        seed=slots.seed,
-        seen=None if slots.seen is None else slots.seen.at[rows, tokens].max(live),
-    ), logprobs
+        live=live & ~ended,
+        seen=slots.seen.at[jnp.arange(len(made)), chosen.tokens].max(live),
+    ), chosen
 
 
-def feed(
+def _record(chosen: Chosen, at: Any, new: Chosen) -> Chosen:
+    """The tokens [N, B] with new ones [B] written at number `at`."""
+    return jax.tree.map(lambda all_of_them, a: all_of_them.at[at].set(a), chosen, new)
+
+
+def _feed(
     model: Transformer,
     params: Any,
     method_params: tuple[Any, ...],
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
-    fed: Int[Array, ""],
+    arrivals: Arrivals,
     cache: Cache,
     *,
     chunk: int,
-) -> tuple[Float[Array, "B V"], Cache, Int[Array, ""]]:
-    """Feeds the prompts from token `fed` on, `chunk` tokens at a time, up to the longest.
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Feeds the prompts, `chunk` tokens at a time (it divides their padded length), up to the longest.
 
-    Returns the logits of the last token of every prompt that ends here (zeros for others), and how much is fed now.
+    Returns the logits of the last token of every prompt; zeros for rows that hold none.
     """
+    prompts, lengths = arrivals.prompts, arrivals.lengths
 
     def feed_chunk(carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
         fed, cache, last = carry
@@ -176,10 +252,7 @@ def feed(
         return fed + chunk, cache, jnp.where(ends_here[:, None], logits, last)
 
     nothing = jnp.zeros((prompts.shape[0], model.config.vocab_size), jnp.float32)
-    fed, cache, logits = lax.while_loop(lambda carry: carry[0] < lengths.max(), feed_chunk, (fed, cache, nothing))
-    return logits, cache, fed
-
-
-def token_keys(seeds: Int[Array, " B"], numbers: Int[Array, " B"]) -> Any:
-    """The random key that token `numbers` of each answer is drawn with: it depends on seed and number only."""
-    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
+    _, cache, logits = lax.while_loop(
+        lambda carry: carry[0] < lengths.max(), feed_chunk, (jnp.int32(0), cache, nothing)
+    )
+    return logits, cache

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from xquant_jax.generation.request import CheckedRequest
 from xquant_jax.model.tokenizer import TextStream, Tokenizer
 
 LENGTH, STOP = "length", "stop"
@@ -10,7 +11,7 @@ LENGTH, STOP = "length", "stop"
 
 @dataclasses.dataclass
 class Transcript:
-    """Collects one sequence's new tokens.
+    """Collects one sequence's new tokens, and with every token the likeliest ones if they are told.
 
     `text` never holds a stop string nor a stop token. `tokens` and `logprobs` include the stop token, or all tokens
     up to the one that completed the stop string. `finish_reason` is "stop", "length" or, while unfinished, None.
@@ -23,17 +24,24 @@ class Transcript:
     max_new_tokens: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None, request: CheckedRequest) -> "Transcript":
+        return cls(tokenizer, request.tokens, frozenset(request.stop_ids), request.stop, request.max_new_tokens)
 
     def __post_init__(self) -> None:
         self._stream: TextStream | None = self.tokenizer.stream(self.prompt_tokens) if self.tokenizer else None
         self._shown = 0
 
-    def push(self, token: int, logprob: float) -> str:
+    def push(self, token: int, logprob: float, top: list[tuple[int, float]] | None = None) -> str:
         """Takes the next token; returns text that is now certain (it may lag while a stop string is possible)."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if top is not None:
+            self.top_logprobs.append(top)
         if token in self.stop_ids:
             self.finish_reason = STOP
         elif self._stream is not None:

@@ -1,7 +1,8 @@
-"""Offline batches on a trained model: every answer is the one that `generate` gives, whatever shares the slots."""
+"""Offline batches: every answer is the one that `generate` gives, whatever shares the slots."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,37 +10,30 @@ import pytest
 
 import xquant_jax as xq
 from tests.conftest import counted_compilations
+from tests.xquant_jax.generation.conftest import EXACT, STARTS
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
-from xquant_jax.cli import main
 from xquant_jax.generation.batch import prepare
-from xquant_jax.generation.request import Answer, Request
-
-EXACT = "bf16,dtype=float32"
-STORIES = ("Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big", "Tom", "One day Sue")
+from xquant_jax.generation.request import Answer, Options, Request
 
 
-@pytest.fixture(scope="module")
-def model(shared: Path) -> xq.Model:
-    return xq.load(shared / "models" / "stories260K")
-
-
-def requests(number: int, longest: int = 60) -> list[Request]:
+def requests(number: int, longest: int = 60, **asked: Any) -> list[Request]:
     """Prompts and answers of many lengths."""
     rng = np.random.default_rng(0)
     return [
-        Request(STORIES[i % 5] + " and then" * int(rng.integers(6)), int(rng.integers(1, longest)), seed=i)
+        Request(STARTS[i % 5] + " and then" * int(rng.integers(6)), int(rng.integers(1, longest)), seed=i, **asked)
         for i in range(number)
     ]
 
 
 def assert_as_generated(
-    model: xq.Model, asked: Sequence[Request], answers: list[Answer], *, atol: float = 1e-4, **options
+    model: xq.Model, asked: Sequence[Request], answers: list[Answer], *, atol: float = 1e-4, **options: Any
 ) -> None:
     """`generate` answers all prompts up to the longest limit; an answer is what it begins with."""
-    limits = [request.max_new_tokens or 0 for request in asked]
-    prompts, seeds = [request.prompt for request in asked], [request.seed or 0 for request in asked]
-    expected = xq.generate(model, prompts, max_new_tokens=max(limits), seed=seeds, **options).results
+    limits, (one, *_) = [request.max_new_tokens for request in asked], asked
+    alike = {"sampling": one.sampling, "stop": one.stop, "stop_ids": one.stop_ids}
+    prompts, seeds = [request.prompt for request in asked], [request.seed for request in asked]
+    expected = xq.generate(model, prompts, max_new_tokens=max(limits), seed=seeds, **alike, **options).results
     assert sorted(answer.index for answer in answers) == list(range(len(asked)))
     for answer in answers:
         got, whole, limit = answer.completion, expected[answer.index], limits[answer.index]
@@ -55,57 +49,71 @@ def assert_as_generated(
 @pytest.mark.parametrize("slots", [3, 50])
 def test_answers_are_those_of_generate_whatever_the_number_of_slots(model: xq.Model, slots: int) -> None:
     asked = requests(11)
-    assert_as_generated(model, asked, list(prepare(model, cache=EXACT, slots=slots).answers(asked)), cache=EXACT)
+    assert_as_generated(model, asked, list(prepare(model, Options(EXACT, slots=slots)).answers(asked)), cache=EXACT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["xquant:4", "xquant-cl:4", "kvquant:4"])
-def test_quantized_slots_are_refilled_across_flushes(model: xq.Model, spec: str, shared: Path, tmp_path: Path) -> None:
+def test_quantized_slots_are_refilled_across_flushes(model: xq.Model, demo: xq.Model, spec: str) -> None:
     """Sequences of up to 400 tokens in two slots: blocks that a finished one left behind are not read."""
-    if spec == "kvquant:4":
-        text, found = tmp_path / "text", tmp_path / "calibration.safetensors"
-        text.write_text(" ".join(STORIES) * 40)
-        stories = str(shared / "models" / "stories260K")
-        command = ["calibrate", stories, "--text", str(text), "--cache", spec, "--seq-len", "128", "--out", str(found)]
-        assert main([*command, "--limit-windows", "2"]) == 0
-        model = xq.load(stories, calibration=found)
+    model = demo if spec == "kvquant:4" else model  # its calibration is of all layers
     long = [int(t) for t in np.random.default_rng(1).integers(259, 500, 150)]
-    asked = [Request(long, 200), Request(STORIES[0], 150), Request(long[:140], 2), Request(STORIES[1], 260)]
-    asked = [Request(r.prompt, r.max_new_tokens, seed=0) for r in asked]
-    options = {"cache": spec, "stop_ids": []}
-    answers = list(prepare(model, slots=2, **options).answers(asked))
-    assert_as_generated(model, asked, answers, atol=0.1, **options)  # codes on the edge may round otherwise
+    asked = [(long, 200), (STARTS[0], 150), (long[:140], 2), (STARTS[1], 260)]
+    asked = [Request(prompt, new, stop_ids=[]) for prompt, new in asked]
+    answers = list(prepare(model, Options(spec, slots=2)).answers(asked))
+    assert_as_generated(model, asked, answers, atol=0.1, cache=spec)  # codes on the edge may round otherwise
 
 
 def test_chunked_prompts_and_short_ones_side_by_side(model: xq.Model) -> None:
     long = [int(t) for t in np.random.default_rng(2).integers(259, 500, 150)]
-    asked = [Request(p, 9, seed=0) for p in (STORIES[0], long, STORIES[1], long[:70], long[:64], [5])]
-    options = {"cache": EXACT, "prefill_chunk": 32, "stop_ids": []}
-    assert_as_generated(model, asked, list(prepare(model, slots=2, **options).answers(asked)), **options)
+    asked = [Request(p, 9, stop_ids=[]) for p in (STARTS[0], long, STARTS[1], long[:70], long[:64], [5])]
+    answers = list(prepare(model, Options(EXACT, 32, slots=2)).answers(asked))
+    assert_as_generated(model, asked, answers, cache=EXACT, prefill_chunk=32)
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_slot(model: xq.Model) -> None:
-    options = {"cache": EXACT, "sampling": xq.Sampling(1.1, temperature=0.9, top_p=0.9), "stop": ["little", "was"]}
-    asked = requests(9)
-    answers = list(prepare(model, slots=4, **options).answers(asked))
-    assert_as_generated(model, asked, answers, **options)
+    asked = requests(9, sampling=xq.Sampling(1.1, temperature=0.9, top_p=0.9), stop=["self", "("])
+    answers = list(prepare(model, Options(EXACT, slots=4)).answers(asked))
+    assert_as_generated(model, asked, answers, cache=EXACT)
     assert {a.completion.finish_reason for a in answers if a.completion} == {"stop", "length"}
 
 
 def test_refilling_slots_compiles_nothing(model: xq.Model) -> None:
-    """13 prompts of many lengths through three slots: after the first answer no program is new."""
-    answers = prepare(model, cache="xquant:4", slots=3).answers(requests(13))
+    """13 prompts of many lengths and options through three slots: after the first answer no program is new."""
+    asked = requests(13)
+    asked[5] = dataclasses.replace(asked[5], sampling=xq.Sampling(1.2, 0.7, top_k=9), stop=["x"], logprobs=3)
+    answers = prepare(model, Options(slots=3)).answers(asked)
     next(answers)
     with counted_compilations() as compiled:
         assert len(list(answers)) == 12
     assert compiled == []
 
 
+def test_an_iterator_is_read_as_slots_are_freed(model: xq.Model) -> None:
+    """The first answer comes before more than the slots' requests are read; a longer one gets a larger cache."""
+    asked = [*(Request(STARTS[i % 3], 4 + 3 * i) for i in range(8)), Request(STARTS[0], 300)]
+    read = []
+
+    def source() -> Iterator[Request]:
+        for i, request in enumerate(asked):
+            read.append(i)
+            yield request
+
+    answers = prepare(model, Options(EXACT, slots=2)).answers(source())
+    first = next(answers)
+    assert len(read) < 5
+    assert_as_generated(model, asked, [first, *answers], cache=EXACT)
+    assert len(read) == len(asked)
+
+
 def test_a_freed_slot_is_taken_at_once(model: xq.Model) -> None:
     """Two slots, one long answer: every short one is finished before it."""
-    asked = [Request(STORIES[0], 200), *(Request(STORIES[1], 8) for _ in range(10))]
-    finished = [answer.index for answer in prepare(model, cache=EXACT, slots=2, stop_ids=[]).answers(asked)]
+    asked = [Request(STARTS[0], 200, stop_ids=[]), *(Request(STARTS[1], 8) for _ in range(10))]
+    finished = [answer.index for answer in prepare(model, Options(EXACT, slots=2)).answers(asked)]
     assert finished[-1] == 0
+
+
+MEMORY = 30_000_000
 
 
 def test_memory_decides_the_slots_and_is_kept(model: xq.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,38 +126,56 @@ def test_memory_decides_the_slots_and_is_kept(model: xq.Model, monkeypatch: pyte
             sizes.append((cache.lengths.shape[0], cache.capacity, cache_bytes(cache).total))
         return cache
 
-    monkeypatch.setattr("xquant_jax.generation.batch.allocate", noted)
+    monkeypatch.setattr("xquant_jax.generation.engine.allocate", noted)
     long = [int(t) for t in np.random.default_rng(3).integers(259, 500, 1200)]
-    asked = [Request(long[:n], 4, seed=0) for n in (1200, 60, 1150, 90, 1100, 200, 30, 70, 50, 40)]
-    options = {"cache": EXACT, "stop_ids": [], "prefill_chunk": 256}
-    answers = list(prepare(model, memory=9_000_000, **options).answers(asked))
-    assert_as_generated(model, asked, answers, **options)
+    asked = [Request(long[:n], 4, stop_ids=[]) for n in (1200, 60, 1150, 90, 1100, 200, 30, 70, 50, 40)]
+    answers = list(prepare(model, Options(EXACT, 256, memory=MEMORY)).answers(asked))
+    assert_as_generated(model, asked, answers, cache=EXACT, prefill_chunk=256)
     (few, large, one), (many, small, other) = sizes
     assert few < many
     assert large > 1200 > small
-    assert max(one, other) < 9_000_000
+    assert max(one, other) < MEMORY
+
+
+def as_it_came(**fields: Any) -> Request:
+    """A request with values of any type, as a program without type checks makes it."""
+    request = Request("x")
+    for name, value in fields.items():
+        object.__setattr__(request, name, value)
+    return request
 
 
 def test_bad_requests_are_answered_with_an_error_and_the_rest_goes_on(model: xq.Model) -> None:
-    asked = [Request(""), Request([1, 512]), Request(STORIES[0]), Request("Hi", 0), Request("Hi", seed=2**31)]
-    answers = {answer.index: answer for answer in prepare(model, slots=2, max_new_tokens=4).answers(asked)}
-    assert answers[2].completion is not None
-    errors = [
-        "the prompt is empty",
-        "token id 512; the model's ids are 0 to 511",
-        "max_new_tokens=0",
-        "seed=2147483648",
+    good = Request(STARTS[0], np.int64(4), seed=np.int32(1))
+    bad: list[tuple[Any, dict[str, Any], str]] = [
+        ("", {}, "the prompt is empty"),
+        ([1, 4096], {}, "token id 4096; the model's ids are 0 to 4095"),
+        (None, {}, "the prompt is None; give a text, or a list of token ids"),
+        (b"x", {}, "the prompt is bytes"),
+        ("Hi", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("Hi", {"max_new_tokens": "9"}, "max_new_tokens='9' is not a whole number"),
+        ("Hi", {"seed": 2**31}, "seed=2147483648"),
+        ("Hi", {"sampling": 0.5}, "sampling=0.5 is not possible"),
+        ("Hi", {"stop": "x"}, "stop must be a list"),
+        ("Hi", {"stop": 5}, "stop must be a list"),
+        ("Hi", {"stop_ids": 5}, "stop_ids is 5"),
+        ("Hi", {"logprobs": 21}, "logprobs=21 is not possible; choose from 0 to 20"),
     ]
-    for index, message in zip((0, 1, 3, 4), errors, strict=True):
-        assert answers[index].completion is None
-        assert message in (answers[index].error or "")
+    asked = [*(as_it_came(prompt=prompt, **options) for prompt, options, _ in bad), good]
+    for options in (Options(slots=2), Options(memory=5_000_000)):
+        answers = {answer.index: answer for answer in prepare(model, options).answers(asked)}
+        assert len(answers) == len(asked)
+        assert answers[len(bad)].completion is not None
+        for index, (_, _, message) in enumerate(bad):
+            assert answers[index].completion is None
+            assert message in (answers[index].error or "")
 
 
 def test_a_sequence_larger_than_the_memory_is_an_error_that_says_what_it_takes(model: xq.Model) -> None:
-    asked = [Request(STORIES[0], 4000), Request(STORIES[1], 4)]
-    answers = {answer.index: answer for answer in prepare(model, memory=1_000_000).answers(asked)}
+    asked = [Request(STARTS[0], 9000), Request(STARTS[1], 4)]
+    answers = {answer.index: answer for answer in prepare(model, Options(memory=2_000_000)).answers(asked)}
     assert "tokens take a cache of" in (answers[0].error or "")
-    assert "memory=1000000 is all there is" in (answers[0].error or "")
+    assert "memory=2000000 is all there is" in (answers[0].error or "")
     assert answers[1].completion is not None
 
 
@@ -159,13 +185,11 @@ def test_a_sequence_larger_than_the_memory_is_an_error_that_says_what_it_takes(m
         ({"slots": 0}, "slots=0 is not possible"),
         ({"memory": -5}, "memory=-5 is not possible"),
         ({"slots": 2, "memory": 5}, "both given"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"cache_tokens": 2, "memory": 5}, "both given"),
         ({"cache": "xquant:5"}, "bits=5"),
-        ({"sampling": xq.Sampling(temperature=-1)}, "temperature=-1"),
         ({"prefill_chunk": 0}, "prefill_chunk=0"),
-        ({"stop": "x"}, "stop must be a list"),
     ],
 )
 def test_an_option_that_cannot_be_honoured_is_an_error_before_anything_runs(model, options, message) -> None:
     with pytest.raises(xq.ConfigError, match=message):
-        prepare(model, **options)
+        prepare(model, Options(**options))

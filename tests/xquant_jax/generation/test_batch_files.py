@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import jax.numpy as jnp
 import pytest
 
 import xquant_jax as xq
+from tests.checkpoints import write_checkpoint
 from xquant_jax.cli import main
 from xquant_jax.cli.options import parse_bytes
 from xquant_jax.generation.batch_files import Results, parse_prompts
+from xquant_jax.generation.request import Request
+from xquant_jax.model.loading import DEMO
 from xquant_jax.model.weights import weights_checksum
 
 SETTINGS = {"cache": "xquant:4", "seed": 0}
@@ -26,9 +30,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture
-def stories(shared: Path) -> str:
-    return str(shared / "models" / "stories260K")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small model with the tokenizer of the demo."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("model"), layers=2, vocab_size=4096)
+    shutil.copy(DEMO / "tokenizer.json", directory)
+    return str(directory)
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_prompt_gets_the_answer_of_generate(stories: str, tmp_path: Path, capsys) -> None:
+def test_every_prompt_gets_the_answer_of_generate(small: str, tmp_path: Path, capsys) -> None:
     asked, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     asked.write_text(
         '{"prompt": "Once upon a time", "id": 7}\n\n{"tokens": [1, 403, 407], "max_new_tokens": 3}\n'
@@ -49,9 +56,9 @@ def test_every_prompt_gets_the_answer_of_generate(stories: str, tmp_path: Path, 
     )
     options = ["--cache", "bf16", "--slots", "2", "--max-new-tokens", "6", "--seed", "3", "--stop-id", "2"]
     options += ["--temperature", "0.8", "--top-k", "40"]
-    assert main(["batch", stories, str(asked), str(results), *options]) == 0
+    assert main(["batch", small, str(asked), str(results), *options]) == 0
     written = {record["line"]: record for record in read(results)}
-    model, sampling = xq.load(stories), xq.Sampling(temperature=0.8, top_k=40)
+    model, sampling = xq.load(small), xq.Sampling(temperature=0.8, top_k=40)
     prompts: list[Any] = ["Once upon a time", [1, 403, 407], "Tom"]
     expected = xq.generate(
         model, prompts, cache="bf16", max_new_tokens=6, sampling=sampling, seed=[3, 3, 5], stop_ids=[2]
@@ -68,10 +75,10 @@ def test_every_prompt_gets_the_answer_of_generate(stories: str, tmp_path: Path, 
     assert "3 answers, 15 tokens" in capsys.readouterr().err
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_stopped(stories: str, prompts: Path, tmp_path: Path, capsys) -> None:
+def test_killed_at_any_moment_it_goes_on_where_it_stopped(small: str, prompts: Path, tmp_path: Path, capsys) -> None:
     """Killed as soon as there are results, then started again; the results equal those of a run that was let be."""
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    command = ["batch", stories, str(prompts), "RESULTS", "--cache", "bf16", "--slots", "2"]
+    command = ["batch", small, str(prompts), "RESULTS", "--cache", "bf16", "--slots", "2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "xquant_jax", *(str(killed) if word == "RESULTS" else word for word in command)],
         cwd=Path(__file__).parents[3],
@@ -99,7 +106,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(stories: str, prompts:
 
 
 def test_malformed_lines_are_reported_with_their_number_and_the_rest_is_done(
-    stories: str, tmp_path: Path, capsys
+    small: str, tmp_path: Path, capsys
 ) -> None:
     asked, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     errors = {
@@ -114,27 +121,52 @@ def test_malformed_lines_are_reported_with_their_number_and_the_rest_is_done(
         10: (b'{"prompt": "\xff"}', "not UTF-8 text"),
         11: (b'{"prompt": "x", "id": "good"}', "id 'good' is that of line 3 too"),
         12: (b'{"prompt": ""}', "the prompt is empty"),
-        13: (b'{"tokens": [600]}', "token id 600"),
+        13: (b'{"tokens": [6000]}', "token id 6000"),
         14: (b'{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens=0"),
         15: (b"[" * 100_000, "not JSON"),
         16: (b'{"prompt": "a \\ud800 b"}', "not valid Unicode"),
         17: (b'{"prompt": "x", "id": NaN}', "its id holds a number that JSON does not have"),
         18: (b'{"prompt": "x", "id": "\\ud800"}', "its id is not valid Unicode"),
+        20: (b'{"prompt": "x", "temperature": "hot"}', "temperature='hot' is not a number"),
+        21: (b'{"prompt": "x", "temperature": -1}', "temperature=-1.0 is not possible"),
+        22: (b'{"prompt": "x", "top_k": 5}', "top_k has no effect at temperature 0"),
+        23: (b'{"prompt": "x", "stop": "a"}', "stop must be a list of strings"),
+        24: (b'{"prompt": "x", "stop_ids": [1.5]}', "stop_ids must be a list of whole numbers"),
+        25: (b'{"prompt": "x", "stop_ids": [6000]}', "stop_ids holds token id 6000"),
+        26: (b'{"prompt": "x", "logprobs": 21}', "logprobs=21 is not possible; choose from 0 to 20"),
         19: (b'{"prompt": "x", "max_new_tokens": 99999999999999999999}', "shorten them to 16,777,216"),
     }
     good = b'{"prompt": "Tom", "id": "good", "max_new_tokens": 3}'
-    asked.write_bytes(b"\n".join(errors[n][0] if n in errors else good for n in range(1, 20)))
+    asked.write_bytes(b"\n".join(errors[n][0] if n in errors else good for n in range(1, 27)))
     for _ in range(2):  # the second run finds nothing to do and says the same
-        assert main(["batch", stories, str(asked), str(results), "--cache", "bf16"]) == 0
+        assert main(["batch", small, str(asked), str(results), "--cache", "bf16"]) == 0
         reported = capsys.readouterr().err
         written = {record["line"]: record for record in read(results)}
-        assert written.keys() == set(range(1, 20))
-        assert len(read(results)) == 19
+        assert written.keys() == set(range(1, 27))
+        assert len(read(results)) == 26
         assert len(written[3]["tokens"]) == 3
         for number, (_, message) in errors.items():
             assert message in written[number]["error"]
         assert "line 1: not JSON" in reported
-        assert "18 of 19 lines could not be answered" in reported
+        assert "25 of 26 lines could not be answered" in reported
+
+
+def test_a_line_may_differ_from_the_options_in_everything_a_request_may_ask(small: str, tmp_path: Path) -> None:
+    asked, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    said = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 4}
+    lines = [{"tokens": [5, 6, 7]}, {"tokens": [5, 6, 7], **said, "logprobs": 2, "stop_ids": [], "stop": ["never"]}]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--cache", "bf16", "--max-new-tokens", "6", "--stop-id", "2"]
+    assert main(["batch", small, str(asked), str(results), *options]) == 0
+    written = {record["line"]: record for record in read(results)}
+    model, seed = xq.load(small), said.pop("seed")
+    plain = xq.generate(model, [[5, 6, 7]], cache="bf16", max_new_tokens=6, stop_ids=[2]).results[0]
+    other = xq.generate(
+        model, [[5, 6, 7]], cache="bf16", max_new_tokens=6, stop_ids=[], seed=seed, sampling=xq.Sampling(**said)
+    ).results[0]
+    assert (written[1]["tokens"], written[2]["tokens"]) == (plain.tokens, other.tokens)
+    assert "top_logprobs" not in written[1]
+    assert [len(top) for top in written[2]["top_logprobs"]] == [2] * 6
 
 
 @pytest.fixture
@@ -195,18 +227,18 @@ def test_two_processes_cannot_write_the_same_results(cut_results: tuple[Path, by
     ],
 )
 def test_a_restart_with_other_options_is_an_error(
-    stories: str, prompts: Path, tmp_path: Path, capsys, change: list[str], name: str
+    small: str, prompts: Path, tmp_path: Path, capsys, change: list[str], name: str
 ) -> None:
     prompts.write_text('{"prompt": "Tom", "max_new_tokens": 2}\n')
-    command = ["batch", stories, str(prompts), str(tmp_path / "results.jsonl")]
+    command = ["batch", small, str(prompts), str(tmp_path / "results.jsonl")]
     assert main([*command, "--cache", "bf16"]) == 0
     assert main([*command, "--cache", "bf16", *change]) == 2
     assert f"is from another run: {name} was" in capsys.readouterr().err
 
 
-def test_a_restart_with_other_prompts_is_an_error(stories: str, prompts: Path, tmp_path: Path, capsys) -> None:
+def test_a_restart_with_other_prompts_is_an_error(small: str, prompts: Path, tmp_path: Path, capsys) -> None:
     prompts.write_text('{"prompt": "Tom", "max_new_tokens": 2}\n')
-    command = ["batch", stories, str(prompts), str(tmp_path / "results.jsonl"), "--cache", "bf16"]
+    command = ["batch", small, str(prompts), str(tmp_path / "results.jsonl"), "--cache", "bf16"]
     assert main(command) == 0
     prompts.write_text('{"prompt": "Tim", "max_new_tokens": 2}\n')
     assert main(command) == 2
@@ -253,4 +285,4 @@ def test_the_checksum_of_weights_sees_one_bit_and_two_numbers_in_the_wrong_order
 def test_blank_lines_count_but_ask_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\r\n{"prompt": "a"}\r\n\n  \n{"prompt": "b"}\n')
-    assert [line.number for line in parse_prompts(path.read_bytes())] == [2, 5]
+    assert [line.number for line in parse_prompts(path.read_bytes(), Request(""))] == [2, 5]

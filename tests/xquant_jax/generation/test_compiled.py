@@ -1,20 +1,17 @@
 """What the compiled decode loop allocates: the cache is updated in place and never copied."""
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
-from xquant_jax.generation.decoding import Decoding, advance
-from xquant_jax.generation.sampling import Sampling
+from xquant_jax.generation.programs import Arrivals, Slots, advance
 
 pytestmark = pytest.mark.optimized
 
-BATCH, NEW, CHUNK = 2, 64, 16
+BATCH, CHUNK = 2, 16
 
 
 @pytest.mark.parametrize(
@@ -29,31 +26,17 @@ def test_temporaries_stay_below_a_tenth_of_the_cache(spec: str) -> None:
     model = random_model(config)
     cache_config = CacheConfig.parse(spec)
 
-    def shape(*size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(size, dtype)
-
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=BATCH, tokens=65_536))
-    state = Decoding(
-        prompts=shape(BATCH, CHUNK),
-        prompt_lengths=shape(BATCH),
-        fed=shape(),
-        step=shape(),
-        tokens=shape(BATCH, NEW),
-        logprobs=shape(BATCH, NEW, dtype=jnp.float32),
-        counts=shape(BATCH),
-        done=shape(BATCH, dtype=jnp.bool),
-        seeds=shape(BATCH),
-        seen=None,
-    )
     lowered = advance.lower(
         model.transformer,
         model.params,
         cache_config.method_params(model.source),
-        state,
+        Slots.free(BATCH, config.vocab_size, 8),
         cache,
-        Sampling().checked(),
-        shape(1),
-        shape(),
+        np.ones(BATCH, bool),
+        np.int32(64),
+        np.bool_(False),
+        Arrivals.of([None] * BATCH, CHUNK, 8),
         chunk=CHUNK,
     )
     memory = lowered.compile().memory_analysis()

@@ -1,4 +1,4 @@
-"""`generate` and `stream` on a trained model: what users rely on whatever the batch, the chunks and the buckets."""
+"""`generate` and `stream`: what users rely on whatever the batch, the chunks and the buckets."""
 
 import json
 import shutil
@@ -11,21 +11,18 @@ import pytest
 import tokenizers
 
 import xquant_jax as xq
+from tests.checkpoints import write_checkpoint
 from tests.conftest import counted_compilations
+from tests.xquant_jax.generation.conftest import EXACT, STARTS
 from xquant_jax.generation.request import bucket_length
+from xquant_jax.model.loading import DEMO
 
-STORIES = ["Once upon a time", "The big dog", "Lily and her mom went to the park. They saw a big"]
-EXACT = "bf16,dtype=float32"
-
-
-@pytest.fixture(scope="module")
-def model(shared: Path) -> xq.Model:
-    return xq.load(shared / "models" / "stories260K")
+PROMPTS = list(STARTS[:3])
 
 
 def test_a_batch_of_unequal_prompts_equals_each_alone(model: xq.Model) -> None:
-    together = xq.generate(model, STORIES, cache="xquant:8", max_new_tokens=20).results
-    for prompt, result in zip(STORIES, together, strict=True):
+    together = xq.generate(model, PROMPTS, cache="xquant:8", max_new_tokens=20).results
+    for prompt, result in zip(PROMPTS, together, strict=True):
         alone = xq.generate(model, prompt, cache="xquant:8", max_new_tokens=20).results[0]
         assert alone.tokens == result.tokens
         np.testing.assert_allclose(alone.logprobs, result.logprobs, atol=1e-3)
@@ -33,17 +30,17 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model: xq.Model) -> None:
 
 def test_sampling_depends_on_seed_and_prompt_only(model: xq.Model) -> None:
     sampling = xq.Sampling(temperature=1.0, top_p=0.95)
-    batch = xq.generate(model, STORIES, sampling=sampling, seed=[5, 6, 7], max_new_tokens=20).results
-    alone = xq.generate(model, STORIES[1], sampling=sampling, seed=6, max_new_tokens=20).results[0]
-    again = xq.generate(model, STORIES[1], sampling=sampling, seed=6, max_new_tokens=20).results[0]
-    other = xq.generate(model, STORIES[1], sampling=sampling, seed=8, max_new_tokens=20).results[0]
+    batch = xq.generate(model, PROMPTS, sampling=sampling, seed=[5, 6, 7], max_new_tokens=20).results
+    alone = xq.generate(model, PROMPTS[1], sampling=sampling, seed=6, max_new_tokens=20).results[0]
+    again = xq.generate(model, PROMPTS[1], sampling=sampling, seed=6, max_new_tokens=20).results[0]
+    other = xq.generate(model, PROMPTS[1], sampling=sampling, seed=8, max_new_tokens=20).results[0]
     assert alone.tokens == again.tokens == batch[1].tokens
     assert other.tokens != alone.tokens
 
 
 def test_log_probabilities_equal_a_forward_without_cache(model: xq.Model) -> None:
-    result = xq.generate(model, STORIES[0], cache=EXACT, max_new_tokens=30).results[0]
-    prompt = model.tokenizer.encode(STORIES[0])
+    result = xq.generate(model, PROMPTS[0], cache=EXACT, max_new_tokens=30).results[0]
+    prompt = model.tokenizer.encode(PROMPTS[0])
     logits = model.transformer.apply({"params": model.params}, jnp.asarray([prompt + result.tokens]), method="score")
     expected = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
     np.testing.assert_allclose(result.logprobs, expected[np.arange(30), result.tokens], atol=1e-4)
@@ -62,26 +59,27 @@ def test_chunked_prefill_gives_the_same_answer(model: xq.Model) -> None:
 
 def test_a_second_call_of_the_same_bucket_compiles_nothing(model: xq.Model) -> None:
     sampling = xq.Sampling(temperature=0.7, repetition_penalty=1.1)
-    xq.generate(model, ["Once upon a time", "A dog"], sampling=sampling, max_new_tokens=6)
+    xq.generate(model, ["def f():", "class A:"], sampling=sampling, max_new_tokens=6)
     with counted_compilations() as compiled:
-        changed = xq.Sampling(temperature=1.3, repetition_penalty=1.3)
-        xq.generate(model, ["The cat sat", "Tom saw"], sampling=changed, seed=3, max_new_tokens=6)
-        list(xq.stream(model, ["A bird flew", "Ben"], sampling=changed, max_new_tokens=6))
-        xq.generate(model, ["A girl", "A boy"], sampling=changed, stop=["was"], max_new_tokens=6)
-        xq.generate(model, ["A girl", "A boy"], sampling=changed, stop_ids=[5, 6], max_new_tokens=9)
+        changed = xq.Sampling(temperature=1.3, top_k=9, top_p=0.9, min_p=0.01)
+        xq.generate(model, ["def g():", "class B:"], max_new_tokens=6)
+        xq.generate(model, ["def g():", "class B:"], sampling=changed, seed=3, max_new_tokens=6)
+        list(xq.stream(model, ["def h():", "class C:"], sampling=changed, max_new_tokens=6))
+        xq.generate(model, ["def i():", "class D:"], sampling=changed, stop=["self"], max_new_tokens=6)
+        xq.generate(model, ["def i():", "class D:"], sampling=changed, stop_ids=[5, 6], max_new_tokens=9)
     assert compiled == []
     with counted_compilations() as compiled:
-        xq.generate(model, ["The cat sat", "Tom saw"], sampling=sampling, max_new_tokens=17)
+        xq.generate(model, ["def g():", "class B:"], sampling=sampling, max_new_tokens=17)
     assert compiled  # the counter counts
 
 
 @pytest.mark.parametrize("cache", ["xquant-cl:2", "xquant:4,rebuild_dtype=int8"])
-def test_factors_are_made_once(cache: str, shared: Path) -> None:
-    name = "stories260K" if cache == "xquant-cl:2" else "pystdlib-mha"
-    model = xq.load(shared / "models" / name)
-    xq.generate(model, ["Once"], cache=cache, max_new_tokens=2)
+def test_factors_are_made_once(cache: str, model: xq.Model, tmp_path: Path) -> None:
+    if cache != "xquant-cl:2":
+        model = xq.load(write_checkpoint(tmp_path, multi_head=True))
+    xq.generate(model, [[5]], cache=cache, max_new_tokens=2)
     with counted_compilations() as compiled:
-        xq.generate(model, ["Here"], cache=cache, max_new_tokens=2)
+        xq.generate(model, [[6]], cache=cache, max_new_tokens=2)
     assert compiled == []
     assert model.method_params(xq.CacheConfig.parse(cache)) is model.method_params(xq.CacheConfig.parse(cache))
 
@@ -94,8 +92,8 @@ def test_arrays_of_jax_are_token_ids(model: xq.Model) -> None:
     assert (alone.prompt, alone.tokens) == (rows[0], told[0][0].tokens)
 
 
-def test_layers_of_other_bits_share_their_factors(model: xq.Model) -> None:
-    segments = model.method_params(xq.CacheConfig.parse("xquant:4;1=8;3=2"))
+def test_layers_of_other_bits_share_their_factors(demo: xq.Model) -> None:
+    segments = demo.method_params(xq.CacheConfig.parse("xquant:4;1=8;3=2"))
     assert len(segments) > 3
     for segment in segments:
         for side in ("key", "value"):
@@ -103,28 +101,28 @@ def test_layers_of_other_bits_share_their_factors(model: xq.Model) -> None:
                 assert segment[side][name] is array
 
 
-def test_what_a_tokenizer_file_says_of_training_batches_does_not_apply(tmp_path: Path, shared: Path) -> None:
-    shutil.copytree(shared / "models" / "stories260K", tmp_path / "model")
+def test_what_a_tokenizer_file_says_of_training_batches_does_not_apply(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
     written = tokenizers.Tokenizer.from_file(str(path))
     written.enable_truncation(8)
     written.enable_padding(length=8)
     written.save(str(path))
-    plain, told = (xq.load(folder) for folder in (shared / "models" / "stories260K", tmp_path / "model"))
-    for text in STORIES:
+    plain, told = (xq.load(folder) for folder in (DEMO, tmp_path / "model"))
+    for text in PROMPTS:
         assert told.tokenizer is not None
         assert plain.tokenizer is not None
         assert told.tokenizer.encode(text) == plain.tokenizer.encode(text)
 
 
-def test_tokens_that_the_model_lacks_are_an_error(tmp_path: Path, shared: Path) -> None:
-    shutil.copytree(shared / "models" / "stories260K", tmp_path / "model")
+def test_tokens_that_the_model_lacks_are_an_error(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
     written = tokenizers.Tokenizer.from_file(str(path))
     written.add_tokens(["<new>"])
     written.save(str(path))
-    with pytest.raises(xq.PromptError, match="token id 512; the model's ids are 0 to 511"):
-        xq.generate(xq.load(tmp_path / "model"), ["Once <new>"], max_new_tokens=2)
+    with pytest.raises(xq.PromptError, match="token id 4096; the model's ids are 0 to 4095"):
+        xq.generate(xq.load(tmp_path / "model"), ["x <new>"], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("chunk", [64, 512, 100])
@@ -137,8 +135,8 @@ def test_buckets_hold_the_prompt_and_waste_little(chunk: int) -> None:
 
 
 def test_streaming_gives_the_same_tokens_and_text(model: xq.Model) -> None:
-    whole = xq.generate(model, STORIES, max_new_tokens=25, stop=["ball"]).results
-    events = list(xq.stream(model, STORIES, max_new_tokens=25, stop=["ball"]))
+    whole = xq.generate(model, PROMPTS, max_new_tokens=25, stop=["state"]).results
+    events = list(xq.stream(model, PROMPTS, max_new_tokens=25, stop=["state"]))
     for i, result in enumerate(whole):
         mine = [event for event in events if event.index == i]
         assert "".join(event.text for event in mine) == result.text
@@ -147,10 +145,10 @@ def test_streaming_gives_the_same_tokens_and_text(model: xq.Model) -> None:
 
 
 def test_a_stop_string_ends_its_own_row_only(model: xq.Model) -> None:
-    free = xq.generate(model, STORIES[:2], max_new_tokens=40).results
-    word = free[0].text.split()[6]
+    free = xq.generate(model, PROMPTS[:2], max_new_tokens=40).results
+    word = free[0].text.split()[1]
     assert word not in free[1].text
-    ended, other = xq.generate(model, STORIES[:2], max_new_tokens=40, stop=["never seen", word]).results
+    ended, other = xq.generate(model, PROMPTS[:2], max_new_tokens=40, stop=["never seen", word]).results
     assert ended.text == free[0].text[: free[0].text.index(word)]
     assert ended.finish_reason == "stop"
     assert ended.tokens == free[0].tokens[: len(ended.tokens)]
@@ -158,9 +156,9 @@ def test_a_stop_string_ends_its_own_row_only(model: xq.Model) -> None:
 
 
 def test_several_stop_ids(model: xq.Model) -> None:
-    free = xq.generate(model, STORIES[0], max_new_tokens=40).results[0]
+    free = xq.generate(model, PROMPTS[0], max_new_tokens=40).results[0]
     ids = [free.tokens[9], free.tokens[5]]
-    result = xq.generate(model, STORIES[0], max_new_tokens=40, stop_ids=ids).results[0]
+    result = xq.generate(model, PROMPTS[0], max_new_tokens=40, stop_ids=ids).results[0]
     first = min(free.tokens.index(i) for i in ids)
     assert result.tokens == free.tokens[: first + 1]
     assert result.finish_reason == "stop"
@@ -168,24 +166,29 @@ def test_several_stop_ids(model: xq.Model) -> None:
     assert len(result.logprobs) == len(result.tokens)
 
 
-def test_two_bit_cache_stays_coherent_over_flushes(model: xq.Model) -> None:
+def test_two_bit_cache_stays_coherent_over_flushes(demo: xq.Model) -> None:
     """300 tokens cross two flushes; a broken history shows as a collapse of the model's own confidence."""
-    exact = xq.generate(model, STORIES[0], cache=EXACT, max_new_tokens=300, stop_ids=[]).results[0]
+    exact = xq.generate(demo, PROMPTS[0], cache=EXACT, max_new_tokens=300, stop_ids=[]).results[0]
     for spec in ("xquant-cl:2", "xquant:2", "xquant:4", "kivi:2", "int8", "bf16"):
-        result = xq.generate(model, STORIES[0], cache=spec, max_new_tokens=300, stop_ids=[]).results[0]
+        result = xq.generate(demo, PROMPTS[0], cache=spec, max_new_tokens=300, stop_ids=[]).results[0]
         assert np.isfinite(result.logprobs).all()
         assert np.mean(result.logprobs[150:]) > np.mean(exact.logprobs[150:]) - 0.3
 
 
-def test_numpy_tokens_and_seeds_are_taken_as_numbers(model: xq.Model) -> None:
-    tokens = np.asarray(model.tokenizer.encode("Once upon"))
-    result = xq.generate(model, [tokens], seed=np.int64(3), max_new_tokens=3)
+def test_whole_numbers_of_numpy_are_taken_as_numbers(model: xq.Model) -> None:
+    tokens = np.asarray([5, 6, 7])
+    plain = xq.generate(model, [5, 6, 7], seed=3, max_new_tokens=3, stop_ids=[9], sampling=xq.Sampling(temperature=1.0))
+    sampling = xq.Sampling(temperature=np.float32(1.0), top_k=np.int64(4096))  # pyright: ignore[reportArgumentType]
+    options = {"seed": np.int64(3), "max_new_tokens": np.int64(3), "stop_ids": np.asarray([9]), "sampling": sampling}
+    result = xq.generate(model, [tokens], **options, prefill_chunk=np.int64(512), cache_tokens=np.int64(143))
     assert json.loads(json.dumps(result.to_json()))["results"][0]["prompt"] == tokens.tolist()
-    assert xq.generate(model, tokens.tolist(), max_new_tokens=3).results[0].tokens == result.results[0].tokens
+    assert result.results[0].tokens == plain.results[0].tokens
+    events = list(xq.stream(model, [tokens], **options))
+    assert [event.token for event in events] == plain.results[0].tokens
 
 
 def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
-    result = xq.generate(model, STORIES[0], max_new_tokens=5)
+    result = xq.generate(model, PROMPTS[0], max_new_tokens=5)
     written = json.loads(json.dumps(result.to_json()))
     assert set(written["results"][0]) == {"prompt", "text", "tokens", "logprobs", "finish_reason"}
     sizes = written["cache_bytes"]
@@ -202,7 +205,7 @@ def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
         (["Hello", ""], {}, xq.PromptError, "prompt 1 is empty"),
         ([[]], {}, xq.PromptError, "prompt 0 is empty"),
         ([], {}, xq.PromptError, "there is no prompt"),
-        ([[1, 512]], {}, xq.PromptError, "token id 512; the model's ids are 0 to 511"),
+        ([[1, 4096]], {}, xq.PromptError, "token id 4096; the model's ids are 0 to 4095"),
         ([[1, -1]], {}, xq.PromptError, "token id -1"),
         ("Hi", {"max_new_tokens": 0}, xq.ConfigError, "max_new_tokens=0"),
         ("Hi", {"cache_tokens": 20, "max_new_tokens": 30}, xq.CacheFullError, "holds 20 tokens"),
@@ -213,7 +216,7 @@ def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
         ("Hi", {"seed": [1, 2]}, xq.ConfigError, "2 seeds given for 1 prompts"),
         ("Hi", {"prefill_chunk": 0}, xq.ConfigError, "prefill_chunk=0"),
         ("Hi", {"seed": 2**31}, xq.ConfigError, "seed=2147483648 is not possible"),
-        ("Hi", {"stop_ids": [512]}, xq.PromptError, "stop_ids holds token id 512"),
+        ("Hi", {"stop_ids": [4096]}, xq.PromptError, "stop_ids holds token id 4096"),
         ([np.asarray([1.5])], {}, xq.PromptError, "1.5.*, which is not a whole number"),
         (b"Hi", {}, xq.PromptError, "a prompt is bytes"),
         ("Hi \udcff", {}, xq.PromptError, "prompt 0 is not valid Unicode"),

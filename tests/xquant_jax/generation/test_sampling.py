@@ -7,18 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import counted_compilations
 from xquant_jax.errors import ConfigError
-from xquant_jax.generation.sampling import Sampling, _filter, sample
+from xquant_jax.generation.sampling import Chosen, Sampling, SamplingRows, likely_by_rank, sample, token_keys
 
 LOGITS = np.log(np.asarray([0.4, 0.3, 0.15, 0.1, 0.05]))
 DRAWS = 4000
 
 
+@jax.jit
+def compiled_sample(logits: Any, rows: SamplingRows, seen: Any, top: Any) -> Chosen:
+    """Sequence i has seed i and is at token 0."""
+    return sample(logits, rows, jnp.arange(len(logits)), jnp.zeros(len(logits), jnp.int32), seen, top)
+
+
+def chosen(logits: Any, samplings: list[Sampling], seen: Any = None, top: Any = None) -> Chosen:
+    logits = jnp.asarray(logits, jnp.float32)
+    seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
+    top = jnp.zeros(len(logits), jnp.int32) if top is None else jnp.asarray(top)
+    return compiled_sample(logits, SamplingRows.of([sampling.checked() for sampling in samplings]), seen, top)
+
+
 def frequencies(seen: Any = None, **options: Any) -> np.ndarray:
-    sampling = Sampling(**options).checked()
-    keys = jax.random.split(jax.random.key(0), DRAWS)
-    seen = None if seen is None else jnp.broadcast_to(jnp.asarray(seen), (DRAWS, 5))
-    tokens, _ = sample(jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, 5)), sampling, keys, seen)
+    seen = None if seen is None else np.tile(seen, (DRAWS, 1))
+    tokens = chosen(np.tile(LOGITS, (DRAWS, 1)), [Sampling(**options)] * DRAWS, seen).tokens
     return np.bincount(np.asarray(tokens), minlength=5) / DRAWS
 
 
@@ -49,21 +61,71 @@ def test_tokens_are_drawn_from_the_filtered_distribution(options: dict[str, Any]
     np.testing.assert_allclose(drawn, expected, atol=5 * np.sqrt(0.25 / DRAWS))  # five standard deviations
 
 
+MIXED = [
+    Sampling(),
+    Sampling(repetition_penalty=1.3),
+    Sampling(temperature=0.8),
+    Sampling(temperature=1.0, top_k=3),
+    Sampling(temperature=1.0, top_p=0.6),
+    Sampling(temperature=1.2, min_p=0.2),
+    Sampling(1.2, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01),
+    Sampling(1.2, temperature=0.7, top_k=2**40, top_p=1.0, min_p=0.0),
+]
+
+
+def alone(logits: np.ndarray, sampling: Sampling, seen: np.ndarray, key: Any) -> int:
+    """One sequence's token by the definition, step after step."""
+    if sampling.repetition_penalty is not None:
+        penalty = np.float32(sampling.repetition_penalty)
+        logits = np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if not sampling.temperature:
+        return int(logits.argmax())
+    logits = logits / np.float32(sampling.temperature)
+    if sampling.top_k is not None:
+        logits = np.where(logits < np.sort(logits)[-min(sampling.top_k, logits.size)], -np.inf, logits)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        order = np.argsort(-logits)
+        probabilities = np.exp(logits[order] - logits.max())
+        probabilities /= probabilities.sum()
+        kept = order[np.cumsum(probabilities) - probabilities < sampling.top_p]
+        logits = np.where(np.isin(np.arange(logits.size), kept), logits, -np.inf)
+    if sampling.min_p is not None:
+        logits = np.where(np.exp(logits - logits.max()) < sampling.min_p, -np.inf, logits)
+    return int(jax.random.categorical(key, jnp.asarray(logits)))
+
+
+def test_sequences_of_different_options_are_each_sampled_as_if_alone_by_one_program() -> None:
+    rng = np.random.default_rng(0)
+    logits, seen = rng.normal(size=(25, 8, 50), scale=2).astype(np.float32), rng.random((25, 8, 50)) < 0.3
+    keys = token_keys(jnp.arange(8), jnp.zeros(8, jnp.int32))
+    chosen(logits[0], MIXED, seen[0])
+    with counted_compilations() as compiled:
+        for n in range(25):
+            order = np.roll(np.arange(8), n)
+            tokens = chosen(logits[n], [MIXED[i] for i in order], seen[n]).tokens
+            expected = [alone(logits[n, row], MIXED[i], seen[n, row], keys[row]) for row, i in enumerate(order)]
+            assert np.asarray(tokens).tolist() == expected
+            plain = chosen(logits[n], [Sampling()] * 8).tokens
+            assert np.asarray(plain).tolist() == logits[n].argmax(-1).tolist()
+    assert len(compiled) < 8  # not one of them per option; what is there belongs to the reference
+
+
 def test_a_penalty_makes_positive_logits_smaller_and_negative_ones_more_negative() -> None:
-    logits, seen = jnp.asarray([[3.0, 2.0, -1.0]]), jnp.asarray([[True, False, True]])
-    tokens, _ = sample(logits, Sampling(repetition_penalty=2.0).checked(), None, seen)
-    assert tokens[0] == 1
+    logits, seen = [[3.0, 2.0, -1.0]], [[True, False, True]]
+    assert chosen(logits, [Sampling(repetition_penalty=2.0)], seen).tokens[0] == 1
 
 
 def test_top_p_of_one_keeps_every_token() -> None:
     logits = jnp.linspace(20, -20, 128_256)[None]  # sums of probabilities in float32 reach 1 before the last of them
-    assert jnp.isfinite(_filter(logits, Sampling(temperature=1.0, top_p=1.0))).all()
+    rows = SamplingRows.of([Sampling(temperature=1.0, top_p=1.0).checked()])
+    assert jnp.isfinite(likely_by_rank(logits, rows)).all()
 
 
 def test_log_probabilities_are_the_models_own() -> None:
-    sampling = Sampling(temperature=0.3, top_k=1).checked()
-    _, logprobs = sample(jnp.asarray(LOGITS)[None] + 7, sampling, jax.random.split(jax.random.key(0), 1), None)
-    np.testing.assert_allclose(logprobs, np.log(0.4), rtol=1e-5)
+    told = chosen(LOGITS[None] + 7, [Sampling(temperature=0.3, top_k=1)], top=[2])
+    np.testing.assert_allclose(told.logprobs, np.log(0.4), rtol=1e-5)
+    assert np.asarray(told.top_tokens)[0].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(told.top_logprobs[0], np.sort(LOGITS)[::-1], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,299 @@
+"""The one loop from requests to answers: `generate`, `stream` and `batch` run on it.
+
+An engine has a cache of slots. Requests are submitted at any time, wait in a queue, take a slot when one is free, and
+are moved on by `step`; their answers are told as they grow. It knows nothing of memory, order and files.
+"""
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from xquant_jax import sharding
+from xquant_jax.cache.state import allocate, check_room
+from xquant_jax.generation.programs import STEPS, Arrivals, Slots, admit, advance
+from xquant_jax.generation.request import CheckedRequest, Completion, Options, Request, bucket_length, checked
+from xquant_jax.generation.sampling import Chosen
+from xquant_jax.generation.transcript import Transcript
+from xquant_jax.model.loading import Model
+from xquant_jax.numerics.packing import BLOCK
+
+STOP_STRING_STEPS = 16
+"""Tokens decoded on the device between two looks for stop strings on the host."""
+
+PREFILL_TOKENS = 512
+"""Prompt tokens fed at once, padding included: several short prompts together, long ones alone."""
+
+STOP_IDS = 8
+"""Stop ids come in multiples of so many, so that another number of them compiles nothing."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """What one step made for request `id`: new tokens, their log-probabilities, and the text that became certain.
+
+    `completion`: the whole answer, once there is no more to come.
+    """
+
+    id: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    text: str = ""
+    completion: Completion | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sequence:
+    """A request on its way."""
+
+    id: int
+    request: CheckedRequest
+    transcript: Transcript
+
+    def completion(self) -> Completion:
+        t, top = self.transcript, self.transcript.top_logprobs if self.request.logprobs else None
+        return Completion(self.request.prompt, t.text, t.tokens, t.logprobs, t.finish_reason or "", top)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A program that ran, and what it made, not taken down yet: token number i of the sequence in `slot` is that of
+    row i - `origin` and column `column` of `chosen`."""
+
+    chosen: Chosen
+    made: Any  # int32 [B], tokens of every slot's sequence after it
+    columns: list[tuple[int, _Sequence, int, int]]  # slot, sequence, column, origin
+
+
+class Engine:
+    """Requests in, answers out, `slots` at a time, each sequence of up to `tokens` tokens.
+
+    An answer depends on its request only, not on what runs beside it (but for rounding: with a quantized cache a code
+    on the edge can round otherwise). It holds no state beside its own: several may run in threads of their own, each
+    called from one of them.
+
+    in_place: prompts are fed straight into the rows of their slots, all that wait at once, in the program that decodes;
+        else into a small cache of their own, which pays where slots are refilled one by one
+
+    Raises `ConfigError` for options that cannot be honoured.
+    """
+
+    def __init__(self, model: Model, options: Options, *, slots: int, tokens: int, in_place: bool = False) -> None:
+        options = options.checked()
+        self.model = model = model.on(options.mesh)
+        self.cache_config, self.prefill_chunk, self.in_place = options.cache_config, options.prefill_chunk, in_place
+        if model.mesh is not None:
+            sharding.check_batch(slots, model.mesh, "prompts" if in_place else "slots")
+        self.method_params = model.method_params(self.cache_config)
+        with sharding.using(model.mesh):
+            self.cache = allocate(
+                self.cache_config, model.config, batch=slots, tokens=tokens, implementation=model.implementation
+            )
+        self.implementation = model.transformer.implementation_of(self.cache, self.method_params, model.dtype)
+        self._stops = STOP_IDS
+        self._slots = Slots.free(slots, model.config.vocab_size, self._stops)
+        self._rows: list[_Sequence | None] = [None] * slots
+        self._queue: deque[_Sequence] = deque()
+        self._buckets: dict[int, int] = {}  # prompt tokens per chunk -> padded length, a program for each
+        self._run: _Run | None = None
+        self._news: dict[int, Progress] = {}
+        self._ids = itertools.count()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is waiting or on its way."""
+        return bool(self._queue) or any(row is not None for row in self._rows)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody has, less the requests that wait for one."""
+        return self._rows.count(None) - len(self._queue)
+
+    def running(self) -> list[CheckedRequest]:
+        """The requests that are waiting or on their way."""
+        return [s.request for s in (*self._rows, *self._queue) if s is not None]
+
+    def fits(self, request: CheckedRequest) -> bool:
+        """Whether the cache can hold it, and a program that there is already can feed it."""
+        return request.capacity <= self.cache.capacity and self._chunk_for(len(request.tokens)) is not None
+
+    def compile(self, requests: Iterable[CheckedRequest]) -> None:
+        """Compiles what these requests need, unless it was before, by running it on none. Others may come as well, and
+        compile what they need when their turn comes."""
+        for request in sorted(requests, key=lambda r: len(r.tokens), reverse=True):
+            self._reserve(request, own=not self.in_place)
+        if not self.in_place:
+            for chunk in self._buckets:
+                self._admit([], chunk)
+        self._advance([], self._idle_chunk, steps=0)
+        self._run = None
+        jax.block_until_ready(self.cache)
+
+    def submit(self, request: Request | CheckedRequest) -> int:
+        """Queues a request; returns the id that its progress is told under, counting from 0.
+
+        Raises `PromptError` or `ConfigError` for what cannot be honoured, `CacheFullError` for a sequence that the
+        cache cannot hold.
+        """
+        if isinstance(request, Request):
+            request = checked(self.model, request)
+        check_room(self.cache.capacity, request.capacity)
+        sequence = _Sequence(next(self._ids), request, Transcript.of(self.model.tokenizer, request))
+        self._queue.append(sequence)
+        return sequence.id
+
+    def cancel(self, id: int) -> bool:
+        """Ends a request without an answer; its slot is free at the next step. False if it is not on its way."""
+        self._news.pop(id, None)
+        for row, sequence in enumerate(self._rows):
+            if sequence is not None and sequence.id == id:
+                self._rows[row] = None
+                return True
+        before = len(self._queue)
+        self._queue = deque(sequence for sequence in self._queue if sequence.id != id)
+        return len(self._queue) < before
+
+    def step(self, limit: int | None = None, *, hurry: bool = False) -> list[Progress]:
+        """Feeds those who wait into free slots, then decodes at most `limit` tokens for every request.
+
+        Decoding stops early when a slot is freed that somebody waits for, in the queue or, to `hurry`, elsewhere. How
+        much is decoded at most is bounded anyway (`STEPS`), so that one step never takes long.
+
+        If it is interrupted (Ctrl-C) while it waits for the device, the next step goes on where it was.
+        """
+        self._take_down()
+        stops = any(request.stop for request in self.running())
+        steps = min(STOP_STRING_STEPS if stops else STEPS, STEPS if limit is None else limit)
+        arrivals, chunk = self._next()
+        if self.in_place:
+            steps -= bool(arrivals)
+        elif arrivals:
+            steps -= 1
+            while arrivals:
+                self._admit(arrivals, chunk)
+                self._take_down()
+                arrivals, chunk = self._next()
+            if hurry and any(progress.completion for progress in self._news.values()):
+                steps = 0
+        if arrivals or (steps and any(row is not None for row in self._rows)):
+            self._advance(arrivals, chunk, steps=steps, hurry=hurry)
+            self._take_down()
+        news, self._news = self._news, {}
+        return list(news.values())
+
+    @property
+    def _idle_chunk(self) -> int:
+        """Of the program that decodes when nobody is fed: in place it is one that could; 0: it has no part for that."""
+        return next(iter(self._buckets), 0) if self.in_place else 0
+
+    def _chunk_for(self, size: int) -> int | None:
+        """Tokens per chunk of the program that feeds a prompt: its own, or a larger one that takes it all at once."""
+        own = bucket_length(size, self.prefill_chunk)[1]
+        fitting = [c for c, length in self._buckets.items() if size <= (length if c == own else c)]
+        return min(fitting, default=None)
+
+    def _reserve(self, request: CheckedRequest, *, own: bool = False) -> int:
+        """Sees to it that there is a program for a request, one for its own bucket if told so. Returns its chunk."""
+        length, bucket = bucket_length(len(request.tokens), self.prefill_chunk)
+        chunk = bucket if own else self._chunk_for(len(request.tokens))
+        if chunk is None or own:
+            chunk = bucket
+            self._buckets[chunk] = max(length, self._buckets.get(chunk, 0))
+        stops = sharding.round_up(max(len(request.stop_ids), 1), STOP_IDS)
+        if stops > self._stops:
+            asked, more = self._slots.asked, ((0, 0), (0, stops - self._stops))
+            wider = dataclasses.replace(asked, stop_ids=np.pad(asked.stop_ids, more, constant_values=-1))
+            self._slots, self._stops = dataclasses.replace(self._slots, asked=wider), stops
+        return chunk
+
+    def _next(self) -> tuple[list[tuple[int, _Sequence]], int]:
+        """Who is fed next and into which slots, as many of the queue as one program takes; and its chunk."""
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        if not free or not self._queue:
+            return [], self._idle_chunk
+        waiting = list(itertools.islice(self._queue, len(free)))
+        if self.in_place:
+            return list(zip(free, waiting, strict=False)), max(self._reserve(s.request) for s in waiting)
+        chunk = self._reserve(waiting[0].request)
+        alike = itertools.takewhile(lambda s: self._reserve(s.request) == chunk, waiting)
+        return list(zip(free, alike, strict=False))[: rows_at_once(chunk, self.model)], chunk
+
+    def _admit(self, arrivals: list[tuple[int, _Sequence]], chunk: int) -> None:
+        """Feeds them into a small cache, and puts them into their slots."""
+        targets = np.full(rows_at_once(chunk, self.model), len(self._rows), np.int32)
+        targets[: len(arrivals)] = [slot for slot, _ in arrivals]
+        requests: list[CheckedRequest | None] = [sequence.request for _, sequence in arrivals]
+        requests += [None] * (len(targets) - len(requests))
+        inputs = Arrivals.of(requests, self._buckets[chunk], self._stops), targets
+        sizes = {"cache_config": self.cache_config, "chunk": chunk}
+        columns = [(slot, sequence, column, 0) for column, (slot, sequence) in enumerate(arrivals)]
+        self._launch(admit, inputs, sizes, columns)
+
+    def _advance(self, arrivals: list[tuple[int, _Sequence]], chunk: int, *, steps: int, hurry: bool = False) -> None:
+        """Moves all sequences on, after feeding those that arrive."""
+        fed = dict(arrivals)
+        rows = [fed.get(slot, row) for slot, row in enumerate(self._rows)]
+        live, waiting = np.asarray([row is not None for row in rows]), hurry or len(self._queue) > len(arrivals)
+        there = None
+        if chunk:
+            requests = [fed[slot].request if slot in fed else None for slot in range(len(rows))]
+            there = Arrivals.of(requests, self._buckets[chunk], self._stops)
+        columns = [
+            (slot, row, slot, 0 if slot in fed else len(row.transcript.tokens) - 1)
+            for slot, row in enumerate(rows)
+            if row is not None
+        ]
+        self._launch(advance, (live, np.int32(steps), np.bool_(waiting), there), {"chunk": chunk}, columns)
+
+    def _launch(self, program: Any, inputs: tuple[Any, ...], sizes: dict[str, Any], columns: list[Any]) -> None:
+        """Runs a program that takes the slots and the cache and gives them back."""
+        model = self.model
+        slots, *inputs_there = sharding.place((self._slots, *inputs), sharding.P(), model.mesh)
+        parts = (model.transformer, model.params, self.method_params)
+        with sharding.using(model.mesh):
+            self._slots, self.cache, chosen = program(*parts, slots, self.cache, *inputs_there, **sizes)
+        self._run = _Run(chosen, self._slots.made, columns)
+
+    def _take_down(self) -> None:
+        """Takes down what the last program made. Done twice, or interrupted and done again, it changes nothing more."""
+        if self._run is None:
+            return
+        chosen, columns = self._run.chosen, self._run.columns
+        top_asked = any(sequence.request.logprobs for _, sequence, *_ in columns)
+        made, tokens, logprobs = jax.device_get((self._run.made, chosen.tokens, chosen.logprobs))
+        top = jax.device_get((chosen.top_tokens, chosen.top_logprobs)) if top_asked else None
+        for slot, sequence, column, origin in columns:
+            if sequence in self._queue:
+                self._rows[slot] = sequence
+                self._queue.remove(sequence)
+            if self._rows[slot] is not sequence:  # cancelled
+                continue
+            transcript, news = sequence.transcript, self._news.setdefault(sequence.id, Progress(sequence.id))
+            for number in range(len(transcript.tokens), made[slot]):
+                at = number - origin, column
+                news.text += transcript.push(int(tokens[at]), float(logprobs[at]), _pairs(top, at, sequence.request))
+                news.tokens.append(int(tokens[at]))
+                news.logprobs.append(float(logprobs[at]))
+                if transcript.finish_reason is not None:  # a stop string; the device knows only of stop ids
+                    break
+            if transcript.finish_reason is not None:
+                news.completion = sequence.completion()
+                self._rows[slot] = None
+        self._run = None
+
+
+def _pairs(top: Any, at: tuple[int, int], request: CheckedRequest) -> list[tuple[int, float]] | None:
+    """As many of the likeliest tokens as a request asks for, with their log-probabilities."""
+    if not request.logprobs:
+        return None
+    tokens, logprobs = (a[at][: request.logprobs].tolist() for a in top)
+    return list(zip(tokens, logprobs, strict=True))
+
+
+def rows_at_once(chunk: int, model: Model) -> int:
+    """Prompts that are fed together into a cache of their own, where a row takes at least a block."""
+    return sharding.round_up(max(1, PREFILL_TOKENS // max(chunk, BLOCK)), sharding.batch_parts(model.mesh))
