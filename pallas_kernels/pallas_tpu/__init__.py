@@ -1,10 +1,10 @@
 """Pallas Mosaic kernels for TPU v5e, v5p, v6e and v7x."""
 
-from pallas_kernels.pallas_tpu.attention import decode_attention
-from pallas_kernels.pallas_tpu.plan import refuse_decode_attention
-from pallas_kernels.pallas_tpu.project import refuse_remat_project, remat_project
-from pallas_kernels.pallas_tpu.quantizing import quantize, refuse_quantize
-from pallas_kernels.pallas_tpu.running_sum import accumulate, refuse_accumulate
+from pallas_kernels.pallas_tpu.decode_attention import decode_attention
+from pallas_kernels.pallas_tpu.decode_attention_tiling import refuse_decode_attention
+from pallas_kernels.pallas_tpu.remat_project import refuse_remat_project, remat_project
+from pallas_kernels.pallas_tpu.quantize import quantize, refuse_quantize
+from pallas_kernels.pallas_tpu.accumulate import accumulate, refuse_accumulate
 
 __all__ = [
     "accumulate",

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from pallas_kernels.eight_bits import TYPES
 from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.pallas_tpu import unpack
-from pallas_kernels.pallas_tpu.plan import Plan
+from pallas_kernels.pallas_tpu.decode_attention_tiling import Plan
 from pallas_kernels.pallas_tpu.streams import LANES
 from xquant_jax.numerics.packing import BLOCK, PLANES
 

@@ -25,9 +25,9 @@ from triton.runtime import interpreter
 
 from pallas_kernels import target
 from pallas_kernels.triton import tiling
-from pallas_kernels.triton.kernels import attention, codes, keys, project, running_sum
+from pallas_kernels.triton.kernels import accumulate, codes, decode_attention, keys, remat_project
 
-MODULES = (codes, keys, attention, project, running_sum)
+MODULES = (codes, keys, decode_attention, remat_project, accumulate)
 """Where the kernels are; later ones import from earlier ones."""
 
 PTX_VERSION = 87

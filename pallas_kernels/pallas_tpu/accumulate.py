@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 from pallas_kernels import target
 from pallas_kernels.operands import Accumulation
 from pallas_kernels.pallas_tpu import chip, unpack
-from pallas_kernels.pallas_tpu.quantizing import by_token, grid_of, lowest_highest, packed
+from pallas_kernels.pallas_tpu.quantize import by_token, grid_of, lowest_highest, packed
 from pallas_kernels.pallas_tpu.streams import LANES, by_block, refuse_stream
 from xquant_jax.numerics.packing import BLOCK, PLANES
 from xquant_jax.numerics.quantization import Blocks, StreamSpec

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import target
 from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.pallas_tpu import rebuild8, unpack
-from pallas_kernels.pallas_tpu.plan import Plan, make_plan
+from pallas_kernels.pallas_tpu.decode_attention_tiling import Plan, make_plan
 from pallas_kernels.pallas_tpu.streams import LANES, by_block
 from xquant_jax.numerics import rope
 from xquant_jax.numerics.attention import LOWEST, Geometry, Part, merge
