@@ -1,5 +1,1 @@
-"""Pallas Mosaic kernels for Hopper GPUs."""
-
-from pallas_kernels.pallas_gpu.remat_project_kernel import _load_fields, refuse_remat_project, remat_project
-
-__all__ = ["_load_fields", "refuse_remat_project", "remat_project"]
+"""Pallas Mosaic kernels for Hopper GPUs: `remat_project` only, and no decoding."""

@@ -6,33 +6,31 @@ columns, and kept in vector memory.
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pallas_kernels import target
-from pallas_kernels.pallas_tpu import chip, unpack
-from pallas_kernels.pallas_tpu.streams import LANES, by_block, refuse_stream
-from xquant_jax.numerics.packing import BLOCK, PLANES
-from xquant_jax.numerics.quantization import Blocks, StreamSpec
+from pallas_kernels.calls import RematProject
+from pallas_kernels.pallas_tpu import chip
+from pallas_kernels.pallas_tpu.remat_project_kernel import kernel
+from pallas_kernels.pallas_tpu.streams import LANES, by_block
+from pallas_kernels.streams import refuse_stream
+from xquant_jax.numerics.packing import BLOCK
 
 TILE = 8  # blocks
 COLUMNS = 256
-TOGETHER = 4  # blocks that share a reading of the columns
-UNROLL = 4
 
 
-def refuse_remat_project(stream: Blocks, weight: Array, *, dtype: Any = None) -> str | None:
-    """Why the kernel cannot take these arguments; None if it can."""
-    if reason := refuse_stream(stream.spec):
-        return f"the stream {reason}"
-    if (needed := _bytes(stream.spec.width)) > chip.current().vmem:
-        return f"a stream {stream.spec.width} wide takes {needed:,} bytes of vector memory"
+def refuse(call: RematProject) -> str | None:
+    """Why the kernel cannot take a call; None if it can."""
+    if reason := refuse_stream("the stream", call.stream.spec, LANES):
+        return reason
+    if (needed := _bytes(call.stream.spec.width)) > chip.current().vmem:
+        return f"a stream {call.stream.spec.width} wide takes {needed:,} bytes of vector memory"
     return None
 
 
@@ -41,9 +39,9 @@ def _bytes(width: int) -> int:
     return 2 * width * (TILE * BLOCK + 2 * COLUMNS) + 2 * TILE * BLOCK * width + 8 * TILE * BLOCK * COLUMNS
 
 
-def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
-    """See `pallas_kernels.api.remat_project`."""
-    spec = stream.spec
+def run(call: RematProject) -> Array:
+    """Multiplies with the kernel, columns padded to whole registers."""
+    stream, weight, spec = call.stream, call.weight, call.stream.spec
     batch, blocks = stream.planes[0].shape[:2]
     tile = min(TILE, blocks)
     width, columns = weight.shape[0], -(-weight.shape[1] // LANES) * LANES
@@ -57,8 +55,8 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = N
         return pl.BlockSpec((None, tile, *rest), lambda b, t, n: (b, t, *[0] * len(rest)))
 
     out = pl.pallas_call(
-        functools.partial(_kernel, spec, tile),
-        out_shape=jax.ShapeDtypeStruct((batch, blocks, BLOCK, columns), dtype or weight.dtype),
+        functools.partial(kernel, spec, tile),
+        out_shape=jax.ShapeDtypeStruct((batch, blocks, BLOCK, columns), call.result_dtype),
         grid=(batch, pl.cdiv(blocks, tile), columns // part),
         in_specs=[
             *(of_tile(a.shape[2:]) for a in arrays),
@@ -73,34 +71,3 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = N
         interpret=pltpu.InterpretParams() if target.current().interpret else False,
     )(*arrays, padded)
     return out.reshape(batch, blocks * BLOCK, columns)[..., : weight.shape[1]]
-
-
-def _kernel(spec: StreamSpec, tile: int, *refs: Any) -> None:
-    *words, scale, zero, weight, out, x, scales, zeros = refs
-
-    @pl.when(pl.program_id(2) == 0)
-    def _dequantize() -> None:
-        for given, rows in ((scale, scales), (zero, zeros)):
-            rows[...] = given[...].astype(jnp.float32).reshape(tile, -1, LANES)[:, :, None]
-
-        def strip(number: Array, _: None) -> None:
-            block, n = lax.div(number, jnp.int32(strips)), lax.rem(number, jnp.int32(strips))
-            lanes = pl.ds(pl.multiple_of(n * LANES, LANES), LANES)
-            row = n if spec.axis == "channel" else lax.div(n, jnp.int32(spec.group // LANES))
-            s, z = scales[block, row], zeros[block, row]
-            if spec.axis == "token":
-                s, z = unpack.columns(s, z)
-            planes = [words[plane][block, :, lanes] for plane in range(len(PLANES[spec.bits]))]
-            x[block, :, lanes] = unpack.in_order(planes, spec.bits, s, z)
-
-        strips = spec.width // LANES
-        lax.fori_loop(0, tile * strips, strip, None, unroll=math.gcd(UNROLL, tile * strips))
-
-    def product(number: Array, _: None) -> None:
-        blocks = pl.ds(number * together, together)
-        left = x[blocks].reshape(together * BLOCK, spec.width)
-        right = jnp.dot(left, weight[...], preferred_element_type=jnp.float32)
-        out[blocks] = right.astype(out.dtype).reshape(together, BLOCK, -1)
-
-    together = math.gcd(TOGETHER, tile)
-    lax.fori_loop(0, tile // together, product, None)
