@@ -6,7 +6,6 @@ machine instructions. What a loop costs is known from that, short of stalls.
 
 import collections
 import dataclasses
-import functools
 import itertools
 import re
 import subprocess
@@ -23,11 +22,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels import eight_bits, target
+from pallas_kernels.calls import Accumulate, DecodeAttention
 from pallas_kernels.operands import Accumulation, KeyRebuild
-from pallas_kernels.triton import accumulate, decode_attention, launching, tiling
+from pallas_kernels.triton import accumulate, decode_attention, launching
+from pallas_kernels.triton.kernels import find
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import StreamSpec, quantize
 from xquant_jax.numerics.rope import Rope
+
+KINDS = {8.0: "NVIDIA A100", 8.9: "NVIDIA L4", 9.0: "NVIDIA H100", 10.0: "NVIDIA B200"}
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32", "int8": "*i8"}
 
@@ -111,17 +114,8 @@ def of_model(model: Model, bits: int, form: str, capability: float, amd: bool = 
 
     def operation(q: Any, key: Any, rebuild: Any, value: Any, history_blocks: Any, positions: Any) -> Any:
         geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(model.dim)), model.dim**-0.5)
-        return decode_attention(
-            q,
-            key,
-            rebuild,
-            value,
-            history_blocks,
-            geometry,
-            layer=0,
-            num_kv_heads=model.kv_heads,
-            value_heads=model.kv_heads if form == "per_head" else 1,
-        )
+        heads = {"num_kv_heads": model.kv_heads, "value_heads": model.kv_heads if form == "per_head" else 1}
+        return decode_attention.run(DecodeAttention(q, key, rebuild, value, history_blocks, geometry, layer=0, **heads))
 
     return launches(
         operation,
@@ -157,7 +151,7 @@ def of_sum(name: str, bits: int, capability: float, amd: bool = False) -> list[L
 
     matrices = tuple(array(a, b) for a, b in itertools.pairwise((width, *predict)))
     return launches(
-        functools.partial(accumulate, layer=0),
+        lambda *operands: accumulate.run(Accumulate(*operands, layer=0)),
         history(StreamSpec(width, 8)),
         history(StreamSpec(stored, bits), 1),
         Accumulation(matrices, array(stored, width) if lift else None),
@@ -191,9 +185,7 @@ def launches(operation: Callable[..., Any], *args: Any, capability: float, amd: 
 
     with (
         mock.patch.object(launching, "run", record),
-        mock.patch.object(tiling, "capability", return_value=capability),
-        mock.patch.object(tiling, "is_amd", return_value=amd),
-        target.compiling_for("gpu"),
+        target.compiling_for("gpu", "AMD Instinct MI300X" if amd else KINDS[capability]),
     ):
         jax.eval_shape(operation, *args)
     return seen
@@ -217,7 +209,7 @@ def compiled_for_amd(launch: Launch, architecture: str) -> str:
 
 
 def _compile(launch: Launch, gpu: GPUTarget) -> Any:
-    function = launching.find(launch.kernel)
+    function = find(launch.kernel)
     arrays = [name for name in function.arg_names if name not in launch.constants]
     types = dict(zip(arrays, (TYPES[str(a.dtype)] for a in launch.arrays), strict=True))
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
