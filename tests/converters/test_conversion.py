@@ -356,7 +356,7 @@ def test_damage_after_the_conversion_is_found_on_opening(converted):
     manifest, config = converted / "xquant.json", converted / "config.json"
     original = manifest.read_text()
     for changes, message in [
-        ({"version": 99}, "version 99; this program reads .* version 2"),
+        ({"version": 99}, "version 99; this program reads .* version 3"),
         ({"num_layers": 3}, "3 layers, but its config.json says num_hidden_layers=2"),
         ({"factor_kinds": []}, r"has factors \[\], but"),
     ]:

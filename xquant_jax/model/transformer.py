@@ -5,7 +5,7 @@ layer's index, and only the new tokens' vectors travel out.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -162,6 +162,31 @@ class Transformer(nn.Module):
         h, xs = layers.embed(self.weights, tokens), (self.weights["layers"], layers.sliding_windows(c), shifts)
         h, seen = lax.scan(jax.checkpoint(layer), h, xs)
         return layers.logits(self.weights, h, c), seen
+
+    def run_layers(
+        self, tokens: Int[Array, "B T"], runs: Sequence[tuple[int, Any]], carry: Any
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position, with attention of the caller's own and without a cache.
+
+        runs: all layers in order, as runs of layers with the same attention: how many there are, and
+            (the layer's number, geometry, carry, h, x, q, k, v) -> attention output [B, T, H, d] and the carry of the
+            next layer; h ... v as in `layers.Attend`
+        carry: what the first layer is given
+        """
+        c = self.config
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        h, start = layers.embed(self.weights, tokens), 0
+        for count, attend in runs:
+
+            def layer(state: Any, number: Array, attend=attend) -> Any:
+                h, carry = state
+                pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
+                own = partial(attend, number, layers.geometry(c, positions, pick(layers.sliding_windows(c))), carry)
+                return layers.layer(jax.tree.map(pick, self.weights["layers"]), h, own, c), None
+
+            (h, carry), _ = lax.scan(layer, (h, carry), start + jnp.arange(count))
+            start += count
+        return layers.logits(self.weights, h, c)
 
     def score_stored(
         self,
