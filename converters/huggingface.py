@@ -16,7 +16,7 @@ import numpy as np
 from converters.families import family_of, model_config
 from converters.finite import all_finite
 from converters.shards import Tensor, read_headers, read_json
-from converters.svd import FACTORIZED, FactorKind, factor_kinds, layer_factors
+from converters.svd import FactorKind, factor_kinds
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
 from xquant_jax.parameters import Parameter, Tree, build_tree, layer_parameters, leaves_of, outer_parameters
@@ -52,7 +52,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def factor_kinds(self) -> tuple[FactorKind, ...]:
-        """The kinds that `factors` accepts: none where every query head has keys of its own (K = H)."""
+        """The kinds of factors that a model has: none where every query head has keys of its own (K = H)."""
         return factor_kinds(self.model_config)
 
     @cached_property
@@ -72,12 +72,6 @@ class HuggingFaceCheckpoint:
         return self._tree(
             [p for p in outer_parameters(self.model_config) if p.path.split(".")[0] in wanted], None, sharding
         )
-
-    def factors(self, kind: FactorKind, index: int) -> Tree:
-        """The SVD factors of one layer, float32, computed now. Seconds for a layer of an 8B model."""
-        parameters = [p for p in layer_parameters(self.model_config) if p.path in FACTORIZED]
-        layer = build_tree((parameter.path, self._read(parameter, index)) for parameter in parameters)
-        return layer_factors([kind], layer, self.model_config)[kind]
 
     def _tree(self, parameters: Iterable[Parameter], layer: int | None, sharding: Any) -> Tree:
         if sharding is None:
