@@ -115,9 +115,8 @@ class Model:
         """What `xquant calibrate` found on text. Raises `ConfigError` if it was not run, or with other weights."""
         found = None
         if self.calibration.exists():
-            found = self._kept.get("calibration", lambda: Calibration.read(self.calibration, self.fingerprint)).get(
-                need
-            )
+            file = self._kept.get("calibration", lambda: Calibration.read(self.calibration, self.fingerprint))
+            found = file.get(need)
         if found is None:
             lacks = "does not hold it" if self.calibration.exists() else "does not exist"
             raise ConfigError(
