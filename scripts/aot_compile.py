@@ -129,7 +129,7 @@ def compile_for(
         raise ConfigError(f"prefill_chunk={prefill_chunk} and context={context}: choose 1 <= prefill_chunk <= context")
     method_params, shared = factor_shapes(config, cache_config)
     params = parameter_shapes(config)
-    params = lie(params, parameter_specs(params), mesh)
+    params = lie(params, parameter_specs(config), mesh)
     with jax.set_mesh(mesh), target.compiling_for("tpu", devices[0].device_kind):
         sizes: dict[str, Any] = {"batch": batch, "tokens": context, "implementation": implementation}
         cache = jax.eval_shape(lambda: allocate(cache_config, config, **sizes))

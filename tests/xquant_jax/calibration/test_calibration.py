@@ -83,7 +83,7 @@ def test_directions_are_the_principal_ones_of_the_layer_below(folded: bool) -> N
 
 
 def calibrated_basis(model, folded: bool) -> jax.Array:
-    method_params = model.svd("per_head", folded=folded)
+    method_params = model.source.svd("per_head", folded=folded)
     return jnp.concatenate([method_params[side]["project"].reshape(3, 32, 16) for side in ("key", "value")], axis=-1)
 
 

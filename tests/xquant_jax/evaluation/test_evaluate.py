@@ -78,7 +78,7 @@ def reference_losses(model: RandomModel, tokens: np.ndarray, bits: int) -> np.nd
 
 def factor_signs(model: RandomModel, layer: int, side: str, parts: list) -> list[np.ndarray]:
     """Signs of singular vectors are arbitrary; these are the library's."""
-    down = np.asarray(model.svd("per_head")[side]["project"][layer], np.float64)  # [D, K, e]
+    down = np.asarray(model.source.svd("per_head")[side]["project"][layer], np.float64)  # [D, K, e]
     return [np.sign((down[:, n] * u).sum(0)) for n, (u, _, _) in enumerate(parts)]
 
 

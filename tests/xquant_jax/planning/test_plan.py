@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +102,7 @@ def test_bytes_are_those_that_a_compiled_step_is_given(spec: str) -> None:
     config = tiny_config(**sizes, sliding_windows=(None,) * 5, dtype="bfloat16")
     model, cache_config = random_model(config), CacheConfig.parse(spec)
 
-    @cache
-    def svd(kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
-        """As a loaded model has them: each kind once, in the model's type."""
-        return jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.svd(kind, folded=folded, number=number))
-
-    source = dataclasses.replace(model.source, svd=svd)
-    method_params = cache_config.method_params(source)
+    method_params = cache_config.method_params(model.source)
     stored = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=1000))
     step = jax.jit(partial(forward, model.transformer), keep_unused=True)
     arguments = (model.params, jnp.zeros((2, 1), jnp.int32), stored, method_params, jnp.ones(2, jnp.int32))
