@@ -77,7 +77,7 @@ class Model:
         if self._built.get("cache") != cache_config or self._built["params"] is not self.params:
             self._built.clear()  # before others take their place
             self._built.update(cache=cache_config, params=self.params, method_params=self._built_factors(cache_config))
-        return self._built["factors"]
+        return self._built["method_params"]
 
     def _built_factors(self, cache_config: CacheConfig) -> tuple[Any, ...]:
         if self.mesh is None:
