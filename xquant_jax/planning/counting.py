@@ -81,15 +81,18 @@ def _attend(config: ModelConfig, number: int, method_params: Any, q: Any, cache:
 
 
 def _accumulate(number: int, method_params: Any, cache: Cache) -> Any:
-    segment = cache.segments[number]
+    """The running sum with a layer of segment `number` in it."""
+    segment, running_sum = cache.segments[number], cache.running_sum
+    assert running_sum is not None
     (stream,) = segment.history.values()
     accumulation = segment.method.accumulation(_first_layer(method_params))
     return pallas_kernels.accumulate(
-        cache.running_sum, stream, accumulation, cache.history_blocks, layer=0, implementation=cache.implementation
+        running_sum, stream, accumulation, cache.history_blocks, layer=0, implementation=cache.implementation
     )
 
 
 def _first_layer(method_params: Any) -> Any:
+    """One layer's part of what a segment's method multiplies with."""
     return jax.tree.map(lambda a: a[0], method_params)
 
 
@@ -100,6 +103,7 @@ class Operations(NamedTuple):
     per_round: int
 
     def plus(self, other: "Operations", times: int = 1) -> "Operations":
+        """With so many times the other's too."""
         return Operations(self.once + times * other.once, self.per_round + times * other.per_round)
 
 
@@ -125,6 +129,7 @@ def count(jaxpr: Any) -> Operations:
 
 
 def _matrix_product(equation: Any) -> int:
+    """A multiplication and an addition for every element of the result and every contracted one."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
