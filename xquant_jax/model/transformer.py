@@ -5,7 +5,7 @@ layer's index, and only the new tokens' vectors travel out.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,12 @@ import pallas_kernels
 from xquant_jax import sharding
 from xquant_jax.cache.append import append, new_vectors_spec
 from xquant_jax.cache.attend import LayerCache, attend_stored
-from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.methods.base import NewTokens
 from xquant_jax.cache.state import Cache, Segment
-from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.config import ModelConfig
 from xquant_jax.model.layers import Block
-from xquant_jax.numerics import attention, rope
+from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Geometry, Part
-from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.numerics.quantization import allocate_blocks
 
 UNLIMITED = 2**30
 """A sliding window that no sequence reaches."""
@@ -173,62 +169,28 @@ class Transformer(nn.Module):
         h, seen = lax.scan(jax.checkpoint(layer), self.embed(tokens), (self.layers, self._sliding_windows(), shifts))
         return self._logits(h), seen
 
-    def score_stored(
-        self,
-        tokens: Int[Array, "B T"],
-        cache_config: CacheConfig,
-        method_params: tuple[Any, ...],
-        lengths: Int[Array, " B"] | None = None,
-        implementation: str | None = None,
+    def run_layers(
+        self, tokens: Int[Array, "B T"], runs: Sequence[tuple[int, Any]], carry: Any
     ) -> Float[Array, "B T V"]:
-        """Logits of every position with every token, the newest too, seen as the cache stores it: no window.
+        """Logits of every position, with attention of the caller's own and without a cache.
 
-        Protocol "paper" of `evaluation.scoring`. Streams are really packed and read back, quantized from vectors that
-        no window has rounded. Behind its `lengths` tokens (by default T) a sequence is filled up to whole blocks with
-        copies of its last token's vectors, so that padding changes no group.
+        runs: all layers in order, as runs of layers with the same attention: how many there are, and
+            (the layer's number, geometry, carry, h, x, q, k, v) -> attention output [B, T, H, d] and the carry of the
+            next layer; h ... v as in `layers.Attend`
+        carry: what the first layer is given
         """
-        c = self.config
-        batch, length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        whole = -(-length // BLOCK) * BLOCK
-        ends = jnp.full(batch, length) if lengths is None else jnp.maximum(lengths, 1)
-        filled = jnp.minimum(jnp.arange(whole), ends[:, None] - 1)[..., None]
-        h, start, running_sum = self.embed(tokens), 0, None
-        for method, _ in cache_config.segments(c):
-            if running_sum is None and (spec := method.running_sum(c)) is not None:
-                running_sum = allocate_blocks(spec, (batch, whole // BLOCK))
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        h, start = self.embed(tokens), 0
+        for count, attend in runs:
 
-        for (method, layers), segment_params in zip(cache_config.segments(c), method_params, strict=True):
-            specs = method.streams(c)
-
-            def layer(carry: Any, number: Array, method=method, method_params=segment_params, specs=specs) -> Any:
-                h, running_sum = carry
+            def layer(state: Any, number: Array, attend=attend) -> Any:
+                h, carry = state
                 pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
-                own = jax.tree.map(pick, method_params)
                 geometry = self._geometry(positions, pick(self._sliding_windows()))
+                return self._block(jax.tree.map(pick, self.layers), h, partial(attend, number, geometry, carry)), None
 
-                def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                    new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
-                    whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
-                    quantized = without_sink(method, whole_blocks, jnp.ones(batch, bool))
-                    _, vectors, summed = store_and_read(method, own, quantized, running_sum, specs, implementation)
-                    n = method.sink_tokens
-                    vectors = {
-                        name: jnp.concatenate([new[name][:, :n], v[:, n:length]], axis=1).astype(q.dtype)
-                        for name, v in vectors.items()
-                    }
-                    k, v = method.rebuild(own, vectors, c)
-                    seen = geometry
-                    if method.keys_rotated:
-                        q = rope.rotate_heads(q, positions, geometry.frequencies)
-                        seen = dataclasses.replace(geometry, rotated=True)
-                    return attention.attend(q, k, v, seen, origin=positions[:, 0], count=length).out, summed
-
-                h, running_sum = self._block(jax.tree.map(pick, self.layers), h, attend)
-                return (h, running_sum), None
-
-            (h, running_sum), _ = lax.scan(layer, (h, running_sum), start + jnp.arange(layers))
-            start += layers
+            (h, carry), _ = lax.scan(layer, (h, carry), start + jnp.arange(count))
+            start += count
         return self._logits(h)
 
     def _block(self, params: Any, h: Array, attend: Any) -> tuple[Array, Any]:
