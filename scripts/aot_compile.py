@@ -47,8 +47,8 @@ from xquant_jax.errors import ConfigError, XQuantError
 from xquant_jax.json_file import check_folder, write_json
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.model.weights import parameter_specs
-from xquant_jax.planning.costs import method_params_of_one_layer, parameter_shapes
 from xquant_jax.planning.plan import read_config
+from xquant_jax.planning.shapes import method_params_of_one_layer, parameter_shapes
 from xquant_jax.sharding import P
 
 CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.74}

@@ -19,16 +19,12 @@ import pallas_kernels
 from xquant_jax import sharding
 from xquant_jax.cache.append import append, new_vectors_spec
 from xquant_jax.cache.attend import LayerCache, attend_stored
-from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.methods.base import NewTokens
 from xquant_jax.cache.state import Cache, Segment
-from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.config import ModelConfig
 from xquant_jax.model import layers
-from xquant_jax.numerics import attention, rope
+from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Part
-from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.numerics.quantization import allocate_blocks
 from xquant_jax.parameters import build_tree, initialize, layer_parameters, outer_parameters
 
 
@@ -185,64 +181,6 @@ class Transformer(nn.Module):
                 return layers.layer(jax.tree.map(pick, self.weights["layers"]), h, own, c), None
 
             (h, carry), _ = lax.scan(layer, (h, carry), start + jnp.arange(count))
-            start += count
-        return layers.logits(self.weights, h, c)
-
-    def score_stored(
-        self,
-        tokens: Int[Array, "B T"],
-        cache_config: CacheConfig,
-        method_params: tuple[Any, ...],
-        lengths: Int[Array, " B"] | None = None,
-        implementation: str | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits of every position with every token, the newest too, seen as the cache stores it: no window.
-
-        Protocol "paper" of `evaluation.scoring`. Streams are really packed and read back, quantized from vectors that
-        no window has rounded. Behind its `lengths` tokens (by default T) a sequence is filled up to whole blocks with
-        copies of its last token's vectors, so that padding changes no group.
-        """
-        c = self.config
-        batch, length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        whole = -(-length // BLOCK) * BLOCK
-        ends = jnp.full(batch, length) if lengths is None else jnp.maximum(lengths, 1)
-        filled = jnp.minimum(jnp.arange(whole), ends[:, None] - 1)[..., None]
-        h, start, running_sum = layers.embed(self.weights, tokens), 0, None
-        for method, _ in cache_config.segments(c):
-            if running_sum is None and (spec := method.running_sum(c)) is not None:
-                running_sum = allocate_blocks(spec, (batch, whole // BLOCK))
-
-        for (method, count), segment_params in zip(cache_config.segments(c), method_params, strict=True):
-            specs = method.streams(c)
-
-            def layer(carry: Any, number: Array, method=method, method_params=segment_params, specs=specs) -> Any:
-                h, running_sum = carry
-                pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
-                own = jax.tree.map(pick, method_params)
-                geometry = layers.geometry(c, positions, pick(layers.sliding_windows(c)))
-
-                def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                    new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
-                    whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
-                    quantized = without_sink(method, whole_blocks, jnp.ones(batch, bool))
-                    _, vectors, summed = store_and_read(method, own, quantized, running_sum, specs, implementation)
-                    n = method.sink_tokens
-                    vectors = {
-                        name: jnp.concatenate([new[name][:, :n], v[:, n:length]], axis=1).astype(q.dtype)
-                        for name, v in vectors.items()
-                    }
-                    k, v = method.rebuild(own, vectors, c)
-                    seen = geometry
-                    if method.keys_rotated:
-                        q = rope.rotate_heads(q, positions, geometry.frequencies)
-                        seen = dataclasses.replace(geometry, rotated=True)
-                    return attention.attend(q, k, v, seen, origin=positions[:, 0], count=length).out, summed
-
-                h, running_sum = layers.layer(jax.tree.map(pick, self.weights["layers"]), h, attend, c)
-                return (h, running_sum), None
-
-            (h, running_sum), _ = lax.scan(layer, (h, running_sum), start + jnp.arange(count))
             start += count
         return layers.logits(self.weights, h, c)
 
