@@ -42,7 +42,7 @@ format: .venv/installed-dev
 	@$(PYTHON) -m ruff format
 
 benchmark: .venv/installed-plot
-	@$(PYTHON) benchmarks/run.py
+	@$(PYTHON) -m benchmarks.run
 
 golden: .venv-golden/installed
 	@$(GOLDEN_PYTHON) scripts/write_golden.py tests/golden $(if $(MODELS),--models $(MODELS))

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from pallas_kernels import eight_bits
+from pallas_kernels import chips, eight_bits
 from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
@@ -46,7 +46,7 @@ class Plan:
     bias: bool
     norm_eps: float | None
     scale: float
-    chip: chip.Chip
+    chip: chips.TPU
 
     @property
     def tile(self) -> int:

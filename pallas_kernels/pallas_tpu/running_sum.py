@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from pallas_kernels import target
+from pallas_kernels import chips, target
 from pallas_kernels.operands import Accumulation
 from pallas_kernels.pallas_tpu import chip, unpack
 from pallas_kernels.pallas_tpu.quantizing import by_token, grid_of, lowest_highest, packed
@@ -42,7 +42,7 @@ class Plan:
     num_blocks: int
     predict: tuple[tuple[int, int], ...] | None  # shapes of the matrices
     lift: tuple[int, int] | None
-    chip: chip.Chip
+    chip: chips.TPU
 
     @property
     def tile(self) -> int:

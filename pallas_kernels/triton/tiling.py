@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: measured ones from a table, by device and shape, and a rule where there are none.
 
-`scripts/bench_decode.py --tune` measures them and writes the table. The rule takes what compiles without spills in the
-innermost loops; `tests/pallas_kernels/test_triton.py` holds it to that.
+`benchmarks.decode.run --tune` measures them. The rule takes what compiles without spills in the
+innermost loops; `tests/pallas_kernels/test_triton_compiled.py` holds it to that.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from pallas_kernels import chips, target
 
 TABLE = Path(__file__).with_name("tiles.json")
 
@@ -89,19 +91,28 @@ def splits(programs: int, num_blocks: int, blocks: int) -> int:
 
 
 def capability() -> float | None:
-    """Compute capability of the first GPU: 8.0 for AMD's; None where kernels are interpreted or compiled ahead."""
-    reported = getattr(jax.local_devices()[0], "compute_capability", None)  # "9.0" on NVIDIA, "gfx942" on AMD
-    return None if reported is None else 8.0 if is_amd() else float(reported)
+    """Compute capability of the GPU that is compiled for: 8.0 for AMD's; None where kernels are interpreted, or
+    compiled ahead for a GPU that nothing is known of."""
+    architecture = _architecture()
+    return None if architecture is None else 8.0 if is_amd() else float(architecture)
 
 
 def is_amd() -> bool:
-    """Whether the first device is an AMD GPU."""
-    return getattr(jax.local_devices()[0], "compute_capability", "").startswith("gfx")
+    """Whether it is compiled for an AMD GPU."""
+    return (_architecture() or "").startswith("gfx")
 
 
 def multiprocessors() -> int:
     """Of the first GPU; of an A100 where there is none."""
-    return getattr(jax.local_devices()[0], "core_count", None) or 108
+    return getattr(jax.local_devices()[0], "core_count", None) or chips.GPUS["A100"].multiprocessors
+
+
+def _architecture() -> str | None:
+    """ "9.0" on NVIDIA, "gfx942" on AMD: of the kind of GPU that the target names, or of the first device."""
+    if kind := target.current().device_kind:
+        known = chips.gpu(kind)
+        return known and known.architecture
+    return getattr(jax.local_devices()[0], "compute_capability", None)
 
 
 @functools.cache
