@@ -70,7 +70,6 @@ def decode_shape(model: str, cache: str) -> DecodeShape:
         value=None if absorbed.value == absorbed.key else streams[absorbed.value],
         rebuild=absorbed.key_rebuild,
         value_heads=absorbed.value_heads,
-        rope=config.rope,
         scale=config.softmax_scale,
     )
 

@@ -52,10 +52,10 @@ UNKNOWN_TPU = dataclasses.replace(TPUS["v5e"], kinds=(), vmem=64 * 2**20, eight_
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """A kind of GPUs.
+    """A kind of GPUs, by the data sheets of NVIDIA and AMD; of the SXM form where there are several.
 
-    kind: what `jax.Device.device_kind` calls it
-    architecture: what Triton compiles for: "9.0", NVIDIA's compute capability, or "gfx942"
+    kind: how `jax.Device.device_kind` begins
+    architecture: what Triton compiles for, "9.0" (NVIDIA's compute capability) or "gfx942"
     multiprocessors: how many it has; compute units of AMD
     matrix: bfloat16 multiply-adds of a multiprocessor in a cycle
     clock: cycles per second; under load it varies
@@ -70,14 +70,23 @@ class GPU:
     sustained: float
 
     @property
-    def is_amd(self) -> bool:
+    def amd(self) -> bool:
         return self.architecture.startswith("gfx")
+
+    @property
+    def capability(self) -> float:
+        """NVIDIA's compute capability; Ampere's for AMD."""
+        return 8.0 if self.amd else float(self.architecture)
 
 
 GPUS = {
-    "A100": GPU("NVIDIA A100-SXM4-80GB", "8.0", 108, 1024, 1.41e9, 1.8e12),
-    "L40S": GPU("NVIDIA L40S", "8.9", 142, 512, 2.52e9, 0.78e12),
+    "A100": GPU("NVIDIA A100", "8.0", 108, 1024, 1.41e9, 1.8e12),
+    "L40S": GPU("NVIDIA L40", "8.9", 142, 512, 2.52e9, 0.78e12),
+    "L4": GPU("NVIDIA L4", "8.9", 58, 512, 2.04e9, 0.27e12),
+    "RTX 4090": GPU("NVIDIA GeForce RTX 4090", "8.9", 128, 256, 2.52e9, 0.9e12),
+    "H100": GPU("NVIDIA H100", "9.0", 132, 2048, 1.755e9, 3.0e12),
     "H200": GPU("NVIDIA H200", "9.0", 132, 2048, 1.755e9, 4.3e12),
+    "B200": GPU("NVIDIA B200", "10.0", 148, 4096, 1.85e9, 7.2e12),
     "MI300X": GPU("AMD Instinct MI300X", "gfx942", 304, 1024, 2.1e9, 4.8e12),
 }
 
@@ -87,6 +96,6 @@ def tpu(kind: str) -> TPU:
     return next((chip for chip in TPUS.values() if kind in chip.kinds), UNKNOWN_TPU)
 
 
-def gpu(kind: str) -> GPU | None:
-    """The GPU of this `jax.Device.device_kind`, if one is known by it."""
-    return next((chip for chip in GPUS.values() if chip.kind == kind), None)
+def gpu(kind: str) -> GPU:
+    """The GPU of this `jax.Device.device_kind`; an A100, the least that the kernels run on, if none is known by it."""
+    return next((chip for chip in GPUS.values() if kind.startswith(chip.kind)), GPUS["A100"])

@@ -1,25 +1,19 @@
-"""What the operations are called with, as shapes: nothing here is allocated, and nothing knows a model or a method.
+"""Calls of shapes instead of arrays: nothing here is allocated, and nothing knows a model or a method.
 
 `benchmarks/models.py` fills these in from the configs of real models, by running the cache methods on them. Tests,
-benchmarks and static costs take their arguments from there.
+benchmarks and static costs take their calls from there.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-from pallas_kernels.api import accumulate, decode_attention
+from pallas_kernels.calls import Accumulate, DecodeAttention
 from pallas_kernels.operands import Accumulation, KeyRebuild
-from xquant_jax.numerics.attention import Geometry, Part
+from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks
-from xquant_jax.numerics.rope import Rope
-
-NO_WINDOW = 2**30
-"""A sliding window that is longer than any sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +33,6 @@ class DecodeShape:
     value: StreamSpec | None
     rebuild: KeyRebuild
     value_heads: int
-    rope: Rope
     scale: float
 
     @property
@@ -66,43 +59,18 @@ class DecodeShape:
         """Bytes of history that one token has in this layer."""
         return sum(bytes_per_token(spec) for spec in (self.key, self.value) if spec)
 
-    def arguments(self, *, layers: int, batch: int, blocks: int, new: int = 1) -> tuple[Any, ...]:
-        """Shapes of what `attend` takes: queries, key stream, rebuild, value stream, whole blocks of each sequence,
-        positions of the `new` tokens."""
-        return (
+    def call(self, *, layers: int, batch: int, blocks: int, new: int = 1) -> DecodeAttention:
+        """Of `new` tokens of each of `batch` sequences, to one of `layers` with so many blocks of history."""
+        return DecodeAttention(
             jax.ShapeDtypeStruct((batch, new, self.heads, self.dim), jnp.bfloat16),
             history(self.key, layers, batch, blocks),
             self.rebuild,
             history(self.value, layers, batch, blocks) if self.value else None,
-            jax.ShapeDtypeStruct((batch,), jnp.int32),
-            jax.ShapeDtypeStruct((batch, new), jnp.int32),
-        )
-
-    def attend(
-        self,
-        q: Float[Array, "B T H d"],
-        key: Blocks,
-        rebuild: KeyRebuild,
-        value: Blocks | None,
-        history_blocks: Int[Array, " B"],
-        positions: Int[Array, "B T"],
-        *,
-        layer: Int[Array, ""] | int,
-        implementation: str | None = None,
-    ) -> Part:
-        """`decode_attention` of these arrays."""
-        frequencies = jnp.asarray(self.rope.frequencies(self.dim))
-        return decode_attention(
-            q,
-            key,
-            rebuild,
-            key if value is None else value,
-            history_blocks,
-            Geometry(positions, NO_WINDOW, frequencies, self.scale),
-            layer=layer,
+            integers(batch),
+            Geometry(integers(batch, new), integers(), jax.ShapeDtypeStruct((self.dim // 2,), jnp.float32), self.scale),
+            integers(),
             num_kv_heads=self.kv_heads,
             value_heads=self.value_heads,
-            implementation=implementation,
         )
 
 
@@ -130,28 +98,19 @@ class SumShape:
         """Bytes of one token: what the layer stores is read, the sum is read and written."""
         return bytes_per_token(self.stream) + 2 * bytes_per_token(self.running_sum)
 
-    def arguments(self, *, layers: int, batch: int, blocks: int) -> tuple[Any, ...]:
-        """Shapes of what `add` takes: the sum, the stream of all layers, how they are added, whole blocks of each
-        sequence."""
-        return (
+    def call(self, *, layers: int, batch: int, blocks: int) -> Accumulate:
+        """For `batch` sequences, of one of `layers` with so many blocks of history."""
+        return Accumulate(
             history(self.running_sum, batch, blocks),
             history(self.stream, layers, batch, blocks),
             self.accumulation,
-            jax.ShapeDtypeStruct((batch,), jnp.int32),
+            integers(batch),
+            integers(),
         )
 
-    def add(
-        self,
-        running_sum: Blocks,
-        stream: Blocks,
-        accumulation: Accumulation,
-        history_blocks: Int[Array, " B"],
-        *,
-        layer: Int[Array, ""] | int,
-        implementation: str | None = None,
-    ) -> Blocks:
-        """`accumulate` of these arrays."""
-        return accumulate(running_sum, stream, accumulation, history_blocks, layer=layer, implementation=implementation)
+
+def integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def history(spec: StreamSpec, *leading: int) -> Blocks:

@@ -18,12 +18,12 @@ import numpy as np
 from jax import lax
 
 from benchmarks.models import decode_shape, sum_shape
-from pallas_kernels import target
+from pallas_kernels import Accumulate, DecodeAttention, KeyRebuild, run, target
 from pallas_kernels.eight_bits import name_of, quantize_matrix
-from pallas_kernels.operands import Accumulation, KeyRebuild
 from pallas_kernels.shapes import DecodeShape, SumShape
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
+from xquant_jax.numerics.rope import Rope
 
 LAYERS, MOST_LAYERS = 2, 16  # that alternate
 UNCACHED = 256 * 2**20  # bytes of history of all layers: several times what a last-level cache holds
@@ -89,7 +89,7 @@ class Row:
         turns = 1 if interpret else max(1, min(50, int(2e10 / self.bytes / self.layers)))
 
         @jax.jit
-        def run(q: jax.Array, *arrays: Any) -> jax.Array:
+        def layers(q: jax.Array, *arrays: Any) -> jax.Array:
             def one(layer: Any, q: jax.Array) -> jax.Array:
                 return q + (1e-30 * attend(q, layer, *arrays).sum()).astype(
                     q.dtype
@@ -102,11 +102,11 @@ class Row:
             return lax.fori_loop(0, turns * self.layers, lambda i, q: one(i % self.layers, q), q)
 
         q = self.queries()
-        jax.block_until_ready(run(q, *arrays))
+        jax.block_until_ready(layers(q, *arrays))
         times = []
         for _ in range(1 if interpret else repeats):
             before = time.perf_counter()
-            jax.block_until_ready(run(q, *arrays))
+            jax.block_until_ready(layers(q, *arrays))
             times.append((time.perf_counter() - before) / (turns * self.layers))
         return statistics.median(times)
 
@@ -138,74 +138,79 @@ class SumRow:
         """So small that it can be checked in no time."""
         return dataclasses.replace(self, batch=min(self.batch, 8), context=min(self.context, SHORT))
 
-    def arrays(self) -> tuple[Blocks, Blocks, Accumulation]:
-        """The sum, the stream of all layers and how they are added."""
+    def call(self) -> Accumulate:
+        """Adding a layer of random codes to a random sum."""
         shape, blocks = self.shape, self.context // BLOCK
-        running_sum = jax.tree.map(lambda a: a[0], random_blocks(shape.running_sum, LAYERS, self.batch, blocks, seed=1))
-        accumulation = jax.tree.map(random_matrix, shape.accumulation)
-        return running_sum, random_blocks(shape.stream, LAYERS, self.batch, blocks, seed=2), accumulation
+        running_sum = random_blocks(shape.running_sum, LAYERS, self.batch, blocks, seed=1)
+        return Accumulate(
+            jax.tree.map(lambda a: a[0], running_sum),
+            random_blocks(shape.stream, LAYERS, self.batch, blocks, seed=2),
+            jax.tree.map(random_matrix, shape.accumulation),
+            jnp.full(self.batch, blocks, jnp.int32),
+            jnp.int32(0),
+        )
 
-    def add(self, layers: int) -> Callable[[Blocks, Blocks, Accumulation], Blocks]:
-        """A program that adds so many layers, in place."""
-        history_blocks = jnp.full(self.batch, self.context // BLOCK)
+    def add(self, layers: int) -> Callable[[Blocks, Accumulate], Blocks]:
+        """A program that adds so many layers of a call to a sum, in place."""
 
-        def run(running_sum: Blocks, stream: Blocks, accumulation: Accumulation) -> Blocks:
+        def add(running_sum: Blocks, call: Accumulate) -> Blocks:
             def layer(number: jax.Array, total: Blocks) -> Blocks:
-                return self.shape.add(
-                    total,
-                    stream,
-                    accumulation,
-                    history_blocks,
-                    layer=number % LAYERS,
-                    implementation=self.implementation,
-                )
+                return run(dataclasses.replace(call, running_sum=total, layer=number % LAYERS), self.implementation)
 
             return lax.fori_loop(0, layers, layer, running_sum)
 
-        return jax.jit(run, donate_argnums=0)
+        return jax.jit(add, donate_argnums=0)
 
     def seconds(self, repeats: int = 5) -> float:
         """Median time of one layer."""
         interpret = target.current().interpret
         layers = LAYERS if interpret else 10 * LAYERS
-        running_sum, stream, accumulation = self.arrays()
-        add, times = self.add(layers), []
+        call, add, times = self.call(), self.add(layers), []
+        running_sum, call = call.running_sum, dataclasses.replace(call, running_sum=None)
         for _ in range(2 if interpret else repeats + 1):
             before = time.perf_counter()
-            running_sum = jax.block_until_ready(add(running_sum, stream, accumulation))
+            running_sum = jax.block_until_ready(add(running_sum, call))
             times.append((time.perf_counter() - before) / layers)
         return statistics.median(times[1:])
 
     def error(self) -> float:
         """Of the sum after two layers, relative to the reference's."""
-        rows = self, dataclasses.replace(self, implementation="xla")
-        return distance(*(dequantize(row.add(LAYERS)(*row.arrays())) for row in rows))
+
+        def total(implementation: str) -> jax.Array:
+            row, call = dataclasses.replace(self, implementation=implementation), self.call()
+            return dequantize(row.add(LAYERS)(call.running_sum, dataclasses.replace(call, running_sum=None)))
+
+        return distance(total(self.implementation), total("xla"))
 
 
 def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
     """Attention to layer 0, 1, ... of random codes."""
     shape, blocks = row.shape, row.context // BLOCK
-    key = random_blocks(shape.key, row.layers, row.batch, blocks, seed=1)
-    value = random_blocks(shape.value, row.layers, row.batch, blocks, seed=2) if shape.value else None
+    call = shape.call(layers=row.layers, batch=row.batch, blocks=blocks)
     history_blocks = np.full(row.batch, blocks)
     if row.ragged:
         history_blocks = np.asarray([blocks * i // (row.batch - 1) | 1 for i in range(row.batch)])
         history_blocks[0], history_blocks[-1] = 0, blocks
-    positions = jnp.asarray(history_blocks[:, None] * BLOCK + 5)
+    call = dataclasses.replace(
+        call,
+        q=row.queries(),
+        key_stream=random_blocks(shape.key, row.layers, row.batch, blocks, seed=1),
+        key_rebuild=random_rebuild(shape),
+        value_stream=shape.value and random_blocks(shape.value, row.layers, row.batch, blocks, seed=2),
+        history_blocks=jnp.asarray(history_blocks, jnp.int32),
+        geometry=dataclasses.replace(
+            call.geometry,
+            positions=jnp.asarray(history_blocks[:, None] * BLOCK + 5, jnp.int32),
+            sliding_window=jnp.int32(2**30),
+            frequencies=jnp.asarray(Rope().frequencies(shape.dim)),
+        ),
+        layer=jnp.int32(0),
+    )
 
-    def attend(q: jax.Array, layer: jax.Array, key: Blocks, value: Blocks | None, rebuild: KeyRebuild) -> jax.Array:
-        return shape.attend(
-            q,
-            key,
-            rebuild,
-            value,
-            jnp.asarray(history_blocks),
-            positions,
-            layer=layer,
-            implementation=row.implementation,
-        ).out
+    def attend(q: jax.Array, layer: jax.Array, call: DecodeAttention) -> jax.Array:
+        return run(dataclasses.replace(call, q=q, layer=layer), row.implementation).out
 
-    return attend, (key, value, random_rebuild(shape))
+    return attend, (call,)
 
 
 def plain(row: Row) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:

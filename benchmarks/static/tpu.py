@@ -16,9 +16,8 @@ that share a scale, where keys lie along the token.
 
 import argparse
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,13 @@ from rich.table import Table
 
 from benchmarks.models import FILES, config_of, decode_shape, streams, sum_shape
 from benchmarks.static.tpu_schedule import clear, dumping, read_schedule, sum_trips, trips
-from pallas_kernels import eight_bits, quantize, remat_project, target
+from pallas_kernels import Quantize, RematProject, eight_bits, run, target
+from pallas_kernels.calls import Call
 from pallas_kernels.chips import TPUS
-from pallas_kernels.pallas_tpu import project, quantizing, running_sum
-from pallas_kernels.pallas_tpu.plan import make_plan
-from pallas_kernels.shapes import NO_WINDOW, bytes_per_token
-from xquant_jax.numerics.attention import Geometry
+from pallas_kernels.pallas_tpu import quantize, quantize_kernel, remat_project, remat_project_kernel
+from pallas_kernels.pallas_tpu.accumulate_tiling import SumTiling
+from pallas_kernels.pallas_tpu.decode_attention_tiling import DecodeTiling
+from pallas_kernels.shapes import bytes_per_token, history
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import StreamSpec
 from xquant_jax.planning.devices import find_device
@@ -100,12 +100,19 @@ def project_cases(model: str, bits: list[int]) -> Iterator[Case]:
         yield Case(model, "xquant-cl:2", "cl")
 
 
-def compile_for(chip: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> None:
-    """Compiles a function of arguments of these shapes."""
+def compile_for(chip: str, call: Call, donate: str | None = None) -> None:
+    """Compiles a call of shapes; `donate`: the field that is updated in place."""
     sharding = SingleDeviceSharding(topologies.get_topology_desc(TPUS[chip].topology, "tpu").devices[0])
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    call, donated = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        (call, {donate: getattr(call, donate)} if donate else {}),
+    )
+
+    def function(donated: dict[str, Any], call: Any) -> Any:
+        return run(dataclasses.replace(call, **donated), "pallas_tpu")
+
     with target.compiling_for("tpu", TPUS[chip].kinds[0]):
-        jax.jit(function, donate_argnums=donate).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+        jax.jit(function, donate_argnums=0).trace(donated, call).lower(lowering_platforms=("tpu",)).compile()
 
 
 def decode_cost(dump: Path, chip: str, case: Case) -> dict[str, Any] | None:
@@ -115,56 +122,50 @@ def decode_cost(dump: Path, chip: str, case: Case) -> dict[str, Any] | None:
     small = matrix and eight_bits.name_of(matrix.dtype)
     if small not in (None, TPUS[chip].eight_bits):
         return None
-    arguments = shape.arguments(layers=LAYERS, batch=1, blocks=BLOCKS)
-    attend = functools.partial(shape.attend, implementation="pallas_tpu")
+    call = shape.call(layers=LAYERS, batch=1, blocks=BLOCKS)
     clear(dump)
-    compile_for(chip, lambda layer, *args: attend(*args, layer=layer), _number(), *arguments)
-    q, key, rebuild, value, _, positions = arguments
-    geometry = Geometry(positions, NO_WINDOW, jnp.asarray(shape.rope.frequencies(shape.dim)), shape.scale)
+    compile_for(chip, call)
     with target.compiling_for("tpu", TPUS[chip].kinds[0]):
-        plan = make_plan(q, key, rebuild, key if value is None else value, geometry, shape.kv_heads, shape.value_heads)
-    schedule = read_schedule(dump, "decode_attention", trips(plan))
+        tiling = DecodeTiling.of(call)
+    schedule = read_schedule(dump, "decode_attention", trips(tiling))
     macs = shape.macs - (shape.rebuild_macs / 2 if small else 0)  # in bfloat16, or what takes as long
     columns = case.columns(shape.key, small or "bf16")
-    return row(chip, "decode_attention", columns, schedule, plan.tile, macs, shape.bytes)
+    return row(chip, "decode_attention", columns, schedule, tiling.tile, macs, shape.bytes)
 
 
 def sum_cost(dump: Path, chip: str, case: Case) -> dict[str, Any]:
     """The row of `accumulate`: what a layer of xquant-cl adds to the running sum, and the sum read and written."""
     shape = sum_shape(case.model, case.cache)
-    arguments = shape.arguments(layers=LAYERS, batch=1, blocks=BLOCKS)
-    add = functools.partial(shape.add, implementation="pallas_tpu")
+    call = shape.call(layers=LAYERS, batch=1, blocks=BLOCKS)
     clear(dump)
-    compile_for(chip, lambda *args: add(*args[:-1], layer=args[-1]), *arguments, _number(), donate=(0,))
+    compile_for(chip, call, donate="running_sum")
     with target.compiling_for("tpu", TPUS[chip].kinds[0]):
-        plan = running_sum.make_plan(*arguments[:3])
-    schedule = read_schedule(dump, "accumulate", sum_trips(plan))
-    return row(chip, "accumulate", case.columns(shape.stream), schedule, plan.tile, shape.macs, shape.bytes)
+        tiling = SumTiling.of(call)
+    schedule = read_schedule(dump, "accumulate", sum_trips(tiling))
+    return row(chip, "accumulate", case.columns(shape.stream), schedule, tiling.tile, shape.macs, shape.bytes)
 
 
 def quantize_cost(dump: Path, chip: str, case: Case) -> dict[str, Any]:
     """The row of `quantize`: bfloat16 read, codes and scales written."""
     spec = next(spec for spec in streams(case.model, case.cache) if spec.axis == case.basis)
-    x = jax.ShapeDtypeStruct((1, BLOCKS, BLOCK, spec.width), jnp.bfloat16)
     clear(dump)
-    compile_for(chip, lambda x: quantize(x, spec, implementation="pallas_tpu"), x)
-    groups = quantizing.TILE * spec.width // 128
-    schedule = read_schedule(dump, "quantize", [(1, 1), (2, groups // quantizing.UNROLL[spec.axis])])
+    compile_for(chip, Quantize(jax.ShapeDtypeStruct((1, BLOCKS, BLOCK, spec.width), jnp.bfloat16), spec))
+    groups = quantize.TILE * spec.width // 128
+    schedule = read_schedule(dump, "quantize", [(1, 1), (2, groups // quantize_kernel.UNROLL[spec.axis])])
     moved = 2 * spec.width + bytes_per_token(spec)
-    return row(chip, "quantize", case.columns(spec), schedule, quantizing.TILE, 0, moved)
+    return row(chip, "quantize", case.columns(spec), schedule, quantize.TILE, 0, moved)
 
 
 def project_cost(dump: Path, chip: str, case: Case) -> dict[str, Any]:
     """The row of `remat_project`: the sum read, float32 written."""
     shape = sum_shape(case.model, case.cache)
-    stream, *_ = shape.arguments(layers=LAYERS, batch=1, blocks=BLOCKS)
     (matrix,), spec = shape.matrices, shape.running_sum
-    run = functools.partial(remat_project, dtype=jnp.float32, implementation="pallas_tpu")
     clear(dump)
-    compile_for(chip, run, stream, matrix)
-    tile, parts = project.TILE, spec.width // project.COLUMNS
-    strips = tile * spec.width // 128 / project.UNROLL  # unpacked before the first of the parts
-    schedule = read_schedule(dump, "remat_project", [(1, parts), (2, strips / parts), (2, tile // project.TOGETHER)])
+    compile_for(chip, RematProject(history(spec, 1, BLOCKS), matrix, jnp.float32))
+    tile, parts = remat_project.TILE, spec.width // remat_project.COLUMNS
+    strips = tile * spec.width // 128 / remat_project_kernel.UNROLL  # unpacked before the first of the parts
+    loops = [(1, parts), (2, strips / parts), (2, tile // remat_project_kernel.TOGETHER)]
+    schedule = read_schedule(dump, "remat_project", loops)
     moved = bytes_per_token(spec) + 4 * spec.width + 2 * matrix.size / (tile * BLOCK)
     return row(chip, "remat_project", case.columns(spec), schedule, tile, matrix.size, moved)
 
@@ -189,10 +190,6 @@ def row(chip: str, kernel: str, columns: dict[str, Any], schedule: Any, tile: in
         "ratio": round(bounds[unit] / (total * per_1024), 2),
         "spills": spills,
     }
-
-
-def _number() -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((), jnp.int32)
 
 
 KERNELS = {

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pallas_kernels.pallas_tpu import running_sum
-from pallas_kernels.pallas_tpu.plan import Plan
+from pallas_kernels.pallas_tpu.accumulate_tiling import SumTiling
+from pallas_kernels.pallas_tpu.decode_attention_tiling import DecodeTiling
 
 UNITS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
 
@@ -67,24 +67,24 @@ def read_units(utilization: str) -> tuple[list[int], list[list[int]]]:
     return slots, used
 
 
-def trips(plan: Plan) -> list[tuple[int, int]]:
+def trips(tiling: DecodeTiling) -> list[tuple[int, int]]:
     """Depth of every loop of the kernel in order, and how often it turns in each turn of the one around it, where a
     whole tile exists. The grid is the loop at depth 1, and turns once for every tile."""
-    large, small = plan.chunks
-    if plan.looped:
-        inner = [(3, plan.key.width // 128), (3, plan.groups // plan.unroll)]
+    large, small = tiling.chunks
+    if tiling.looped:
+        inner = [(3, tiling.key.width // 128), (3, tiling.bundles // tiling.unroll)]
         rest = [(2, 0), *inner] if large > small else []
-        return [(1, 1), (2, plan.tile // large), *inner, *rest]
-    return [(1, 1), (2, plan.tile // large), (2, 0)]
+        return [(1, 1), (2, tiling.tile // large), *inner, *rest]
+    return [(1, 1), (2, tiling.tile // large), (2, 0)]
 
 
-def sum_trips(plan: running_sum.Plan) -> list[tuple[int, int]]:
+def sum_trips(tiling: SumTiling) -> list[tuple[int, int]]:
     """`trips` of `accumulate`: only what is multiplied is laid out beforehand; one strip comes before their loop."""
-    laid_out = [width for name, width in plan.left.items() if name in ("sum", "stored")]
-    between = [width for name, width in plan.left.items() if name.startswith("between")]
+    laid_out = [width for name, width in tiling.left.items() if name in ("sum", "stored")]
+    between = [width for name, width in tiling.left.items() if name.startswith("between")]
     loops = [width // 128 // (2 - width // 128 % 2) for width in laid_out] + [width // 128 for width in between]
-    strips = plan.sum.width // plan.strip - 1
-    return [(1, 1), (2, plan.tile // plan.chunk), *((3, count) for count in (*loops, strips))]
+    strips = tiling.sum.width // tiling.strip - 1
+    return [(1, 1), (2, tiling.tile // tiling.chunk), *((3, count) for count in (*loops, strips))]
 
 
 def read_schedule(dump: Path, kernel: str, loops: Sequence[tuple[int, float]]) -> tuple[float, float, int]:

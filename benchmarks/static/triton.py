@@ -25,7 +25,7 @@ from pallas_kernels.shapes import DecodeShape, bytes_per_token
 from xquant_jax.numerics.packing import BLOCK
 
 ISSUED = 4  # instructions a cycle and multiprocessor
-NVIDIA = {name: gpu for name, gpu in GPUS.items() if not gpu.is_amd}
+NVIDIA = {name: gpu for name, gpu in GPUS.items() if not gpu.amd}
 
 CASES = [  # model, cache, what keys are rebuilt from (cl: the running sum, which has 8 bits)
     ("Llama-3.1-8B", "xquant:{}", "per_head"),
@@ -78,7 +78,7 @@ def decode_rows(model: str, cache: str, basis: str, gpu: GPU) -> list[dict[str, 
         found.append(
             {
                 "kernel": launch.kernel,
-                "capability": float(gpu.architecture),
+                "capability": gpu.capability,
                 "model": model,
                 "cache": cache,
                 "bits": shape.key.bits,
@@ -112,7 +112,7 @@ def sum_rows(model: str, cache: str, gpu: GPU) -> list[dict[str, Any]]:
         found.append(
             {
                 "kernel": launch.kernel,
-                "capability": float(gpu.architecture),
+                "capability": gpu.capability,
                 "model": model,
                 "cache": cache,
                 "issue_per_1024": 1024 * a_tile * launch.warps * (width // 128) / (BLOCK * c["BLOCKS"]) / ISSUED,
@@ -143,7 +143,7 @@ def main() -> None:
     print("| model | basis | rebuild | bits | kernel | issue | matrix | ns per token | registers | shared | spills |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for model, cache, basis in CASES:
-        if model not in arguments.models or (cache.endswith(tuple(TYPES)) and float(gpu.architecture) < 9):
+        if model not in arguments.models or (cache.endswith(tuple(TYPES)) and gpu.capability < 9):
             continue
         for spec in dict.fromkeys(cache.format(bits) for bits in arguments.bits):
             for row in decode_rows(model, spec, basis, gpu):

@@ -10,7 +10,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from jax.extend import core
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels import target
+from pallas_kernels import run, target
+from pallas_kernels.calls import Call
 from pallas_kernels.chips import GPU
 from pallas_kernels.shapes import DecodeShape, SumShape
 
@@ -71,29 +72,27 @@ class Machine:
 
 def decode_launches(shape: DecodeShape, gpu: GPU) -> list[Launch]:
     """The kernels that read one layer: 8 sequences of 32 k tokens, one new token each."""
-    attend = functools.partial(shape.attend, layer=0, implementation="triton")
-    return launches(attend, *shape.arguments(layers=1, batch=8, blocks=256), gpu=gpu)
+    return launches(shape.call(layers=1, batch=8, blocks=256), gpu)
 
 
 def sum_launches(shape: SumShape, gpu: GPU) -> list[Launch]:
     """The kernels that add one layer to a running sum: 8 sequences of 4 k tokens, a single range."""
-    add = functools.partial(shape.add, layer=0, implementation="triton")
-    return launches(add, *shape.arguments(layers=1, batch=8, blocks=32), gpu=gpu)
+    return launches(shape.call(layers=1, batch=8, blocks=32), gpu)
 
 
-def launches(operation: Callable[..., Any], *args: Any, gpu: GPU) -> list[Launch]:
-    """What a function would launch on a GPU, as its trace has it; arguments may be `jax.ShapeDtypeStruct`."""
+def launches(call: Call, gpu: GPU) -> list[Launch]:
+    """What a call, of shapes or of arrays, would launch on a GPU, as its trace has it."""
     with target.compiling_for("gpu", gpu.kind):
-        traced = jax.make_jaxpr(operation)(*args)
+        traced = jax.make_jaxpr(functools.partial(run, implementation="triton"))(call)
     return [
         Launch(
-            call.params["fn"],
-            (*(getattr(v.aval, "inner_aval", v.aval) for v in call.invars), *call.params["out_shapes"]),
-            call.params["grid"],
-            dict(call.params["metaparams"]),
-            dict(call.params["backend_options"]),
+            equation.params["fn"],
+            (*(getattr(v.aval, "inner_aval", v.aval) for v in equation.invars), *equation.params["out_shapes"]),
+            equation.params["grid"],
+            dict(equation.params["metaparams"]),
+            dict(equation.params["backend_options"]),
         )
-        for call in _kernel_calls(traced.jaxpr)
+        for equation in _kernel_calls(traced.jaxpr)
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import pallas_kernels
 from benchmarks.models import FILES, TINY, config_of, decode_shape, sum_shape
+from pallas_kernels import DecodeAttention
 from tests.conftest import random_model
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate
@@ -22,9 +23,9 @@ def test_streams_are_those_that_a_cache_is_allocated_with(model: str, cache: str
     config, shape = config_of(model), decode_shape(model, cache)
     whole = jax.eval_shape(lambda: allocate(CacheConfig.parse(cache), config, batch=2, tokens=256))
     (segment,) = whole.segments
-    _, key, _, value, *_ = shape.arguments(layers=config.num_layers, batch=2, blocks=2)
-    allocated = list(segment.history.values())
-    assert [key] == allocated if value is None else [key, value] == allocated
+    call = shape.call(layers=config.num_layers, batch=2, blocks=2)
+    streams = [call.key_stream] if call.value_stream is None else [call.key_stream, call.value_stream]
+    assert streams == list(segment.history.values())
 
 
 @pytest.mark.parametrize("model", TINY)
@@ -32,9 +33,9 @@ def test_streams_are_those_that_a_cache_is_allocated_with(model: str, cache: str
 def test_sums_are_those_that_a_cache_is_allocated_with(model: str, cache: str) -> None:
     config, shape = config_of(model), sum_shape(model, cache)
     whole = jax.eval_shape(lambda: allocate(CacheConfig.parse(cache), config, batch=2, tokens=256))
-    running_sum, stream, *_ = shape.arguments(layers=1, batch=2, blocks=2)
-    assert whole.segments[-1].history == {"delta": stream}
-    assert whole.running_sum == running_sum
+    call = shape.call(layers=1, batch=2, blocks=2)
+    assert whole.segments[-1].history == {"delta": call.stream}
+    assert whole.running_sum == call.running_sum
 
 
 @pytest.mark.parametrize("model", TINY)
@@ -42,13 +43,13 @@ def test_sums_are_those_that_a_cache_is_allocated_with(model: str, cache: str) -
 def test_a_step_of_the_model_makes_these_arguments(model: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its last layer, as the trace of a whole step has them."""
     config, cache_config, made = config_of(model), CacheConfig.parse(cache), []
-    run = pallas_kernels.decode_attention
+    run = pallas_kernels.run
 
-    def record(*arguments: Any, **options: Any) -> Any:
-        made.append((arguments, options))
-        return run(*arguments, **options)
+    def record(call: Any, *arguments: Any, **options: Any) -> Any:
+        made.append(call)
+        return run(call, *arguments, **options)
 
-    monkeypatch.setattr(pallas_kernels, "decode_attention", record)
+    monkeypatch.setattr(pallas_kernels, "run", record)
     loaded = random_model(config)
     method_params = cache_config.method_params(loaded.source)
     arrays = allocate(cache_config, config, batch=2, tokens=256)
@@ -56,14 +57,15 @@ def test_a_step_of_the_model_makes_these_arguments(model: str, cache: str, monke
     step = functools.partial(forward, loaded.transformer)
     jax.eval_shape(step, loaded.params, token, arrays, method_params, counts)
 
-    (q, key, rebuild, value, _, geometry), options = made[-1]
-    shape = decode_shape(model, cache)
-    queries, keys, expected_rebuild, values, *_ = shape.arguments(layers=1, batch=2, blocks=2)
-    assert q.shape == queries.shape
-    assert key.spec == keys.spec
-    assert value.spec == (keys if values is None else values).spec
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), rebuild) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), expected_rebuild
-    )
-    assert (options["num_kv_heads"], options["value_heads"]) == (shape.kv_heads, shape.value_heads)
-    assert geometry.scale == shape.scale
+    call = [call for call in made if isinstance(call, DecodeAttention)][-1]
+    expected = decode_shape(model, cache).call(layers=1, batch=2, blocks=2)
+    assert call.q.shape == expected.q.shape
+    assert call.key_stream.spec == expected.key_stream.spec
+    assert call.values.spec == expected.values.spec
+    assert shapes_of(call.key_rebuild) == shapes_of(expected.key_rebuild)
+    assert (call.num_kv_heads, call.value_heads) == (expected.num_kv_heads, expected.value_heads)
+    assert call.geometry.scale == expected.geometry.scale
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
