@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from pallas_kernels import chips
 from pallas_kernels.calls import Accumulate
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES
@@ -24,7 +25,7 @@ class SumTiling:
     num_blocks: int
     predict: tuple[tuple[int, int], ...] | None  # shapes of the matrices
     lift: tuple[int, int] | None
-    chip: chip.Chip
+    chip: chips.TPU
 
     @classmethod
     def of(cls, call: Accumulate) -> "SumTiling":

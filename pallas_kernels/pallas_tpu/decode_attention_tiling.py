@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from pallas_kernels import eight_bits
+from pallas_kernels import chips, eight_bits
 from pallas_kernels.calls import DecodeAttention
 from pallas_kernels.pallas_tpu import chip
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES
@@ -40,7 +40,7 @@ class DecodeTiling:
     bias: bool
     norm_eps: float | None
     scale: float
-    chip: chip.Chip
+    chip: chips.TPU
 
     @classmethod
     def of(cls, call: DecodeAttention) -> "DecodeTiling":

@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, and what they depend on: the shape of the work and the GPU.
 
-The sizes are those that compile without spills in the innermost loops; `tests/pallas_kernels/test_triton.py` holds them
-to that. None was timed on a GPU.
+The sizes are those that compile without spills in the innermost loops: `tests/pallas_kernels/test_triton_compiled.py`
+holds them to that. None was timed on a GPU.
 """
 
 import dataclasses

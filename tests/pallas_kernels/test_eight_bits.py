@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import DecodeAttention, KeyRebuild, target
+from pallas_kernels.chips import TPUS
 from pallas_kernels.eight_bits import quantize_matrix
-from pallas_kernels.pallas_tpu import chip, decode_attention
+from pallas_kernels.pallas_tpu import decode_attention
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import unpack
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
@@ -64,7 +65,7 @@ def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
         operands = (jnp.zeros((1, 1, 2, 64)), stream(axis), rebuild, stream("token"), jnp.zeros(1), geometry, 0)
         return decode_attention.refuse(DecodeAttention(*operands, num_kv_heads=2, value_heads=1)) or ""
 
-    for kind in chip.CHIPS:
+    for kind in (kind for tpu in TPUS.values() for kind in tpu.kinds):
         takes, other, dtype = ("fp8", "int8", "int8") if kind == "TPU7x" else ("int8", "fp8", "float8_e4m3fn")
         with target.compiling_for("tpu", kind):
             assert refusal(takes) == ""

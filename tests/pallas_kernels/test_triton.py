@@ -1,4 +1,4 @@
-"""What only the Triton backend has: tiles and splits, refusals, its machine code for three GPU generations.
+"""What only the Triton backend has: tiles and splits, refusals. Its machine code is for `test_triton_compiled.py`.
 
 That it agrees with the reference is for the most part a matter of `test_operations.py`.
 """
@@ -6,12 +6,6 @@ That it agrees with the reference is for the most part a matter of `test_operati
 import dataclasses
 import functools
 import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,13 +25,12 @@ if importlib.util.find_spec("jax_triton") is None:
 
 import jax_triton
 
-from pallas_kernels.triton import accumulate, ahead, decode_attention, remat_project, tiling
+from pallas_kernels.triton import accumulate, decode_attention, remat_project, tiling
 from pallas_kernels.triton.tiling import Tiles
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 64
 FLUSHED = np.asarray([0, 1, 8, 9], np.int32)  # nothing, one block, one block short of everything, everything
 NO_WINDOW = 2**30
-ROOT = Path(__file__).parents[2]
 
 # Codes enter products as 128 + code and the 128 is taken back: that costs 7 of float32's 24 bits.
 TOLERANCE = 1e-3
@@ -354,81 +347,3 @@ def test_kernels_lower_into_a_program_for_cuda(monkeypatch: pytest.MonkeyPatch) 
     assert "triton_kernel_call" in lowered.as_text()
     (name, warps, *_), _ = plugin.TritonKernel.call_args
     assert (name, warps) == ("decode", 4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
-@pytest.mark.parametrize(
-    ("model", "form"),
-    [("Llama-3.1-8B", "per_head"), ("Llama-3.1-8B", "dense"), ("Llama-2-7B", "dense"), ("Qwen3-8B", "per_head")],
-)
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capability: float) -> None:
-    for launch in ahead.of_model(ahead.MODELS[model], bits, form, capability):
-        machine = ahead.compiled(launch, capability)
-        assert machine.loops[0].spills == 0, launch.kernel
-        assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
-        assert machine.shared < 100_000, launch.kernel  # bytes a program may have on Ada, the least of the three
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
-@pytest.mark.parametrize("name", ahead.SUMS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_kernels_of_sums_do_not_spill(name: str, bits: int, capability: float) -> None:
-    for launch in ahead.of_sum(name, bits, capability):
-        machine = ahead.compiled(launch, capability)
-        assert machine.spills == 0, launch.kernel
-        if any(launch.constants.get(product) for product in ("MULTIPLY", "BELOW", "STORED")):
-            assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
-        assert machine.shared < 100_000, launch.kernel
-
-
-@pytest.mark.parametrize(
-    ("model", "form", "bits"),
-    [
-        *(("Llama-2-7B", form, bits) for form in ("int8", "fp8") for bits in (2, 3, 4)),
-        ("Llama-3.1-8B, xquant-cl", "int8", 8),
-    ],
-)
-def test_keys_rebuilt_in_eight_bits_take_the_matrix_units_for_them(model: str, form: str, bits: int) -> None:
-    """On Hopper, without spills in the innermost loop, which converts nothing but sums of int8."""
-    scores, _ = ahead.of_model(ahead.MODELS[model], bits, form, 9.0)
-    (loop, *_) = ahead.compiled(scores, 9.0).loops
-    assert loop.operations[{"int8": "IGMMA", "fp8": "QGMMA"}[form]] > 0
-    assert loop.operations["HGMMA"] == loop.operations["F2FP"] == loop.spills == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["per_head", "dense"])
-def test_kernels_compile_for_amd_without_spills(form: str) -> None:
-    for launch in ahead.of_model(ahead.MODELS["Llama-3.1-8B"], 4, form, 8.0, amd=True):
-        code = ahead.compiled_for_amd(launch, "gfx942")
-        assert re.findall(r"[vs]gpr_spill_count: *(\d+)", code) == ["0", "0"]
-        assert "v_mfma" in code
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ahead.SUMS)
-def test_kernels_of_sums_compile_for_amd_without_spills(name: str) -> None:
-    for launch in ahead.of_sum(name, 2, 8.0, amd=True):
-        assert re.findall(r"[vs]gpr_spill_count: *(\d+)", ahead.compiled_for_amd(launch, "gfx942")) == ["0", "0"]
-
-
-def benchmark(*args: str | Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "bench_decode.py", "--smoke", *args]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_on_the_interpreter(tmp_path: Path) -> None:
-    out, plot = tmp_path / "out.json", tmp_path / "out.png"
-    benchmark("--json", out, "--plot", plot)
-    result = json.loads(out.read_text())
-    assert not result["skipped"]
-    assert all(check["error"] < 0.03 for check in result["checks"])
-    kernels = {row["method"] for row in result["layers"] if row["implementation"] == "triton"}
-    assert kernels == {"xquant:4,basis=per_head", "xquant:2,basis=joint", "int8", "xquant:4,rebuild_dtype=fp8"}
-    assert {row["implementation"] for row in result["sums"]} == {"triton", "xla"}
-    assert {step["cache"] for step in result["steps"]} == {"bf16", "xquant:4"}
-    assert plot.stat().st_size > 1000

@@ -86,9 +86,8 @@ def _accumulate(number: int, method_params: Any, cache: Cache) -> Any:
     assert running_sum is not None
     (stream,) = segment.history.values()
     accumulation = segment.method.accumulation(_first_layer(method_params))
-    return pallas_kernels.accumulate(
-        running_sum, stream, accumulation, cache.history_blocks, layer=0, implementation=cache.implementation
-    )
+    call = pallas_kernels.Accumulate(running_sum, stream, accumulation, cache.history_blocks, layer=0)
+    return pallas_kernels.run(call, cache.implementation)
 
 
 def _first_layer(method_params: Any) -> Any:
