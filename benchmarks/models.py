@@ -18,7 +18,7 @@ from xquant_jax.cache.methods.base import Method
 from xquant_jax.config import ModelConfig
 from xquant_jax.numerics.quantization import StreamSpec
 from xquant_jax.numerics.rope import Rope
-from xquant_jax.planning.costs import method_params_of_one_layer
+from xquant_jax.planning.shapes import method_params_of_one_layer
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "golden" / "configs"
 FILES = {
