@@ -1,5 +1,6 @@
 """A model and its cache on a mesh of eight (simulated) devices: the same answers, an eighth of the bytes each."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
