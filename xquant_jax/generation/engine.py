@@ -264,8 +264,8 @@ class Engine:
             return
         chosen, columns = self._run.chosen, self._run.columns
         top_asked = any(sequence.request.logprobs for _, sequence, *_ in columns)
-        made, tokens, logprobs = jax.device_get((self._run.made, chosen.tokens, chosen.logprobs))
-        top = jax.device_get((chosen.top_tokens, chosen.top_logprobs)) if top_asked else None
+        top = (chosen.top_tokens, chosen.top_logprobs) if top_asked else None
+        made, tokens, logprobs, top = jax.device_get((self._run.made, chosen.tokens, chosen.logprobs, top))
         for slot, sequence, column, origin in columns:
             if sequence in self._queue:
                 self._rows[slot] = sequence

@@ -98,16 +98,16 @@ def test_sequences_of_different_options_are_each_sampled_as_if_alone_by_one_prog
     rng = np.random.default_rng(0)
     logits, seen = rng.normal(size=(25, 8, 50), scale=2).astype(np.float32), rng.random((25, 8, 50)) < 0.3
     keys = token_keys(jnp.arange(8), jnp.zeros(8, jnp.int32))
+    orders = [np.roll(np.arange(8), n) for n in range(25)]
     chosen(logits[0], MIXED, seen[0])
     with counted_compilations() as compiled:
-        for n in range(25):
-            order = np.roll(np.arange(8), n)
-            tokens = chosen(logits[n], [MIXED[i] for i in order], seen[n]).tokens
-            expected = [alone(logits[n, row], MIXED[i], seen[n, row], keys[row]) for row, i in enumerate(order)]
-            assert np.asarray(tokens).tolist() == expected
-            plain = chosen(logits[n], [Sampling()] * 8).tokens
-            assert np.asarray(plain).tolist() == logits[n].argmax(-1).tolist()
-    assert len(compiled) < 8  # not one of them per option; what is there belongs to the reference
+        mixed = [chosen(logits[n], [MIXED[i] for i in order], seen[n]).tokens for n, order in enumerate(orders)]
+        greedy = [chosen(logits[n], [Sampling()] * 8, seen[n]).tokens for n in range(25)]
+    assert compiled == []
+    for n, order in enumerate(orders):
+        expected = [alone(logits[n, row], MIXED[i], seen[n, row], keys[row]) for row, i in enumerate(order)]
+        assert np.asarray(mixed[n]).tolist() == expected
+        assert np.asarray(greedy[n]).tolist() == logits[n].argmax(-1).tolist()
 
 
 def test_a_penalty_makes_positive_logits_smaller_and_negative_ones_more_negative() -> None:

@@ -1,5 +1,6 @@
 """A model and its cache on a mesh of eight (simulated) devices: the same answers, an eighth of the bytes each."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -24,7 +25,7 @@ from xquant_jax.cache.flush import flush, flush_when_due
 from xquant_jax.cache.partition import cache_specs, constrain_cache
 from xquant_jax.cache.state import Cache, allocate, cache_bytes
 from xquant_jax.generation import batch
-from xquant_jax.generation.request import Request
+from xquant_jax.generation.request import Options, Request
 from xquant_jax.model.loading import Model
 from xquant_jax.model.transformer import forward
 
@@ -266,12 +267,13 @@ def test_a_second_call_on_a_mesh_compiles_nothing(directories: dict[bool, Path])
 
 
 def test_a_batch_of_slots_on_a_mesh(directories: dict[bool, Path], models: dict[bool, xq.Model]) -> None:
-    requests = [Request(prompt, max_new_tokens=5 + i) for i, prompt in enumerate(prompts_of(models[False]))]
-    options: dict[str, Any] = {"cache": "bf16,dtype=float32", "stop_ids": [], "prefill_chunk": 64}
-    alone = {a.index: a for a in batch.prepare(models[False], slots=8, **options).answers(requests)}
+    requests = [Request(prompt, 5 + i, stop_ids=[]) for i, prompt in enumerate(prompts_of(models[False]))]
+    options = Options("bf16,dtype=float32", prefill_chunk=64)
+    eight, four = (dataclasses.replace(options, slots=slots) for slots in (8, 4))
+    alone = {a.index: a for a in batch.prepare(models[False], eight).answers(requests)}
     mesh = xq.make_mesh(2, 2, 2)
     model = xq.load(directories[False], mesh=mesh)
-    found = {a.index: a for a in batch.prepare(model, slots=4, **options).answers(requests)}
+    found = {a.index: a for a in batch.prepare(model, four).answers(requests)}
     for index, answer in alone.items():
         assert found[index].completion.tokens == answer.completion.tokens
 
