@@ -43,7 +43,7 @@ format: $(VENV)/installed-dev
 	@$(PYTHON) -m ruff format
 
 benchmark: $(VENV)/installed-plot
-	@$(PYTHON) benchmarks/run.py
+	@$(PYTHON) -m benchmarks.run
 
 golden: .venv-golden/installed
 	@$(GOLDEN_PYTHON) scripts/write_golden.py tests/golden $(if $(MODELS),--models $(MODELS))

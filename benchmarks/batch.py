@@ -1,6 +1,6 @@
 """Slots that are kept full against batches of a fixed membership: the same prompts, answers of many lengths.
 
-    python benchmarks/batch.py [--cache SPEC]
+    python -m benchmarks.batch [--cache SPEC]
 
 Both run the demo model, eight sequences at a time, each compiled before it is measured. A fixed batch takes the prompts
 as they come and ends when its longest answer does.
@@ -51,7 +51,8 @@ def main() -> None:
         function()
         return time.perf_counter() - start
 
-    slots(), fixed()
+    slots()
+    fixed()
     rounds = [(seconds(slots), seconds(fixed)) for _ in range(arguments.rounds)]
     print(f"{PROMPTS} answers of 8 to {LONGEST} tokens, {sum(limits)} in all, {SLOTS} at a time, {arguments.cache}")
     for name, times in zip(("slots", "fixed batches"), zip(*rounds, strict=True), strict=True):

@@ -1,6 +1,6 @@
 """How much memory a conversion takes: peak resident set and wall time for a synthetic checkpoint.
 
-    python benchmarks/convert_memory.py [--gigabytes 4] [--dir SCRATCH] [--json OUT]
+    python -m benchmarks.convert_memory [--gigabytes 4] [--dir SCRATCH] [--json OUT]
 
 The bound is 25 % of the checkpoint's size plus 1.5 GB. Takes three times the size on disk, and cleans up.
 """

@@ -1,6 +1,6 @@
 """Compile time against depth, programs compiled by a second call, decode time against the length of the cache.
 
-    python benchmarks/generation.py [--json OUT]
+    python -m benchmarks.generation [--json OUT]
 
 Random weights where only shapes matter. Times are medians; everything runs in one process on the default device.
 """
@@ -75,9 +75,9 @@ def second_call(model: xq.Model) -> list[dict[str, Any]]:
     """Programs that XLA compiles in the first call and in one with other prompts of the same bucket."""
     compiled: list[float] = []
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
+            compiled.append(duration_secs)
 
     monitoring.register_event_duration_secs_listener(listen)
     rows = []

@@ -1,6 +1,6 @@
 """`make benchmark`: runs the benchmarks and writes their figures to benchmarks/results and docs/benchmarks.md.
 
-    python benchmarks/run.py [generation] [convert] [versus --other PYTHON]
+    python -m benchmarks.run [generation] [convert] [versus --other PYTHON]
 
 Without names all are run; `versus` only where a Python with torch is given. Benchmarks that are not run keep the
 figures of their last run.
@@ -28,7 +28,7 @@ def generation_section(result: dict[str, Any]) -> str:
     lengths = [key for key in result["decode_ms"][0] if key != "cache"]
     return f"""## Compiling and decoding
 
-    python benchmarks/generation.py
+    python -m benchmarks.generation
 
 jax {result["jax"]}, device {result["device"]}, the demo model's width in float32, batch 1. Medians in one process.
 
@@ -52,7 +52,7 @@ def convert_section(result: dict[str, Any]) -> str:
     )
     return f"""## Memory of the conversion
 
-    python benchmarks/convert_memory.py
+    python -m benchmarks.convert_memory
 
 A synthetic checkpoint of {size:.2f} GB in {result["layers"]} layers (width {result["width"]}), converted with all SVD
 factors in a process of its own: peak resident memory **{peak:.2f} GB**, the bound being {bound:.2f} GB (25 % of the
@@ -71,7 +71,7 @@ def versus_section(result: dict[str, Any]) -> str:
     }
     return f"""## Beside Hugging Face transformers
 
-    python benchmarks/versus_transformers.py --other PYTHON_WITH_TORCH
+    python -m benchmarks.versus_transformers --other PYTHON_WITH_TORCH
 
 Decoding the demo model on the same two CPU cores, float32, {result["prompt_tokens"]} prompt and
 {result["new_tokens"]} new tokens, batch 1, processes in turn; medians of {result["rounds"]} pairs. transformers runs
@@ -95,14 +95,15 @@ def main() -> None:
     names = arguments.names or [name for name in SECTIONS if name != "versus" or arguments.other]
     RESULTS.mkdir(exist_ok=True)
     commands = {
-        "generation": ["generation.py"],
-        "convert": ["convert_memory.py"],
-        "versus": ["versus_transformers.py", "--other", arguments.other or sys.executable],
+        "generation": ["generation"],
+        "convert": ["convert_memory"],
+        "versus": ["versus_transformers", "--other", arguments.other or sys.executable],
     }
     for name in names:
-        script, *options = commands[name]
+        module, *options = commands[name]
         out = RESULTS / f"{name}.json"
-        subprocess.run([sys.executable, str(HERE / script), *options, "--json", str(out)], check=True)
+        command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(out)]
+        subprocess.run(command, check=True, cwd=HERE.parent)
     parts = [
         render(json.loads(f.read_text()))
         for name, render in SECTIONS.items()

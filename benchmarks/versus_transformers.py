@@ -1,6 +1,6 @@
 """Decoding the demo model here and with Hugging Face transformers, in turn, on the same two cores.
 
-    python benchmarks/versus_transformers.py --other .venv-golden/bin/python [--json OUT]
+    python -m benchmarks.versus_transformers --other .venv-golden/bin/python [--json OUT]
 
 Every figure is a fresh process that warms up, then decodes greedily from random prompts; pairs run one after the
 other and the ratio is taken pair by pair, so that a machine whose speed drifts does not decide. `--other` is a Python

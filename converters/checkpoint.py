@@ -17,9 +17,8 @@ from xquant_jax.parameters import Tree
 class Checkpoint(Protocol):
     """A model on disk, read one layer at a time as nested dicts of numpy arrays.
 
-    `layer` and `outer` hold the parameters in the type of the checkpoint (`model_config.dtype`; vectors may
-    be float32), `factors` the SVD factors in float32. With `sharding`, a tree like theirs, `layer` and `outer` read
-    straight to devices, each process its own shards.
+    `layer` and `outer` hold the parameters in the type of the checkpoint (`model_config.dtype`; vectors may be
+    float32). With `sharding`, a tree like theirs, they read straight to devices, each process its own shards.
     """
 
     path: Path
@@ -28,7 +27,7 @@ class Checkpoint(Protocol):
 
     @property
     def factor_kinds(self) -> tuple[FactorKind, ...]:
-        """The kinds that `factors` accepts: none where every query head has keys of its own (K = H)."""
+        """The kinds of factors that the model has: none where every query head has keys of its own (K = H)."""
         ...
 
     def layer(self, index: int, sharding: Any = None) -> Tree:
@@ -37,10 +36,6 @@ class Checkpoint(Protocol):
 
     def outer(self, parts: Iterable[str] = ..., sharding: Any = None) -> Tree:
         """The parameters outside the layers, of these parts: `embed`, `final_norm`, `head` unless tied."""
-        ...
-
-    def factors(self, kind: FactorKind, index: int) -> Tree:
-        """The SVD factors of one layer."""
         ...
 
 

@@ -41,7 +41,7 @@ def factor_item(kind: FactorKind, index: int) -> str:
 
 
 class ConvertedCheckpoint:
-    """The same interface as `HuggingFaceCheckpoint`, over what `convert` wrote.
+    """The same interface as `HuggingFaceCheckpoint` over what `convert` wrote, and the factors of its layers.
 
     Every reading method takes `sharding` (see `read_tree`), to read straight to devices instead of to numpy.
 

@@ -16,13 +16,12 @@ import numpy as np
 from converters.families import family_of, model_config
 from converters.finite import all_finite
 from converters.shards import Tensor, read_headers, read_json
-from converters.svd import FactorKind, factor_kinds, layer_factors
+from converters.svd import FactorKind, factor_kinds
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
 from xquant_jax.parameters import Parameter, Tree, build_tree, layer_parameters, leaves_of, outer_parameters
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_FACTORIZED = ("attention_norm.scale", "key.kernel", "value.kernel")
 _HARMLESS = (".rotary_emb.inv_freq",)  # a constant that old versions of transformers stored
 
 
@@ -53,7 +52,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def factor_kinds(self) -> tuple[FactorKind, ...]:
-        """The kinds that `factors` accepts: none where every query head has keys of its own (K = H)."""
+        """The kinds of factors that a model has: none where every query head has keys of its own (K = H)."""
         return factor_kinds(self.model_config)
 
     @cached_property
@@ -73,12 +72,6 @@ class HuggingFaceCheckpoint:
         return self._tree(
             [p for p in outer_parameters(self.model_config) if p.path.split(".")[0] in wanted], None, sharding
         )
-
-    def factors(self, kind: FactorKind, index: int) -> Tree:
-        """The SVD factors of one layer, float32, computed now. Seconds for a layer of an 8B model."""
-        parameters = [p for p in layer_parameters(self.model_config) if p.path in _FACTORIZED]
-        layer = build_tree((parameter.path, self._read(parameter, index)) for parameter in parameters)
-        return layer_factors([kind], layer, self.model_config)[kind]
 
     def _tree(self, parameters: Iterable[Parameter], layer: int | None, sharding: Any) -> Tree:
         if sharding is None:
@@ -121,7 +114,8 @@ class HuggingFaceCheckpoint:
         head_name = self._names.of("head.kernel", None)
         head = tensors[head_name] if config.tied_embeddings and head_name in left else None
         if head is not None:
-            _check(head, Parameter("head.kernel", (config.width, config.vocab_size), "hidden_size, vocab_size"))
+            untied = outer_parameters(dataclasses.replace(config, tied_embeddings=False))
+            _check(head, next(parameter for parameter in untied if parameter.path == "head.kernel"))
         unexpected = sorted(name for name in left if not name.endswith(_HARMLESS) and name != head_name)
         if unexpected:
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
@@ -184,10 +178,9 @@ def _finite(values: np.ndarray, tensor: Tensor) -> np.ndarray:
 def _check(tensor: Tensor, parameter: Parameter) -> None:
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(f"{tensor} is {tensor.dtype}; supported: {', '.join(_DTYPES)}")
-    shape, fields = parameter.shape, parameter.fields
-    if parameter.is_kernel:  # stored as [out, in]
-        shape, fields = shape[::-1], ", ".join(reversed(fields.split(", ")))
-    if tensor.shape != shape:
+    axes = parameter.axes[::-1] if parameter.is_kernel else parameter.axes  # stored as [out, in]
+    if tensor.shape != tuple(axis.size for axis in axes):
         raise CheckpointError(
-            f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(shape)} ({fields})"
+            f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {[axis.size for axis in axes]} "
+            f"({', '.join(axis.fields for axis in axes)})"
         )

@@ -1,4 +1,7 @@
-"""Trees of arrays on disk, one Orbax checkpoint per tree: written from numpy, read to numpy or to devices."""
+"""Trees of arrays on disk, one Orbax checkpoint per tree: written from numpy, read to numpy or to devices.
+
+Orbax is imported by the functions that use it: reading a Hugging Face directory needs none, and it takes a while.
+"""
 
 import errno
 import logging
@@ -8,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from xquant_jax.errors import CheckpointError
 from xquant_jax.parameters import Tree
@@ -22,6 +24,8 @@ def write_tree(path: Path, tree: Tree) -> None:
 
     Raises whatever Orbax, TensorStore and the system raise; see `writing`.
     """
+    import orbax.checkpoint as ocp
+
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     with _quiet():
         _checkpointer().save(path.absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
@@ -64,6 +68,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _restore_sharded(path: Path, sharding: Any) -> Tree:
+    import orbax.checkpoint as ocp
+
     checkpointer = _checkpointer()
     saved: Any = checkpointer.metadata(path).item_metadata
     if isinstance(sharding, jax.sharding.Sharding):
@@ -73,7 +79,9 @@ def _restore_sharded(path: Path, sharding: Any) -> Tree:
     return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
     # Uncompressed: zstd saves little of bf16 weights, and writing and reading took 2 to 4 times as long.
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False))
 

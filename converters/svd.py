@@ -23,6 +23,9 @@ from xquant_jax.parameters import Tree
 FactorKind = Literal["joint", "per_head", "kv"]
 FACTOR_KINDS: tuple[FactorKind, ...] = get_args(FactorKind)
 
+FACTORIZED = ("attention_norm.scale", "key.kernel", "value.kernel")
+"""The parameters of a layer that its factors are made of."""
+
 FOLDED: dict[FactorKind, bool] = {"joint": False, "per_head": False, "kv": True}
 """Whether the methods' defaults take a kind of the weights with the scale of the attention norm multiplied in."""
 

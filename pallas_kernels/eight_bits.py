@@ -6,22 +6,40 @@ exactly, in int8 or, for codes of up to 4 bits, in e4m3. Only W is rounded.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from xquant_jax.numerics.quantization import E4M3, E4M3_LARGEST, SMALLEST_NORMAL
+from xquant_jax.numerics.quantization import E4M3, E4M3_LARGEST, SMALLEST_NORMAL, StreamSpec
 
-TYPES: dict[str, tuple[Any, float]] = {"int8": (jnp.int8, 127.0), "fp8": (E4M3, E4M3_LARGEST)}
-"""By the name that users type: the type, and the largest number of it that is used."""
+
+class MatrixType(NamedTuple):
+    """A type of 8 bits, the largest number of it that is used, and bits of the codes that it holds exactly."""
+
+    dtype: Any
+    largest: float
+    code_bits: int
+
+
+TYPES = {"int8": MatrixType(jnp.int8, 127.0, 8), "fp8": MatrixType(E4M3, E4M3_LARGEST, 4)}
+"""By the name that users type."""
 
 
 def name_of(dtype: Any) -> str | None:
     """The name of a type; None if it is none of these."""
-    return next((name for name, (known, _) in TYPES.items() if dtype == known), None)
+    return next((name for name, known in TYPES.items() if dtype == known.dtype), None)
+
+
+def refuse_keys(name: str, spec: StreamSpec) -> str | None:
+    """Why codes of this stream cannot be multiplied with a matrix of that type; None if they can."""
+    if spec.axis == "channel":
+        return f"keys quantized along the channel are not rebuilt in {name}; those along the token are"
+    if spec.bits > TYPES[name].code_bits:
+        return f"keys of {spec.bits} bits are not rebuilt in {name}, which holds codes of up to {TYPES[name].code_bits}"
+    return None
 
 
 @functools.partial(jax.jit, static_argnames=("name", "group"))
@@ -30,7 +48,7 @@ def quantize_matrix(matrix: Float[Array, "L C R"], name: str, group: int) -> dic
 
     |W - matrix * scale| is at most scale / 2 (int8), or |W| / 16 or scale / 1024, whichever is more (fp8).
     """
-    dtype, largest = TYPES[name]
+    dtype, largest, _ = TYPES[name]
 
     def layer(w: Float[Array, "C R"]) -> dict[str, Array]:
         wide = w.astype(jnp.float32)

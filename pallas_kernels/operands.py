@@ -1,4 +1,4 @@
-"""What the operations are called with besides streams: how keys are rebuilt, how a running sum goes on."""
+"""What calls hold besides streams: how keys are rebuilt, how a running sum goes on."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -6,7 +6,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from xquant_jax.numerics.quantization import Leaf
-from xquant_jax.numerics.quantization import quantize as quantize  # one of the operations
 
 
 @struct.dataclass

@@ -10,50 +10,47 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.operands import Accumulation, KeyRebuild, times
+from pallas_kernels.calls import Accumulate, DecodeAttention, Quantize, RematProject
+from pallas_kernels.operands import times
 from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Geometry, Part
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks, as_blocks, as_tokens, dequantize, quantize
 
 
-def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
-    """Dequantizes the blocks [B, N, ...] of one layer and multiplies: x^ W."""
-    return times(as_tokens(dequantize(stream)), weight).astype(dtype or weight.dtype)
+def run(call: Any) -> Any:
+    """What a call returns, by definition."""
+    match call:
+        case RematProject():
+            return remat_project(call)
+        case DecodeAttention():
+            return decode_attention(call)
+        case Accumulate():
+            return accumulate(call)
+        case Quantize():
+            return quantize(call.x, call.spec, call.codebook)
+    raise TypeError(f"{type(call).__name__} is no call of `pallas_kernels.calls`")
 
 
-def decode_attention(
-    q: Float[Array, "B T H d"],
-    key_stream: Blocks,
-    key_rebuild: KeyRebuild,
-    value_stream: Blocks,
-    history_blocks: Int[Array, " B"],
-    geometry: Geometry,
-    *,
-    layer: Int[Array, ""] | int,
-    num_kv_heads: int,
-    value_heads: int,
-) -> Part:
-    """See `pallas_kernels.api.decode_attention`."""
+def remat_project(call: RematProject) -> Float[Array, "B S N"]:
+    """Dequantizes the blocks and multiplies: x^ W."""
+    return times(as_tokens(dequantize(call.stream)), call.weight).astype(call.result_dtype)
+
+
+def decode_attention(call: DecodeAttention) -> Part:
+    """Attends to dequantized blocks, a tile of them at a time."""
 
     def read(vectors: dict[str, Array]) -> tuple[Array, Array]:
         z = vectors["value"]
-        return key_rebuild(vectors["key"], num_kv_heads), z.reshape(*z.shape[:2], value_heads, -1)
+        return call.key_rebuild(vectors["key"], call.num_kv_heads), z.reshape(*z.shape[:2], call.value_heads, -1)
 
-    streams = {"key": key_stream, "value": value_stream}
-    return attend_history(q, streams, layer, history_blocks, read, geometry)
+    streams = {"key": call.key_stream, "value": call.values}
+    return attend_history(call.q, streams, call.layer, call.history_blocks, read, call.geometry)
 
 
-def accumulate(
-    running_sum: Blocks,
-    stream: Blocks,
-    accumulation: Accumulation,
-    history_blocks: Int[Array, " B"],
-    *,
-    layer: Int[Array, ""] | int,
-) -> Blocks:
-    """See `pallas_kernels.api.accumulate`."""
-    return accumulate_history(running_sum, stream, layer, history_blocks, accumulation)
+def accumulate(call: Accumulate) -> Blocks:
+    """Adds to dequantized blocks and quantizes again, a tile of them at a time."""
+    return accumulate_history(call.running_sum, call.stream, call.layer, call.history_blocks, call.accumulation)
 
 
 TILE_BLOCKS = 8

@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import target
+from pallas_kernels import chips, target
 from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush, flush_when_due
@@ -47,12 +47,9 @@ from xquant_jax.errors import ConfigError, XQuantError
 from xquant_jax.json_file import check_folder, write_json
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.model.weights import parameter_specs
-from xquant_jax.planning.costs import method_params_of_one_layer, parameter_shapes
 from xquant_jax.planning.plan import read_config
+from xquant_jax.planning.shapes import method_params_of_one_layer, parameter_shapes
 from xquant_jax.sharding import P
-
-CAPACITY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.74}
-"""GiB of a device's memory that programs can use, as the compiler states it when one does not fit."""
 
 TRIES = 6
 """Compilations to find the largest context, at most."""
@@ -129,7 +126,7 @@ def compile_for(
         raise ConfigError(f"prefill_chunk={prefill_chunk} and context={context}: choose 1 <= prefill_chunk <= context")
     method_params, shared = factor_shapes(config, cache_config)
     params = parameter_shapes(config)
-    params = lie(params, parameter_specs(params), mesh)
+    params = lie(params, parameter_specs(config), mesh)
     with jax.set_mesh(mesh), target.compiling_for("tpu", devices[0].device_kind):
         sizes: dict[str, Any] = {"batch": batch, "tokens": context, "implementation": implementation}
         cache = jax.eval_shape(lambda: allocate(cache_config, config, **sizes))
@@ -160,7 +157,7 @@ def compile_for(
     temporaries = max((m.temp_size_in_bytes for m in memory.values()), default=0)
     temporaries = max([temporaries, *(_needed(message) for _, message in problems)])
     total = weights + held + temporaries
-    capacity = int(CAPACITY[devices[0].device_kind] * 2**30)
+    capacity = int(chips.tpu(devices[0].device_kind).usable * 2**30)
     return {
         "fits": not problems and total <= capacity,
         "context": context,
@@ -298,7 +295,7 @@ def topology_devices(name: str) -> Any:
         devices = topologies.get_topology_desc(name, "tpu").devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}; {ways_out}") from error
-    if devices[0].device_kind not in CAPACITY:
+    if chips.tpu(devices[0].device_kind) is chips.UNKNOWN_TPU:
         raise ConfigError(f"--topology {name}: the memory of a {devices[0].device_kind} is not known; {ways_out}")
     return devices
 

@@ -19,6 +19,7 @@ import xquant_jax as xq
 from xquant_jax.config import ModelConfig
 from xquant_jax.evaluation import evaluate
 from xquant_jax.evaluation.evaluate import Evaluation
+from xquant_jax.evaluation.windows import cut, read_text
 from xquant_jax.json_file import check_folder, read_json, write_json
 from xquant_jax.model.loading import DTYPES
 
@@ -64,9 +65,9 @@ def reproduce(arguments: argparse.Namespace) -> None:
     """Measures and prints; see the module's docstring."""
     console = Console()
     check_folder("--json", arguments.json)
-    text = evaluate.read_text(arguments.text)
+    text = read_text(arguments.text)
     model = xq.load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
-    windows = evaluate.cut(model, text, arguments.seq_len, arguments.limit_windows)
+    windows = cut(model, text, arguments.seq_len, arguments.limit_windows)
     specs = {name: fill(spec, model.config) for name, spec, *_ in TABLE_1 + TABLE_4}
     ready = {}
     for name, spec in specs.items():

@@ -23,9 +23,11 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from converters.families.family import LAYER_NAMES, OUTER_NAMES
 from xquant_jax.config import ModelConfig
 from xquant_jax.model.transformer import Transformer
 from xquant_jax.numerics.rope import Rope
+from xquant_jax.parameters import layer_parameters, leaves_of, outer_parameters
 
 VOCABULARY = 4096
 STAGES = ((0.75, 256, 16), (1.0, 512, 8))  # until this fraction of the time: context, sequences per batch
@@ -171,25 +173,12 @@ def save(params: Any, tokenizer: Tokenizer, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
     tokenizer.save(str(out / "tokenizer.json"))
 
-    names = {
-        "attention_norm": "input_layernorm",
-        "query": "self_attn.q_proj",
-        "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj",
-        "output": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    }
-    tensors = {
-        "model.embed_tokens.weight": params["embed"]["embedding"],
-        "model.norm.weight": params["final_norm"]["scale"],
-    }
-    for ours, theirs in names.items():
-        (stack,) = params["layers"][ours].values()
-        for i, weight in enumerate(stack):
-            tensors[f"model.layers.{i}.{theirs}.weight"] = weight.T
+    tensors = {}
+    for row in outer_parameters(c):
+        tensors[OUTER_NAMES[row.path]] = leaves_of(params)[row.path]
+    for row in layer_parameters(c):
+        for i, array in enumerate(leaves_of(params["layers"])[row.path]):
+            tensors[f"model.layers.{i}.{LAYER_NAMES[row.path]}"] = array.T if row.is_kernel else array
     tensors = {name: np.ascontiguousarray(np.asarray(t).astype(bfloat16)) for name, t in tensors.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from jax import monitoring
 
-from converters.svd import layer_factors
 from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.cache.methods.learned import Need
 from xquant_jax.calibration.calibrate import calibrate
 from xquant_jax.config import ModelConfig
+from xquant_jax.model.factors import factor_source
 from xquant_jax.model.transformer import Transformer
 from xquant_jax.numerics.rope import Rope
 
@@ -65,18 +65,11 @@ class RandomModel:
 
     @property
     def source(self) -> FactorSource:
-        return FactorSource(self.config, self.params["layers"], self.svd, self.calibrated)
+        return factor_source(self.config, self.params["layers"], self.calibrated)
 
     def calibrated(self, need: Need) -> dict[str, Any]:
         text = random_tokens(self.config, 4, 256, seed=7)
         return jax.tree.map(jnp.asarray, calibrate(self, text, [need])[0])
-
-    def svd(self, kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
-        layers = [
-            jax.tree.map(lambda a, i=i: np.asarray(a[i]), self.params["layers"]) for i in range(self.config.num_layers)
-        ]
-        method_params = [layer_factors([kind], layer, self.config, folded=folded)[kind] for layer in layers[:number]]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *method_params)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> RandomModel:

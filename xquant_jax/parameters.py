@@ -1,5 +1,7 @@
-"""The parameter tree of a model: which arrays a layer and the outer part have, and which shape each must
-have.
+"""The one table of a model's arrays: each is a row with its path, its axes and how it is initialized.
+
+The transformer makes its parameters from it, weights are read by it, partitions on a mesh and the converters' checks
+come from it. A family with another norm, or with experts, has other rows.
 
 Trees are nested dicts of arrays. A path such as `query.kernel` names a leaf; kernels are [in, out].
 """
@@ -8,18 +10,44 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+from jax.nn.initializers import Initializer
+
 from xquant_jax.config import ModelConfig
 
 Tree = dict[str, Any]  # nested dicts of arrays
 
+KERNEL = jax.nn.initializers.lecun_normal()
+EMBEDDING = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+SCALE = jax.nn.initializers.ones
+BIAS = jax.nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of a parameter."""
+
+    size: int
+    fields: str  # of config.json, those that fix the size, for error messages
+    logical: str | None = None  # its name in `sharding.Rules`; None: whole on every device
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One leaf of the tree."""
+    """One row of the table: a leaf of one layer's tree, or of the outer one."""
 
     path: str
-    shape: tuple[int, ...]
-    fields: str  # the fields of config.json that fix the shape, for error messages
+    axes: tuple[Axis, ...]
+    initializer: Initializer  # of one layer's array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def logical_axes(self) -> tuple[str | None, ...]:
+        """The name of every axis in `sharding.Rules`."""
+        return tuple(axis.logical for axis in self.axes)
 
     @property
     def is_kernel(self) -> bool:
@@ -28,43 +56,46 @@ class Parameter:
 
 
 def layer_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """The leaves of one layer; all layers have the same."""
-    d = config.head_dim
-    width = (config.width, "hidden_size")
-    queries = (config.num_heads * d, "num_attention_heads * head_dim")
-    keys = (config.kv_width, "num_key_value_heads * head_dim")
-    mlp = (config.mlp_width, "intermediate_size")
-    head = (d, "head_dim")
-    matrices = (
-        ("query", width, queries, config.qkv_bias),
-        ("key", width, keys, config.qkv_bias),
-        ("value", width, keys, config.qkv_bias),
-        ("output", queries, width, config.output_bias),
-        ("gate", width, mlp, config.mlp_bias),
-        ("up", width, mlp, config.mlp_bias),
-        ("down", mlp, width, config.mlp_bias),
+    """The rows of one layer; all layers have the same."""
+    width = Axis(config.width, "hidden_size")
+    queries = Axis(config.num_heads * config.head_dim, "num_attention_heads * head_dim", "heads")
+    keys = Axis(config.kv_width, "num_key_value_heads * head_dim", "heads")
+    mlp = Axis(config.mlp_width, "intermediate_size", "mlp")
+    head = Axis(config.head_dim, "head_dim")
+    return (
+        Parameter("attention_norm.scale", (width,), SCALE),
+        Parameter("mlp_norm.scale", (width,), SCALE),
+        *_dense("query", width, queries, bias=config.qkv_bias),
+        *_dense("key", width, keys, bias=config.qkv_bias),
+        *_dense("value", width, keys, bias=config.qkv_bias),
+        *_dense("output", queries, width, bias=config.output_bias),
+        *_dense("gate", width, mlp, bias=config.mlp_bias),
+        *_dense("up", width, mlp, bias=config.mlp_bias),
+        *_dense("down", mlp, width, bias=config.mlp_bias),
+        *(Parameter(f"{name}.scale", (head,), SCALE) for name in ("query_norm", "key_norm") if config.qk_norm),
     )
-    parameters = [_parameter("attention_norm.scale", width), _parameter("mlp_norm.scale", width)]
-    for name, inputs, outputs, bias in matrices:
-        parameters.append(_parameter(f"{name}.kernel", inputs, outputs))
-        if bias:
-            parameters.append(_parameter(f"{name}.bias", outputs))
-    if config.qk_norm:
-        parameters += [_parameter("query_norm.scale", head), _parameter("key_norm.scale", head)]
-    return tuple(parameters)
 
 
 def outer_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """The leaves outside the layers: embedding, final norm and, unless tied, the output head."""
-    width, vocabulary = (config.width, "hidden_size"), (config.vocab_size, "vocab_size")
-    parameters = [_parameter("embed.embedding", vocabulary, width), _parameter("final_norm.scale", width)]
-    if not config.tied_embeddings:
-        parameters.append(_parameter("head.kernel", width, vocabulary))
-    return tuple(parameters)
+    """The rows outside the layers: embedding, final norm and, unless tied, the output head."""
+    width, vocabulary = Axis(config.width, "hidden_size"), Axis(config.vocab_size, "vocab_size", "vocabulary")
+    embedding = Parameter("embed.embedding", (vocabulary, width), EMBEDDING)
+    norm = Parameter("final_norm.scale", (width,), SCALE)
+    head = () if config.tied_embeddings else (Parameter("head.kernel", (width, vocabulary), KERNEL),)
+    return (embedding, norm, *head)
 
 
-def _parameter(path: str, *axes: tuple[int, str]) -> Parameter:
-    return Parameter(path, tuple(size for size, _ in axes), ", ".join(field for _, field in axes))
+def _dense(name: str, inputs: Axis, outputs: Axis, *, bias: bool) -> tuple[Parameter, ...]:
+    kernel = Parameter(f"{name}.kernel", (inputs, outputs), KERNEL)
+    return (kernel, Parameter(f"{name}.bias", (outputs,), BIAS)) if bias else (kernel,)
+
+
+def initialize(key: jax.Array, rows: Tree, dtype: str) -> Tree:
+    """The arrays of a tree of rows, each drawn by its own initializer."""
+    paths, parameters = zip(*leaves_of(rows).items(), strict=True)
+    keys = jax.random.split(key, len(paths))
+    drawn = (row.initializer(own, row.shape, dtype) for row, own in zip(parameters, keys, strict=True))
+    return build_tree(zip(paths, drawn, strict=True))
 
 
 def build_tree(leaves: Iterable[tuple[str, Any]]) -> Tree:
@@ -88,22 +119,3 @@ def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + name] = node
     return leaves
-
-
-PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
-    "embed.embedding": ("vocabulary", None),
-    "head.kernel": (None, "vocabulary"),
-    "query.kernel": (None, "heads"),
-    "query.bias": ("heads",),
-    "key.kernel": (None, "heads"),
-    "key.bias": ("heads",),
-    "value.kernel": (None, "heads"),
-    "value.bias": ("heads",),
-    "output.kernel": ("heads", None),
-    "gate.kernel": (None, "mlp"),
-    "gate.bias": ("mlp",),
-    "up.kernel": (None, "mlp"),
-    "up.bias": ("mlp",),
-    "down.kernel": ("mlp", None),
-}
-"""Logical axes of one layer's parameters, of the embedding and the head; the others lie whole on every device."""

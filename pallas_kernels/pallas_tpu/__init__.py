@@ -1,18 +1,1 @@
-"""Pallas Mosaic kernels for TPU v5e, v5p, v6e and v7x."""
-
-from pallas_kernels.pallas_tpu.attention import decode_attention
-from pallas_kernels.pallas_tpu.plan import refuse_decode_attention
-from pallas_kernels.pallas_tpu.project import refuse_remat_project, remat_project
-from pallas_kernels.pallas_tpu.quantizing import quantize, refuse_quantize
-from pallas_kernels.pallas_tpu.running_sum import accumulate, refuse_accumulate
-
-__all__ = [
-    "accumulate",
-    "decode_attention",
-    "quantize",
-    "refuse_accumulate",
-    "refuse_decode_attention",
-    "refuse_quantize",
-    "refuse_remat_project",
-    "remat_project",
-]
+"""Pallas Mosaic kernels for TPU v5e, v5p, v6e and v7x: a module for each operation, with `refuse` and `run`."""

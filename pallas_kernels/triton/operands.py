@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import triton.language as tl
 from jaxtyping import Array
 
-from pallas_kernels import target
+from pallas_kernels import gpus, target
 from pallas_kernels.triton import tiling
-from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
+from xquant_jax.numerics.quantization import Blocks, StreamSpec
 
 
 def arrays(stream: Blocks) -> tuple[Array, ...]:
@@ -53,23 +52,7 @@ def refuse_type(a: Array) -> str | None:
 
 
 def refuse_device() -> str | None:
-    capability = tiling.capability()
-    if capability and capability < 8:
+    capability = gpus.current().capability
+    if capability < 8:
         return f"a GPU of compute capability {capability} is not taken; 8.0 (Ampere) and newer are"
-    return None
-
-
-def refuse_stream(which: str, spec: StreamSpec, at_once: int) -> str | None:
-    """A group must hold all the channels that are read at once, or be a channel's part of a block."""
-    if spec.bits == UNQUANTIZED:
-        return f"{which} stream is not quantized"
-    if spec.format != "uniform":
-        return f"{which} stream's format {spec.format} is not taken; uniform is"
-    if spec.width % at_once:
-        return f"{which} stream's width {spec.width} is not a multiple of {at_once}"
-    if spec.axis == "channel":
-        if spec.group != BLOCK:
-            return f"{which} stream's groups of {spec.group} tokens are not taken; whole blocks of {BLOCK} are"
-    elif spec.group % at_once:
-        return f"{which} stream's groups of {spec.group} channels are not taken; multiples of {at_once} are"
     return None

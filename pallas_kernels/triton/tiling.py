@@ -1,18 +1,12 @@
-"""Tile sizes of the Triton kernels: measured ones from a table, by device and shape, and a rule where there are none.
+"""Tile sizes of the Triton kernels, and what they depend on: the shape of the work and the GPU.
 
-`scripts/bench_decode.py --tune` measures them and writes the table. The rule takes what compiles without spills in the
-innermost loops; `tests/pallas_kernels/test_triton.py` holds it to that.
+The sizes are those that compile without spills in the innermost loops: `tests/pallas_kernels/test_triton_compiled.py`
+holds them to that. None was timed on a GPU.
 """
 
 import dataclasses
-import functools
-import json
-from pathlib import Path
-from typing import Any
 
-import jax
-
-TABLE = Path(__file__).with_name("tiles.json")
+from pallas_kernels import gpus
 
 TILES_PER_SPLIT = 4
 """At least: less work does not pay for a program of its own."""
@@ -47,20 +41,12 @@ class Shape:
     norm: bool = False
     width: int = 0
 
-    def __str__(self) -> str:
-        cut = f"d={self.dim} bits={self.bits} queries={self.queries} norm={self.norm} width={self.width}"
-        return f"{self.kernel} {self.form} {cut}"
-
 
 def choose(shape: Shape) -> Tiles:
-    """Tiles of a kernel: of the table if it has this device and shape, else by the rule."""
-    known = _table().get(jax.local_devices()[0].device_kind, {}).get(str(shape))
-    return Tiles(**known) if known else by_rule(shape, capability() or 9.0)
-
-
-def by_rule(shape: Shape, capability: float) -> Tiles:
-    """Tiles for an NVIDIA GPU of this compute capability (AMD: as Ampere's)."""
-    hopper = capability >= 9  # the right operand of its matrix unit lies in shared memory; before, in registers
+    """Tiles of a kernel on the GPU that is compiled for."""
+    hopper = (
+        gpus.current().capability >= 9
+    )  # its matrix unit's right operand lies in shared memory; before, in registers
     if shape.kernel == "values":
         return Tiles(warps=8 if shape.queries > 32 else 4)
     if shape.kernel == "sum":
@@ -84,26 +70,5 @@ def splits(programs: int, num_blocks: int, blocks: int) -> int:
 
     blocks: of a tile
     """
-    wanted = 4 * multiprocessors() // programs
+    wanted = 4 * gpus.current().multiprocessors // programs
     return max(1, min(wanted, num_blocks // (TILES_PER_SPLIT * blocks)))
-
-
-def capability() -> float | None:
-    """Compute capability of the first GPU: 8.0 for AMD's; None where kernels are interpreted or compiled ahead."""
-    reported = getattr(jax.local_devices()[0], "compute_capability", None)  # "9.0" on NVIDIA, "gfx942" on AMD
-    return None if reported is None else 8.0 if is_amd() else float(reported)
-
-
-def is_amd() -> bool:
-    """Whether the first device is an AMD GPU."""
-    return getattr(jax.local_devices()[0], "compute_capability", "").startswith("gfx")
-
-
-def multiprocessors() -> int:
-    """Of the first GPU; of an A100 where there is none."""
-    return getattr(jax.local_devices()[0], "core_count", None) or 108
-
-
-@functools.cache
-def _table() -> dict[str, dict[str, dict[str, Any]]]:
-    return json.loads(TABLE.read_text())

@@ -1,5 +1,6 @@
 """From config.json to ModelConfig: both of transformers' forms, its defaults, and what is refused."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from converters.families import FAMILIES, model_config
+from tests.converters.conftest import config_of
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.rope import Rope
+from xquant_jax.parameters import layer_parameters, outer_parameters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 REAL_CONFIGS = sorted((GOLDEN / "configs").glob("*.json"))
@@ -367,3 +370,12 @@ def test_sizes_that_do_not_go_together(tiny_config):
         model_config(tiny_config("llama", head_dim=..., hidden_size=25))
     with pytest.raises(ConfigError, match="num_attention_heads must be a multiple of num_key_value_heads"):
         model_config(tiny_config("llama", num_key_value_heads=3))
+
+
+def test_names_and_the_table_of_parameters_are_the_same() -> None:
+    """With every option on, each row has a name, and each name a row."""
+    options = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias", "qk_norm"), True)
+    config = dataclasses.replace(model_config(config_of("llama")), **options)
+    for family in FAMILIES:
+        assert {row.path for row in layer_parameters(config)} == set(family.layer_names)
+        assert {row.path for row in outer_parameters(config)} == set(family.outer_names)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import KeyRebuild, target
+from pallas_kernels import DecodeAttention, KeyRebuild, target
+from pallas_kernels.chips import TPUS
 from pallas_kernels.eight_bits import quantize_matrix
-from pallas_kernels.pallas_tpu import chip, refuse_decode_attention
+from pallas_kernels.pallas_tpu import decode_attention
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import unpack
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
@@ -61,17 +62,18 @@ def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
         )
         rebuild = KeyRebuild(**matrix)
         geometry = Geometry(jnp.zeros((1, 1), jnp.int32), 8, jnp.zeros(32), 1.0)
-        heads = {"layer": 0, "num_kv_heads": 2, "value_heads": 1}
-        q = jnp.zeros((1, 1, 2, 64))
-        return refuse_decode_attention(q, stream(axis), rebuild, stream("token"), jnp.zeros(1), geometry, **heads) or ""
+        operands = (jnp.zeros((1, 1, 2, 64)), stream(axis), rebuild, stream("token"), jnp.zeros(1), geometry, 0)
+        return decode_attention.refuse(DecodeAttention(*operands, num_kv_heads=2, value_heads=1)) or ""
 
-    for kind in chip.CHIPS:
+    for kind in (kind for tpu in TPUS.values() for kind in tpu.kinds):
         takes, other, dtype = ("fp8", "int8", "int8") if kind == "TPU7x" else ("int8", "fp8", "float8_e4m3fn")
         with target.compiling_for("tpu", kind):
             assert refusal(takes) == ""
             reason = f"a matrix of {dtype}; the matrix unit of this TPU takes bfloat16 and {takes}"
             assert reason in refusal(other)
-            assert f"quantized along the channel; it takes a matrix of {takes}" in refusal(takes, "channel")
+            assert f"quantized along the channel are not rebuilt in {takes}; those along the token are" in refusal(
+                takes, "channel"
+            )
     with target.compiling_for("tpu", "TPU7x"):
         assert "keys of 8 bits are not rebuilt in fp8, which holds codes of up to 4" in refusal("fp8", bits=8)
     with target.compiling_for("tpu", "TPU v9"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import Accumulation, KeyRebuild, api, target
+from pallas_kernels import Accumulate, Accumulation, DecodeAttention, KeyRebuild, Quantize, RematProject, api, target
 from pallas_kernels.eight_bits import quantize_matrix
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.attention import Geometry
@@ -28,22 +28,24 @@ TOLERANCE = {"xla": 2e-4}
 KERNEL_TOLERANCE = 1e-2
 
 # what a test is run with: a backend and a kind of device; pallas_gpu has no decoding, and tests of its own
-RUNS = {name: (name, None) for name in api.BACKENDS if name != "pallas_gpu"}
+BACKENDS = ["xla", *(name for name, backend in api.BACKENDS.items() if "decode_attention" in backend.kernels)]
+RUNS = {name: (name, None) for name in BACKENDS}
 KINDS = {"v5p": "TPU v5p", "v6e": "TPU v6 lite", "v7x": "TPU7x"}
 RUNS |= {f"pallas_tpu-{chip}": ("pallas_tpu", kind) for chip, kind in KINDS.items()}
 
 
 quantized = jax.jit(quantize, static_argnames="spec")
+run = jax.jit(pallas_kernels.run, static_argnames="implementation")
 
 
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend that is not installed is skipped; one that is, and cannot be imported, fails."""
     name, kind = RUNS[request.param]
+    if name != "xla" and (reason := api.not_installed(name)):
+        pytest.skip(f"{name} {reason}")
     with target.interpreted(), target.compiling_for("tpu" if kind else "cpu", kind):
-        try:
-            api.check(name)
-        except ConfigError as error:
-            pytest.skip(str(error))
+        api.check(name)
         yield name
 
 
@@ -195,21 +197,24 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         return quantized(jnp.asarray(x), StreamSpec(width, bits, axis))
 
     key = stream(case.key_bits, case.axis, seed=1)
-    value = key if case.one_stream else stream(case.value_bits, "token", seed=2)
+    value = None if case.one_stream else stream(case.value_bits, "token", seed=2)
     value_heads = 1 if case.form == "dense" else kv_heads
     q = random(batch, case.new, case.heads, dim)
     frequencies = Rope().frequencies(dim)
     positions = 128 * history_blocks[:, None] + 40 + np.arange(case.new)
 
-    @jax.jit
-    def attend(q, key, rebuild, value, history_blocks, positions, frequencies, layer):
-        geometry = Geometry(positions, case.sliding_window, frequencies, dim**-0.5, rotated=case.rotated)
-        heads = {"num_kv_heads": kv_heads, "value_heads": value_heads}
-        return pallas_kernels.decode_attention(
-            q, key, rebuild, value, history_blocks, geometry, layer=layer, **heads, implementation=implementation
-        )
-
-    part = attend(q, key, rebuild, value, history_blocks, positions, frequencies, jnp.int32(1))
+    call = DecodeAttention(
+        jnp.asarray(q),
+        key,
+        rebuild,
+        value,
+        jnp.asarray(history_blocks),
+        Geometry(jnp.asarray(positions), case.sliding_window, jnp.asarray(frequencies), dim**-0.5, case.rotated),
+        jnp.int32(1),  # traced, as in the scan over layers
+        num_kv_heads=kv_heads,
+        value_heads=value_heads,
+    )
+    part = run(call, implementation)
     z = np.asarray(dequantize(key))[1].reshape(batch, -1, width).astype(np.float64)
     if case.form == "per_head":
         keys = np.einsum("bske,ked->bskd", z.reshape(batch, -1, kv_heads, dim), matrix)
@@ -220,7 +225,9 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         keys = keys + np.asarray(rebuild.bias).reshape(kv_heads, dim)
     if case.norm:
         keys = keys / np.sqrt((keys**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(rebuild.norm)
-    values = np.asarray(dequantize(value))[1].reshape(batch, case.blocks * 128, value_heads, -1).astype(np.float64)
+    values = (
+        np.asarray(dequantize(call.values))[1].reshape(batch, case.blocks * 128, value_heads, -1).astype(np.float64)
+    )
     out, lse = plain_attention(
         q, keys, values, history_blocks, positions, case.sliding_window, None if case.rotated else frequencies
     )
@@ -229,17 +236,14 @@ def test_decode_attention(implementation: str, case: Case) -> None:
     np.testing.assert_allclose(part.out, out, atol=tolerance)
 
 
-@pytest.mark.parametrize("implementation", sorted(RUNS.keys() & api.BACKENDS.keys()), indirect=True)
+@pytest.mark.parametrize("implementation", BACKENDS, indirect=True)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("axis", ["token", "channel"])
 def test_remat_project(implementation: str, bits: int, axis) -> None:
     batch, width, columns = 2, 256, 192
     blocks = quantized(random(batch, 3, 128, width), StreamSpec(width, bits, axis))
     weight = random(width, columns) / 16
-    project = jax.jit(
-        lambda blocks, weight: pallas_kernels.remat_project(blocks, weight, implementation=implementation)
-    )
-    got = project(blocks, weight)
+    got = run(RematProject(blocks, jnp.asarray(weight)), implementation)
     expected = np.asarray(dequantize(blocks)).reshape(batch, 3 * 128, width).astype(np.float64) @ weight
     np.testing.assert_allclose(got, expected, atol=TOLERANCE.get(implementation, KERNEL_TOLERANCE))
 
@@ -303,13 +307,8 @@ def test_accumulate(implementation: str, case: Sum) -> None:
         None if lift is None else jnp.asarray(lift),
     )
 
-    @jax.jit
-    def add(below, stream, accumulation, history_blocks, layer):
-        return pallas_kernels.accumulate(
-            below, stream, accumulation, history_blocks, layer=layer, implementation=implementation
-        )
-
-    total = add(below, stream, accumulation, jnp.asarray(case.history_blocks), jnp.int32(1))
+    call = Accumulate(below, stream, accumulation, jnp.asarray(case.history_blocks), jnp.int32(1))
+    total = run(call, implementation)
     assert total.spec == below.spec
     scale = np.repeat(np.asarray(total.scale, np.float64), 128, axis=-1)
     for row, history_blocks in enumerate(case.history_blocks):
@@ -356,7 +355,7 @@ def test_quantize(implementation: str, case: Quantized) -> None:
     levels[[2, 3]] = levels[:, 1::128] = 2**case.bits - 1  # the highest level
     x[1, 0] = levels / 8 - 2  # on the grid
     x = jnp.asarray(x, case.dtype)
-    got = pallas_kernels.quantize(x, spec, implementation=implementation)
+    got = run(Quantize(x, spec), implementation)
     expected = quantize(x, spec)
     assert got.spec == spec
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
@@ -379,8 +378,7 @@ def test_numbers_that_are_none_spoil_their_group_alone(implementation: str) -> N
         spoiled[0, 0, 5, 9], spoiled[0, 0, 77, 130] = np.inf, np.nan
         spec = StreamSpec(256, 4, axis)
         values = [
-            np.asarray(dequantize(pallas_kernels.quantize(jnp.asarray(a), spec, implementation=implementation)))[0, 0]
-            for a in (x, spoiled)
+            np.asarray(dequantize(run(Quantize(jnp.asarray(a), spec), implementation)))[0, 0] for a in (x, spoiled)
         ]
         same = values[0] == values[1]
         if axis == "token":
@@ -393,14 +391,35 @@ def test_numbers_that_are_none_spoil_their_group_alone(implementation: str) -> N
 def test_widths_that_do_not_fit_are_an_error() -> None:
     blocks = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 4))
     with pytest.raises(ConfigError, match=r"width 32 cannot be multiplied by a .16, 8. weight"):
-        pallas_kernels.remat_project(blocks, jnp.zeros((16, 8)))
+        pallas_kernels.run(RematProject(blocks, jnp.zeros((16, 8))))
+    with pytest.raises(ConfigError, match="vectors of width 16 are no stream of width 32"):
+        pallas_kernels.run(Quantize(jnp.zeros((1, 1, 128, 16)), StreamSpec(32, 4)))
+
+
+def test_heads_that_do_not_fit_are_an_error() -> None:
+    stream = quantize(jnp.zeros((1, 1, 1, 128, 96)), StreamSpec(96, 4))
+    geometry = Geometry(jnp.zeros((1, 1), jnp.int32), NO_WINDOW, jnp.zeros(16), 1.0)
+
+    def attend(num_kv_heads: int, value_heads: int) -> None:
+        q, blocks = jnp.zeros((1, 1, 4, 32)), jnp.ones(1, jnp.int32)
+        pallas_kernels.run(
+            DecodeAttention(q, stream, KeyRebuild(), None, blocks, geometry, 0, num_kv_heads, value_heads)
+        )
+
+    with pytest.raises(ConfigError, match="4 query heads cannot share 3 key/value heads"):
+        attend(3, 3)
+    with pytest.raises(ConfigError, match="width 96 cannot be split into 4 heads; value_heads is 1, or num_kv_heads=2"):
+        attend(2, 4)
 
 
 def test_sums_that_do_not_fit_are_an_error() -> None:
     wide, narrow = (quantize(jnp.zeros((1, 1, 1, 128, n)), StreamSpec(n, 4)) for n in (32, 16))
     below = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 8))
-    history_blocks = jnp.ones(1, jnp.int32)
+
+    def add(stream: Blocks, *matrices: jax.Array) -> None:
+        pallas_kernels.run(Accumulate(below, stream, Accumulation(matrices), jnp.ones(1, jnp.int32), 0))
+
     with pytest.raises(ConfigError, match=r"a sum of width 32 cannot be had from parts of width .16."):
-        pallas_kernels.accumulate(below, narrow, Accumulation(), history_blocks, layer=0)
+        add(narrow)
     with pytest.raises(ConfigError, match=r"a sum of width 32 cannot be had from parts of width .32, 8."):
-        pallas_kernels.accumulate(below, wide, Accumulation((jnp.zeros((32, 8)),)), history_blocks, layer=0)
+        add(wide, jnp.zeros((32, 8)))

@@ -4,7 +4,6 @@ The interpreter has stand-ins for operands in registers and for the two function
 the loads of packed words, is run here thread by thread; the other is a multiply-add.
 """
 
-import types
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
 import pallas_kernels
-from pallas_kernels import pallas_gpu, target
+from pallas_kernels import Quantize, RematProject, target
+from pallas_kernels.pallas_gpu import remat_project, remat_project_kernel
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.packing import PLANES, pack
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks, dequantize, quantize
@@ -31,7 +31,7 @@ def random(*shape: int) -> np.ndarray:
 
 def project(stream: Blocks, weight: jax.Array) -> np.ndarray:
     with target.interpreted():
-        return np.asarray(pallas_kernels.remat_project(stream, weight, implementation="pallas_gpu"), np.float64)
+        return np.asarray(pallas_kernels.run(RematProject(stream, weight), "pallas_gpu"), np.float64)
 
 
 def expected(stream: Blocks, weight: jax.Array) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_every_thread_loads_the_codes_that_wgmma_wants_of_it(p: int) -> None:
         with ir.InsertionPoint(module.body):
             function = func.FuncOp("load", ([ir.Type.parse(f"memref<{'x'.join(map(str, tiles.shape))}xi32>")], []))
             with ir.InsertionPoint(function.add_entry_block()):
-                loaded = pallas_gpu._load_fields(function.arguments[0], p)
+                loaded = remat_project_kernel._load_fields(function.arguments[0], p)
         values = run(function.entry_block, tiles)
         registers = [values[register] for register in loaded.registers.flat]
     # PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16", matrix A, four such operands side by side
@@ -133,44 +133,45 @@ def test_lowers_for_an_h200(model: str, bits: int, axis: str) -> None:
     weight = jax.ShapeDtypeStruct((width, columns), jnp.bfloat16)
     device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    project = jax.jit(lambda s, w: pallas_kernels.remat_project(s, w, implementation="pallas_gpu"))
-    with jax.sharding.use_abstract_mesh(mesh), target.compiling_for("gpu"):
-        lowered = project.trace(stream, weight).lower(lowering_platforms=("cuda",))
+    project = jax.jit(lambda call: pallas_kernels.run(call, "pallas_gpu"))
+    with jax.sharding.use_abstract_mesh(mesh), target.compiling_for("gpu", "NVIDIA H200"):
+        lowered = project.trace(RematProject(stream, weight)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("@mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize(
     ("spec", "columns", "dtype", "reason"),
     [
-        (StreamSpec(128, 16), 64, jnp.bfloat16, "uniform codes of 2, 3, 4 or 8 bits only"),
-        (StreamSpec(128, 8, format="e4m3"), 64, jnp.bfloat16, "uniform codes of 2, 3, 4 or 8 bits only"),
+        (StreamSpec(128, 16), 64, jnp.bfloat16, "the stream is not quantized"),
+        (StreamSpec(128, 8, format="e4m3"), 64, jnp.bfloat16, "has format e4m3; it takes uniform"),
         (StreamSpec(128, 4), 64, jnp.float32, "bfloat16 weights, not float32"),
-        (StreamSpec(96, 4), 64, jnp.bfloat16, "a 96 x 64 weight; both must be multiples of 64"),
-        (StreamSpec(128, 4), 40, jnp.bfloat16, "a 128 x 40 weight; both must be multiples of 64"),
+        (StreamSpec(96, 4), 64, jnp.bfloat16, "the stream is 96 wide; it takes multiples of 64"),
+        (StreamSpec(128, 4), 40, jnp.bfloat16, "a 128 x 40 weight; it takes multiples of 64 columns"),
         (StreamSpec(128, 4, group=32), 64, jnp.bfloat16, "groups of 32 channels; it takes multiples of 64"),
-        (StreamSpec(128, 4, "channel", 64), 64, jnp.bfloat16, "groups of 64 tokens; along the channel it takes whole"),
+        (StreamSpec(128, 4, "channel", 64), 64, jnp.bfloat16, "groups of 64 tokens; it takes whole blocks of 128"),
     ],
 )
 def test_what_it_does_not_take_is_an_error(spec: StreamSpec, columns: int, dtype: Any, reason: str) -> None:
     stream, weight = allocate_blocks(spec, (1, 1)), jnp.zeros((spec.width, columns), dtype)
     with target.interpreted(), pytest.raises(ConfigError, match=reason):
-        pallas_kernels.remat_project(stream, weight, implementation="pallas_gpu")
+        pallas_kernels.run(RematProject(stream, weight), "pallas_gpu")
 
 
-def test_a_gpu_that_is_not_a_hopper_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_a_hopper_is_an_error() -> None:
     stream, weight = allocate_blocks(StreamSpec(128, 4), (1, 1)), jnp.zeros((128, 64), jnp.bfloat16)
-    ampere = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [ampere])
-    with pytest.raises(ConfigError, match=r"needs compute capability 9.0 \(Hopper\), and this NVIDIA A100 has 8.0"):
-        pallas_kernels.remat_project(stream, weight, implementation="pallas_gpu")
+    with (
+        target.compiling_for("gpu", "NVIDIA A100-SXM4-80GB"),
+        pytest.raises(ConfigError, match=r"needs compute capability 9.0 \(Hopper\), and this GPU has 8.0"),
+    ):
+        pallas_kernels.run(RematProject(stream, weight), "pallas_gpu")
 
 
 def test_an_empty_history_is_refused() -> None:
-    stream = allocate_blocks(StreamSpec(128, 4), (1, 0))
-    assert pallas_gpu.refuse_remat_project(stream, jnp.zeros((128, 64), jnp.bfloat16)) == "a history without blocks"
+    call = RematProject(allocate_blocks(StreamSpec(128, 4), (1, 0)), jnp.zeros((128, 64), jnp.bfloat16))
+    assert remat_project.refuse(call) == "a history without blocks"
 
 
 def test_what_it_has_no_kernel_for_is_an_error_by_name() -> None:
-    with target.interpreted(), pytest.raises(ConfigError, match="cannot run quantize: it has no such kernel"):
-        pallas_kernels.quantize(jnp.zeros((1, 1, 128, 128)), StreamSpec(128, 4), implementation="pallas_gpu")
+    message = r"has kernels for remat_project only, none for quantize; choose None or \['triton', 'xla'\]"
+    with target.interpreted(), pytest.raises(ConfigError, match=message):
+        pallas_kernels.run(Quantize(jnp.zeros((1, 1, 128, 128)), StreamSpec(128, 4)), "pallas_gpu")

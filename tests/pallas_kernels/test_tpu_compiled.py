@@ -12,16 +12,15 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
-from pallas_kernels import Accumulation, KeyRebuild, target
+from pallas_kernels import Accumulate, Accumulation, DecodeAttention, KeyRebuild, Quantize, RematProject, target
 from pallas_kernels.eight_bits import quantize_matrix
-from pallas_kernels.pallas_tpu import refuse_decode_attention
+from pallas_kernels.pallas_tpu import decode_attention
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.generation.programs import Arrivals, Slots, advance
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks
-from xquant_jax.numerics.rope import Rope
 
 pytestmark = [
     pytest.mark.optimized,
@@ -55,6 +54,10 @@ def compiled(function: Any, device: Any, *args: Any, donate: Any = ()) -> Any:
             .lower(lowering_platforms=("tpu",))
             .compile()
         )
+
+
+def run(call: Any) -> Any:
+    return pallas_kernels.run(call, "pallas_tpu")
 
 
 def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -106,23 +109,20 @@ def test_decode_attention_compiles_and_copies_no_history(
             rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in fields.items()}
         )
 
-    def attend(q, key, rebuild, value, history_blocks, positions, layer):
-        geometry = Geometry(positions, 2**30, jnp.asarray(Rope().frequencies(dim)), dim**-0.5)
-        return pallas_kernels.decode_attention(
-            q,
-            key,
-            rebuild,
-            key if value is None else value,
-            history_blocks,
-            geometry,
-            layer=layer,
-            num_kv_heads=kv_heads,
-            value_heads=1 if one or form == "joint" else kv_heads,
-            implementation="pallas_tpu",
-        )
-
-    numbers = [shape(1, dtype=jnp.int32), shape(1, new, dtype=jnp.int32), shape(dtype=jnp.int32)]
-    memory = compiled(attend, device, shape(1, new, heads, dim), key, rebuild, value, *numbers).memory_analysis()
+    integers = {"dtype": jnp.int32}
+    geometry = Geometry(shape(1, new, **integers), shape(**integers), shape(dim // 2, dtype=jnp.float32), dim**-0.5)
+    call = DecodeAttention(
+        shape(1, new, heads, dim),
+        key,
+        rebuild,
+        value,
+        shape(1, **integers),
+        geometry,
+        shape(**integers),
+        num_kv_heads=kv_heads,
+        value_heads=1 if one or form == "joint" else kv_heads,
+    )
+    memory = compiled(run, device, call).memory_analysis()
     permuted = rebuild.matrix.size * rebuild.matrix.dtype.itemsize if one else 0
     if device.device_kind == "TPU7x":
         permuted *= 2  # it goes through the sparse core
@@ -133,8 +133,8 @@ def test_decode_attention_compiles_and_copies_no_history(
 @pytest.mark.parametrize(("width", "columns", "bits", "axis"), [(4096, 8192, 4, "token"), (1024, 1024, 3, "channel")])
 def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int, axis: str) -> None:
     blocks = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), history(width, bits, axis))
-    run = lambda stream, weight: pallas_kernels.remat_project(stream, weight, implementation="pallas_tpu")  # noqa: E731
-    assert compiled(run, device, blocks, shape(width, columns)).as_text().count("tpu_custom_call") == 1
+    call = RematProject(blocks, shape(width, columns))
+    assert compiled(run, device, call).as_text().count("tpu_custom_call") == 1
 
 
 @pytest.mark.slow
@@ -147,9 +147,8 @@ def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int
     ],
 )
 def test_quantize_compiles(device: Any, width: int, stored: Any, dtype: Any) -> None:
-    spec = StreamSpec(width, *stored)
-    run = lambda x: pallas_kernels.quantize(x, spec, implementation="pallas_tpu")  # noqa: E731
-    program = compiled(run, device, shape(2, 4, 128, width, dtype=dtype))
+    call = Quantize(shape(2, 4, 128, width, dtype=dtype), StreamSpec(width, *stored))
+    program = compiled(run, device, call)
     assert program.as_text().count("tpu_custom_call") == 1
     assert program.memory_analysis().temp_size_in_bytes < 2**20
 
@@ -171,14 +170,13 @@ def test_accumulate_compiles_and_adds_in_place(device: Any, width: int, stored: 
         None if predict is None else tuple(shape(*size) for size in predict), None if lift is None else shape(*lift)
     )
 
-    def run(running_sum, stream, accumulation, history_blocks, layer):
-        return pallas_kernels.accumulate(
-            running_sum, stream, accumulation, history_blocks, layer=layer, implementation="pallas_tpu"
-        )
+    def add(running_sum: Blocks, call: Accumulate) -> Blocks:
+        return run(call.replace(running_sum=running_sum))
 
-    numbers = [shape(1, dtype=jnp.int32), shape(dtype=jnp.int32)]
-    args = (running_sum, history(stored, 2, "token"), accumulation, *numbers)
-    memory = compiled(run, device, *args, donate=0).memory_analysis()
+    integers = {"dtype": jnp.int32}
+    stream = history(stored, 2, "token")
+    call = Accumulate(running_sum, stream, accumulation, shape(1, **integers), shape(**integers))
+    memory = compiled(add, device, running_sum, call, donate=0).memory_analysis()
     assert memory.alias_size_in_bytes >= sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(running_sum))
     assert memory.temp_size_in_bytes < 2**20
 
@@ -226,15 +224,16 @@ def test_what_the_kernel_cannot_take_is_said() -> None:
         value = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 4, "token"), (1, 1, 1)))
         q = jnp.zeros((1, new, 4, dim))
         geometry = Geometry(jnp.zeros((1, new), jnp.int32), 8, jnp.zeros(dim // 2), 1.0)
-        heads = {"layer": 0, "num_kv_heads": width // dim, "value_heads": width // dim}
-        return refuse_decode_attention(q, key, KeyRebuild(dense), value, jnp.zeros(1), geometry, **heads)
+        heads = width // dim
+        call = DecodeAttention(q, key, KeyRebuild(dense), value, jnp.zeros(1), geometry, 0, heads, heads)
+        return decode_attention.refuse(call)
 
     assert refusal() is None
     assert "head dimension 32 is neither 64 nor a multiple of 128" in (refusal(dim=32) or "")
     assert "up to 16 new tokens, and these are 17" in (refusal(new=17) or "")
     assert "groups of 32 tokens" in (refusal(group=32) or "")
     assert "groups of 64 channels" in (refusal(axis="token", group=64) or "")
-    assert "is not quantized uniformly" in (refusal(bits=16) or "")
+    assert "is not quantized" in (refusal(bits=16) or "")
     assert "narrower than 128" in (refusal(width=64) or "")
     with target.compiling_for("tpu", "TPU v5p"):
         dense = shape(8192, 2560)

@@ -1,16 +1,11 @@
-"""What only the Triton backend has: tiles and splits, refusals, its machine code for three GPU generations.
+"""What only the Triton backend has: tiles and splits, refusals. Its machine code is for `test_triton_compiled.py`.
 
 That it agrees with the reference is for the most part a matter of `test_operations.py`.
 """
 
 import dataclasses
-import importlib
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+import functools
+import importlib.util
 from typing import Any
 from unittest import mock
 
@@ -19,23 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Accumulation, KeyRebuild, target, xla
+from pallas_kernels import Accumulate, Accumulation, DecodeAttention, KeyRebuild, RematProject, target, xla
 from pallas_kernels.eight_bits import quantize_matrix
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
 from xquant_jax.numerics.rope import Rope
 
-jax_triton = pytest.importorskip("jax_triton", reason="jax-triton is not installed; it is on Linux only")
-backend = importlib.import_module("pallas_kernels.triton")
-ahead, launching, running_sum, tiling = (
-    importlib.import_module(f"pallas_kernels.triton.{name}") for name in ("ahead", "launching", "running_sum", "tiling")
-)
-Tiles = tiling.Tiles
+if importlib.util.find_spec("jax_triton") is None:
+    pytest.skip("jax-triton is not installed; it is on Linux only", allow_module_level=True)
+
+import jax_triton
+
+from pallas_kernels.triton import accumulate, decode_attention, remat_project, tiling
+from pallas_kernels.triton.tiling import Tiles
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 64
 FLUSHED = np.asarray([0, 1, 8, 9], np.int32)  # nothing, one block, one block short of everything, everything
 NO_WINDOW = 2**30
-ROOT = Path(__file__).parents[2]
 
 # Codes enter products as 128 + code and the 128 is taken back: that costs 7 of float32's 24 bits.
 TOLERANCE = 1e-3
@@ -45,9 +40,14 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
+quantized = jax.jit(quantize, static_argnames="spec")
+reference = jax.jit(xla.run)
+
+
+@functools.cache
 def stream(width: int, bits: int, axis: str, seed: int) -> Blocks:
     values = random(LAYERS, len(FLUSHED), BLOCKS, 128, width, seed=seed)
-    return quantize(jnp.asarray(values), StreamSpec(width, bits, axis))
+    return quantized(jnp.asarray(values), StreamSpec(width, bits, axis))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Case:
     rotated: bool = False
     shared_stream: bool = False
 
-    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+    def call(self, layer: Any = 1, dtype: Any = jnp.float32) -> DecodeAttention:
         width = KV_HEADS * self.dim
         matrix = {
             "per_head": random(KV_HEADS, self.dim, self.dim) / 8,
@@ -80,24 +80,30 @@ class Case:
             norm_eps=1e-5,
         )
         key = stream(width, self.bits, self.key_axis, seed=1)
-        value = key if self.shared_stream else stream(width, self.bits, "token", seed=2)
+        value = None if self.shared_stream else stream(width, self.bits, "token", seed=2)
         positions = jnp.asarray(128 * FLUSHED[:, None] + 40 + np.arange(self.new))
-        geometry = Geometry(
-            positions, self.sliding_window, jnp.asarray(Rope().frequencies(self.dim)), self.dim**-0.5, self.rotated
+        frequencies = jnp.asarray(Rope().frequencies(self.dim))
+        return DecodeAttention(
+            jnp.asarray(random(len(FLUSHED), self.new, HEADS, self.dim), dtype),
+            key,
+            rebuild,
+            value,
+            jnp.asarray(FLUSHED),
+            Geometry(positions, self.sliding_window, frequencies, self.dim**-0.5, self.rotated),
+            layer,
+            num_kv_heads=KV_HEADS,
+            value_heads=self.value_heads,
         )
-        q = jnp.asarray(random(len(FLUSHED), self.new, HEADS, self.dim))
-        arguments = (q, key, rebuild, value, jnp.asarray(FLUSHED), geometry)
-        return arguments, {"num_kv_heads": KV_HEADS, "value_heads": self.value_heads}
 
 
 def check(case: Case, tolerance: float = TOLERANCE) -> None:
     """The layer is a traced number, as in the scan over layers."""
-    arguments, static = case.arguments()
+    call = case.call()
     with target.interpreted():
-        assert backend.refuse_decode_attention(*arguments, layer=1, **static) is None
-        got = jax.jit(lambda layer: backend.decode_attention(*arguments, layer=layer, **static))(1)
+        assert decode_attention.refuse(call) is None
+        got = jax.jit(decode_attention.run)(call)
         out, lse = np.asarray(got.out), np.asarray(got.lse)
-    expected = xla.decode_attention(*arguments, layer=1, **static)
+    expected = reference(call)
     np.testing.assert_allclose(lse, expected.lse, atol=tolerance)
     np.testing.assert_allclose(out, expected.out, atol=tolerance)
 
@@ -115,8 +121,15 @@ def test_both_ways_to_read_values_agree_with_the_reference(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 9])
-@pytest.mark.parametrize("tiles", [Tiles(fused=True), Tiles(blocks=2, chunk=16, fused=True), Tiles(blocks=4)], ids=str)
+@pytest.mark.parametrize(
+    ("tiles", "splits"),
+    [
+        *((Tiles(fused=True), splits) for splits in (1, 3, 9)),
+        *((Tiles(blocks=2, chunk=16, fused=True), splits) for splits in (2, 3)),
+        *((Tiles(blocks=4), splits) for splits in (1, 2)),
+    ],
+    ids=str,
+)
 def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """9 blocks over 2, 3 and 9 parts: lengths end within, at and one block next to the end of a part and of a tile."""
     monkeypatch.setattr(tiling, "choose", lambda shape: tiles)
@@ -125,18 +138,17 @@ def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypat
 
 
 def test_blocks_past_a_length_are_not_read() -> None:
-    arguments, static = Case().arguments()
-    q, key, rebuild, value, history_blocks, geometry = arguments
+    call = Case().call()
 
     def spoiled(stream: Blocks) -> Blocks:
         """NaN scales in every block that does not exist, and in all of the other layer."""
-        exists = (jnp.arange(BLOCKS) < history_blocks[:, None])[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
+        exists = (jnp.arange(BLOCKS) < call.history_blocks[:, None])[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
         poison = jnp.where(exists[..., None, None], 1.0, jnp.nan).astype(jnp.bfloat16)
         return stream.replace(scale=stream.scale * poison)
 
     with target.interpreted():
-        part = backend.decode_attention(
-            q, spoiled(key), rebuild, spoiled(value), history_blocks, geometry, layer=1, **static
+        part = decode_attention.run(
+            call.replace(key_stream=spoiled(call.key_stream), value_stream=spoiled(call.value_stream))
         )
         assert np.isfinite(part.out).all()
         assert (np.isfinite(part.lse) == (FLUSHED > 0)[:, None, None]).all()
@@ -145,32 +157,34 @@ def test_blocks_past_a_length_are_not_read() -> None:
 def test_remat_project_of_partial_tiles_agrees_with_the_reference() -> None:
     """3 blocks in tiles of 2, and 136 columns in tiles of 128."""
     blocks = quantize(jnp.asarray(random(1, 3, 128, 128)), StreamSpec(128, 3))
-    weight = jnp.asarray(random(128, 136))
+    call = RematProject(blocks, jnp.asarray(random(128, 136)))
     with target.interpreted():
-        assert backend.refuse_remat_project(blocks, weight) is None
-        got = np.asarray(jax.jit(backend.remat_project)(blocks, weight))
-    np.testing.assert_allclose(got, xla.remat_project(blocks, weight), atol=1e-4)
+        assert remat_project.refuse(call) is None
+        got = np.asarray(jax.jit(remat_project.run)(call))
+    np.testing.assert_allclose(got, xla.run(call), atol=1e-4)
 
 
-def of_sums(predict: int = 1, width: int = 256) -> tuple[Blocks, Blocks, Accumulation, jax.Array]:
-    """Arguments of `accumulate`, for `LAYERS` layers."""
-    below = quantize(jnp.asarray(random(len(FLUSHED), BLOCKS, 128, width)), StreamSpec(width, 8))
+def of_sums(predict: int = 1, width: int = 256) -> Accumulate:
+    """A call for one of `LAYERS` layers."""
+    below = quantized(jnp.asarray(random(len(FLUSHED), BLOCKS, 128, width)), StreamSpec(width, 8))
     matrices = tuple(jnp.asarray(random(width, width, seed=i) / 16) for i in range(predict))
-    return below, stream(width, 2, "token", seed=1), Accumulation(matrices), jnp.asarray(FLUSHED)
+    return Accumulate(below, stream(width, 2, "token", seed=1), Accumulation(matrices), jnp.asarray(FLUSHED), 1)
 
 
-@pytest.mark.parametrize("predict", [1, 2])
-@pytest.mark.parametrize("tiles", [Tiles(chunk=64), Tiles(blocks=2, chunk=32), Tiles(blocks=4, chunk=64)], ids=str)
+@pytest.mark.parametrize(
+    ("tiles", "predict"),
+    [(Tiles(chunk=64), 2), (Tiles(blocks=2, chunk=32), 1), (Tiles(blocks=4, chunk=64), 1), (Tiles(blocks=4), 2)],
+    ids=str,
+)
 def test_sums_in_ranges_agree_with_the_reference(tiles: Tiles, predict: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """9 blocks in ranges of 2 or 4: the last has one block."""
     monkeypatch.setattr(tiling, "choose", lambda shape: tiles)
-    monkeypatch.setattr(running_sum, "LEAST_RANGE", 1)
-    arguments = of_sums(predict)
+    monkeypatch.setattr(accumulate, "LEAST_RANGE", 1)
+    call = of_sums(predict)
     with target.interpreted():
-        assert backend.refuse_accumulate(*arguments, layer=1) is None
-        got = jax.jit(lambda layer: backend.accumulate(*arguments, layer=layer))(1)
-        got = jax.block_until_ready(got)
-    expected = xla.accumulate(*arguments, layer=1)
+        assert accumulate.refuse(call) is None
+        got = jax.block_until_ready(jax.jit(accumulate.run)(call))
+    expected = reference(call)
     for row, history_blocks in enumerate(FLUSHED):
         a, b = (np.asarray(dequantize(blocks))[row, :history_blocks] for blocks in (got, expected))
         steps = np.repeat(np.asarray(expected.scale, np.float32)[row, :history_blocks], 128, axis=-1)
@@ -178,13 +192,14 @@ def test_sums_in_ranges_agree_with_the_reference(tiles: Tiles, predict: int, mon
 
 
 def test_blocks_of_sums_past_a_length_are_neither_read_nor_written() -> None:
-    below, differences, accumulation, history_blocks = of_sums()
-    exists = (jnp.arange(BLOCKS) < history_blocks[:, None])[..., None, None]
+    call = of_sums()
+    below, differences = call.running_sum, call.stream
+    exists = (jnp.arange(BLOCKS) < call.history_blocks[:, None])[..., None, None]
     nan = jnp.bfloat16(jnp.nan)
     differences = differences.replace(scale=jnp.where(exists, differences.scale, nan).at[0].set(nan))
     below = below.replace(scale=jnp.where(exists, below.scale, nan))
     with target.interpreted():
-        total = backend.accumulate(below, differences, accumulation, history_blocks, layer=1)
+        total = accumulate.run(call.replace(running_sum=below, stream=differences))
         for before, after in zip(jax.tree.leaves(below), jax.tree.leaves(total), strict=True):
             np.testing.assert_array_equal(*(np.where(exists, 0, np.asarray(a)).astype("f4") for a in (before, after)))
         assert np.isfinite(np.where(exists, np.asarray(total.scale, np.float32), 0)).all()
@@ -196,104 +211,108 @@ def test_sums_are_updated_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin.get_compute_capability.return_value = 90
     plugin.TritonKernelCall.return_value.to_proto.return_value = b""
     monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
-    below, differences, accumulation, history_blocks = of_sums()
-    accumulation = jax.tree.map(lambda a: a.astype(jnp.bfloat16), accumulation)
+    call = of_sums()
+    call = call.replace(accumulation=jax.tree.map(lambda a: a.astype(jnp.bfloat16), call.accumulation))
 
-    def layers(below: Blocks, differences: Blocks) -> Blocks:
+    def layers(call: Accumulate) -> Blocks:
         def layer(total: Blocks, number: jax.Array) -> tuple[Blocks, None]:
-            assert backend.refuse_accumulate(total, differences, accumulation, history_blocks, layer=number) is None
-            return backend.accumulate(total, differences, accumulation, history_blocks, layer=number), None
+            of_layer = call.replace(running_sum=total, layer=number)
+            assert accumulate.refuse(of_layer) is None
+            return accumulate.run(of_layer), None
 
-        return jax.lax.scan(layer, below, jnp.arange(LAYERS))[0]
+        return jax.lax.scan(layer, call.running_sum, jnp.arange(LAYERS))[0]
 
     with target.compiling_for("gpu"):
-        lowered = jax.jit(layers).trace(below, differences).lower(lowering_platforms=("cuda",)).as_text()
+        lowered = jax.jit(layers).trace(call).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("@triton_kernel_call") == 2  # what is laid out, and the sum
-    assert lowered.count("output_operand_alias<") == len(jax.tree.leaves(below))
+    assert lowered.count("output_operand_alias<") == len(jax.tree.leaves(call.running_sum))
 
 
 def test_sums_that_cannot_be_taken_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    below, differences, accumulation, history_blocks = of_sums()
-
-    def reason(below: Blocks = below, accumulation: Accumulation = accumulation) -> str | None:
+    def reason(**changes: Any) -> str:
         with target.interpreted():
-            return backend.refuse_accumulate(below, differences, accumulation, history_blocks, layer=0)
+            return accumulate.refuse(of_sums().replace(**changes)) or ""
 
-    def sum_of(spec: StreamSpec) -> Blocks:
-        return jax.eval_shape(lambda: quantize(jnp.zeros((4, 1, 128, spec.width)), spec))
+    def blocks_of(spec: StreamSpec, *leading: int) -> Blocks:
+        return jax.eval_shape(lambda: quantize(jnp.zeros((*leading, 4, 1, 128, spec.width)), spec))
 
-    assert reason() is None
+    assert reason() == ""
     assert (
-        reason(sum_of(StreamSpec(256, 16)))
+        reason(running_sum=blocks_of(StreamSpec(256, 16)))
         == "a sum of 16 bits along the token in groups of 128 is not taken; 8 bits along the token in groups of 128 are"
     )
-    assert "in groups of 64 is not taken" in str(reason(sum_of(StreamSpec(256, 8, group=64))))
+    assert "in groups of 64 is not taken" in reason(running_sum=blocks_of(StreamSpec(256, 8, group=64)))
     low_rank = Accumulation((jnp.zeros((256, 96)), jnp.zeros((96, 256))))
     assert reason(accumulation=low_rank) == "a matrix of 96 rows is not taken; multiples of 128 are"
     three = Accumulation((jnp.zeros((256, 256)),) * 3)
     assert reason(accumulation=three) == "3 matrices one after the other are not taken; up to 2 are"
-    wide = jax.eval_shape(lambda: quantize(jnp.zeros((1, 4, 1, 128, 256)), StreamSpec(256, 2, group=64)))
-    with target.interpreted():
-        assert (
-            backend.refuse_accumulate(below, wide, accumulation, history_blocks, layer=0)
-            == "the stream's groups of 64 channels are not taken; multiples of 128 are"
-        )
-    monkeypatch.setattr(launching, "CAN_UPDATE", False)
+    assert (
+        reason(stream=blocks_of(StreamSpec(256, 2, group=64), 1))
+        == "the stream has groups of 64 channels; it takes multiples of 128"
+    )
+    with target.compiling_for("gpu", "NVIDIA B200"):
+        assert reason() == "Triton's compiler fails on the products of sums for compute capability 10.0"
+    monkeypatch.setattr(accumulate.launching, "CAN_UPDATE", False)
     assert reason() == "jax-triton before 0.4 cannot update arrays in place; pip install --upgrade jax-triton"
 
 
 def test_what_cannot_be_taken_is_refused_with_a_reason() -> None:
-    def reason(case: Case, **changes: Any) -> str | None:
-        arguments, static = case.arguments()
+    def reason(case: Case) -> str | None:
         with target.interpreted():
-            return backend.refuse_decode_attention(*arguments, layer=0, **{**static, **changes})
+            return decode_attention.refuse(case.call())
 
     def key_of(spec: StreamSpec) -> str | None:
-        (q, _, rebuild, value, *rest), static = Case(form="identity").arguments()
         key = jax.eval_shape(lambda: quantize(jnp.zeros((1, 4, 1, 128, 128)), spec))
         with target.interpreted():
-            return backend.refuse_decode_attention(q, key, rebuild, value, *rest, layer=0, **static)
+            return decode_attention.refuse(Case(form="identity").call().replace(key_stream=key))
 
     assert reason(Case()) is None
     assert reason(Case(dim=96)) == "a head dimension of 96 is not taken; 64, 128 and 256 are"
     assert reason(Case(new=17)) == "17 new tokens are not taken; up to 16 are"
     assert key_of(StreamSpec(128, 16)) == "the key stream is not quantized"
-    assert key_of(StreamSpec(128, 8, format="e4m3")) == "the key stream's format e4m3 is not taken; uniform is"
+    assert key_of(StreamSpec(128, 8, format="e4m3")) == "the key stream has format e4m3; it takes uniform"
     assert (
         key_of(StreamSpec(128, 4, "channel", group=32))
-        == "the key stream's groups of 32 tokens are not taken; whole blocks of 128 are"
+        == "the key stream has groups of 32 tokens; it takes whole blocks of 128"
     )
     assert (
         key_of(StreamSpec(128, 4, "token", group=16))
-        == "the key stream's groups of 16 channels are not taken; multiples of 32 are"
+        == "the key stream has groups of 16 channels; it takes multiples of 32"
     )
 
 
-def test_where_keys_are_not_rebuilt_in_eight_bits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_keys_are_not_rebuilt_in_eight_bits_is_said() -> None:
     def reason(form: str, **changes: Any) -> str | None:
         case = Case(
             **{"form": "dense", "key_axis": "token", "value_heads": 1, "shared_stream": True, "dim": 128} | changes
         )
-        (q, key, rebuild, *rest), static = case.arguments()
-        small = {name: a[0] for name, a in quantize_matrix(rebuild.matrix[None], form, 128).items()}
-        return backend.refuse_decode_attention(
-            q.astype(jnp.bfloat16), key, dataclasses.replace(rebuild, **small), *rest, layer=0, **static
-        )
+        call = case.call(dtype=jnp.bfloat16)
+        small = {name: a[0] for name, a in quantize_matrix(call.key_rebuild.matrix[None], form, 128).items()}
+        return decode_attention.refuse(call.replace(key_rebuild=call.key_rebuild.replace(**small)))
 
     assert reason("int8") is None
     assert reason("fp8") is None
     assert reason("int8", bits=8) is None
-    assert reason("fp8", bits=8) == "keys of 8 bits are not rebuilt in fp8; up to 4 bits are"
+    assert reason("fp8", bits=8) == "keys of 8 bits are not rebuilt in fp8, which holds codes of up to 4"
     assert "along the channel are not rebuilt in int8" in (reason("int8", key_axis="channel") or "")
     assert "where all heads read the whole value stream" in (reason("int8", value_heads=KV_HEADS) or "")
-    monkeypatch.setattr(tiling, "capability", lambda: 8.9)
-    assert "compute capability 9.0 (Hopper) and newer, and this GPU has 8.9" in (reason("fp8") or "")
+    with target.compiling_for("gpu", "NVIDIA L40S"):
+        assert "compute capability 9.0 (Hopper) and newer, and this GPU has 8.9" in (reason("fp8") or "")
+
+
+def test_tiles_are_those_of_the_gpu_that_is_compiled_for() -> None:
+    shape = tiling.Shape("decode", "dense", 128)
+    chunks = {}
+    for kind in ("NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 9999"):
+        with target.compiling_for("gpu", kind):
+            chunks[kind] = (tiling.choose(shape).chunk, tiling.splits(1, 10_000, 1))
+    ampere, hopper, unknown = chunks.values()
+    assert ampere == unknown == (16, 4 * 108)
+    assert hopper == (64, 4 * 132)
 
 
 def test_float32_is_for_the_interpreter_only() -> None:
-    arguments, static = Case().arguments()
-    reason = backend.refuse_decode_attention(*arguments, layer=0, **static)
-    assert reason == "float32 is not taken; bfloat16 and float16 are"
+    assert decode_attention.refuse(Case().call()) == "float32 is not taken; bfloat16 and float16 are"
 
 
 def test_the_interpreter_leaves_the_language_as_it_was() -> None:
@@ -303,7 +322,7 @@ def test_the_interpreter_leaves_the_language_as_it_was() -> None:
     before = [dict(vars(thing)) for thing in (tl, tl.core, tl.math, tl.tensor, tl.dtype)]
     blocks = quantize(jnp.asarray(random(1, 1, 128, 128)), StreamSpec(128, 4))
     with target.interpreted():
-        jax.block_until_ready(backend.remat_project(blocks, jnp.asarray(random(128, 8))))
+        jax.block_until_ready(remat_project.run(RematProject(blocks, jnp.asarray(random(128, 8)))))
     assert [dict(vars(thing)) for thing in (tl, tl.core, tl.math, tl.tensor, tl.dtype)] == before
 
 
@@ -313,117 +332,18 @@ def test_kernels_lower_into_a_program_for_cuda(monkeypatch: pytest.MonkeyPatch) 
     plugin.get_compute_capability.return_value = 90
     plugin.TritonKernelCall.return_value.to_proto.return_value = b""
     monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
-    (q, key, rebuild, value, history_blocks, geometry), static = Case(dim=128).arguments()
-    q = q.astype(jnp.bfloat16)
+    call = Case(dim=128).call(dtype=jnp.bfloat16)
 
-    def layers(q: jax.Array, key: Blocks, value: Blocks) -> jax.Array:
+    def layers(call: DecodeAttention) -> jax.Array:
         def layer(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-            assert (
-                backend.refuse_decode_attention(
-                    q, key, rebuild, value, history_blocks, geometry, layer=number, **static
-                )
-                is None
-            )
-            part = backend.decode_attention(q, key, rebuild, value, history_blocks, geometry, layer=number, **static)
-            return total + part.out, None
+            of_layer = call.replace(layer=number)
+            assert decode_attention.refuse(of_layer) is None
+            return total + decode_attention.run(of_layer).out, None
 
-        return jax.lax.scan(layer, jnp.zeros((*q.shape[:3], 128)), jnp.arange(LAYERS))[0]
+        return jax.lax.scan(layer, jnp.zeros((*call.q.shape[:3], 128)), jnp.arange(LAYERS))[0]
 
     with target.compiling_for("gpu"):
-        lowered = jax.jit(layers).trace(q, key, value).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(layers).trace(call).lower(lowering_platforms=("cuda",))
     assert "triton_kernel_call" in lowered.as_text()
     (name, warps, *_), _ = plugin.TritonKernel.call_args
     assert (name, warps) == ("decode", 4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
-@pytest.mark.parametrize(
-    ("model", "form"),
-    [("Llama-3.1-8B", "per_head"), ("Llama-3.1-8B", "dense"), ("Llama-2-7B", "dense"), ("Qwen3-8B", "per_head")],
-)
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_innermost_loops_do_not_spill(model: str, form: str, bits: int, capability: float) -> None:
-    for launch in ahead.of_model(ahead.MODELS[model], bits, form, capability):
-        machine = ahead.compiled(launch, capability)
-        assert machine.loops[0].spills == 0, launch.kernel
-        assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
-        assert machine.shared < 100_000, launch.kernel  # bytes a program may have on Ada, the least of the three
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [8.0, 8.9, 9.0])
-@pytest.mark.parametrize("name", ahead.SUMS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_kernels_of_sums_do_not_spill(name: str, bits: int, capability: float) -> None:
-    for launch in ahead.of_sum(name, bits, capability):
-        machine = ahead.compiled(launch, capability)
-        assert machine.spills == 0, launch.kernel
-        if any(launch.constants.get(product) for product in ("MULTIPLY", "BELOW", "STORED")):
-            assert machine.loops[0].operations["HGMMA" if capability == 9.0 else "HMMA"] > 0, launch.kernel
-        assert machine.shared < 100_000, launch.kernel
-
-
-@pytest.mark.parametrize(
-    ("model", "form", "bits"),
-    [
-        *(("Llama-2-7B", form, bits) for form in ("int8", "fp8") for bits in (2, 3, 4)),
-        ("Llama-3.1-8B, xquant-cl", "int8", 8),
-    ],
-)
-def test_keys_rebuilt_in_eight_bits_take_the_matrix_units_for_them(model: str, form: str, bits: int) -> None:
-    """On Hopper, without spills in the innermost loop, which converts nothing but sums of int8."""
-    scores, _ = ahead.of_model(ahead.MODELS[model], bits, form, 9.0)
-    (loop, *_) = ahead.compiled(scores, 9.0).loops
-    assert loop.operations[{"int8": "IGMMA", "fp8": "QGMMA"}[form]] > 0
-    assert loop.operations["HGMMA"] == loop.operations["F2FP"] == loop.spills == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["per_head", "dense"])
-def test_kernels_compile_for_amd_without_spills(form: str) -> None:
-    for launch in ahead.of_model(ahead.MODELS["Llama-3.1-8B"], 4, form, 8.0, amd=True):
-        code = ahead.compiled_for_amd(launch, "gfx942")
-        assert re.findall(r"[vs]gpr_spill_count: *(\d+)", code) == ["0", "0"]
-        assert "v_mfma" in code
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ahead.SUMS)
-def test_kernels_of_sums_compile_for_amd_without_spills(name: str) -> None:
-    for launch in ahead.of_sum(name, 2, 8.0, amd=True):
-        assert re.findall(r"[vs]gpr_spill_count: *(\d+)", ahead.compiled_for_amd(launch, "gfx942")) == ["0", "0"]
-
-
-def benchmark(*args: str | Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "bench_decode.py", "--smoke", *args]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_on_the_interpreter(tmp_path: Path) -> None:
-    out, plot = tmp_path / "out.json", tmp_path / "out.png"
-    benchmark("--json", out, "--plot", plot)
-    result = json.loads(out.read_text())
-    assert not result["skipped"]
-    assert all(check["error"] < 0.03 for check in result["checks"])
-    kernels = {row["method"] for row in result["layers"] if row["implementation"] == "triton"}
-    assert kernels == {"xquant:4,basis=per_head", "xquant:2,basis=joint", "int8", "xquant:4,rebuild_dtype=fp8"}
-    assert {row["implementation"] for row in result["sums"]} == {"triton", "xla"}
-    assert {step["cache"] for step in result["steps"]} == {"bf16", "xquant:4"}
-    assert plot.stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_tuning_writes_a_table_that_is_then_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = tmp_path / "tiles.json"
-    benchmark("--tune", "--table", table)
-    monkeypatch.setattr(tiling, "TABLE", table)
-    tiling._table.cache_clear()
-    (written,) = json.loads(table.read_text()).values()
-    for shape in (
-        tiling.Shape("decode", "per_head", 64, 4, 8, width=128),
-        tiling.Shape("sum", "dense", bits=2, width=256),
-    ):
-        assert dataclasses.asdict(tiling.choose(shape)) == written[str(shape)]
-    tiling._table.cache_clear()

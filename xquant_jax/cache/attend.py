@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from pallas_kernels import MOST_NEW_TOKENS, Accumulate, DecodeAttention
 from pallas_kernels.xla import attend_history
 from xquant_jax import sharding
 from xquant_jax.cache.state import Cache, Segment
@@ -22,9 +23,6 @@ from xquant_jax.numerics.attention import LOWEST, Geometry, Part
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks
 from xquant_jax.sharding import RULES, Axes, P
-
-ABSORB_UP_TO = 16
-"""New tokens per step up to which values are absorbed (decode and drafts); beyond, rebuilding them is cheaper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +151,13 @@ def attend_own(
 ) -> tuple[Part, Blocks | None]:
     """The same without a mesh, or to what one device has, `config` telling the heads that it has.
 
-    Up to `ABSORB_UP_TO` new tokens values are absorbed, which equals the definition but for rounding.
+    Up to `MOST_NEW_TOKENS` new tokens values are absorbed, which equals the definition but for rounding.
     """
     method = layer_cache.segment.method
     if method.keys_rotated:
         q = rope.rotate_heads(q, geometry.positions, geometry.frequencies)
         geometry = dataclasses.replace(geometry, rotated=True)
-    absorbed = method.absorbed(method_params, config) if q.shape[1] <= ABSORB_UP_TO else None
+    absorbed = method.absorbed(method_params, config) if q.shape[1] <= MOST_NEW_TOKENS else None
 
     def keys_values(vectors: dict[str, Array]) -> tuple[Array, Array]:
         if absorbed is None:
@@ -190,26 +188,25 @@ def attend_own(
         assert running_sum is not None
         (stream,) = history.values()
         accumulation = method.accumulation(method_params)
-        running_sum = pallas_kernels.accumulate(
-            running_sum, stream, accumulation, history_blocks, layer=layer, implementation=implementation
-        )
+        call = Accumulate(running_sum, stream, accumulation, history_blocks, layer)
+        running_sum = pallas_kernels.run(call, implementation)
         total: Blocks = jax.tree.map(lambda a: a[None], running_sum)
         history, layer = dict.fromkeys(window, total), 0
     if absorbed is not None and absorbed.prepare is None:
-        old = pallas_kernels.decode_attention(
+        call = DecodeAttention(
             q,
             history[absorbed.key],
             absorbed.key_rebuild,
-            history[absorbed.value],
+            None if absorbed.value == absorbed.key else history[absorbed.value],
             history_blocks,
             geometry,
-            layer=layer,
+            layer,
             num_kv_heads=config.num_kv_heads,
             value_heads=absorbed.value_heads,
-            implementation=implementation,
         )
+        old = pallas_kernels.run(call, implementation)
     else:
-        if q.shape[1] <= ABSORB_UP_TO:
+        if q.shape[1] <= MOST_NEW_TOKENS:
             pallas_kernels.decode_without_kernel(implementation, f"it has no form of {method.name} with these options")
         old = attend_history(
             q,

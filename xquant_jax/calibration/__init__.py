@@ -1,2 +1,2 @@
-"""What some cache methods learn from text: which it is (`needs`), how it is found (`calibrate`), where it is kept
-(`store`)."""
+"""What some cache methods learn from text, and how it is found. `cache.methods.learned` says which they are, and
+`model.calibration_file` where it is kept."""

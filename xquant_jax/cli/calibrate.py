@@ -1,16 +1,17 @@
 """`xquant calibrate MODEL --text FILE`: find on text what some cache methods need, and keep it with the model."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from xquant_jax.calibration.calibrate import calibrate, needs_of
+from xquant_jax.cli.progress import Report, reported
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.evaluation import evaluate
+from xquant_jax.evaluation.windows import cut, read_text
 from xquant_jax.json_file import check_folder
 from xquant_jax.model.calibration_file import Calibration
 from xquant_jax.model.loading import DTYPES, load
@@ -47,15 +48,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_folder("--out", arguments.out)
-    text = "\n".join(map(evaluate.read_text, arguments.text))
+    text = "\n".join(map(read_text, arguments.text))
     model = load(arguments.model, dtype=arguments.dtype)
     path = arguments.out or model.calibration
     before = Calibration.read(path, model.fingerprint) if path.exists() else Calibration(model.fingerprint, {}, {})
     needs = needs_of(arguments.cache or default_caches(model.config), model.source)
-    windows = spread(evaluate.cut(model, text, arguments.seq_len).tokens, arguments.limit_windows)
-    console = Console(stderr=True)
-    shown = track(windows, "calibrating", console=console, disable=not console.is_terminal)
-    found = calibrate(model, shown, needs)
+    windows = spread(cut(model, text, arguments.seq_len).tokens, arguments.limit_windows)
+    with reported() as report:
+        found = calibrate(model, _counted(windows, report), needs)
     names = ", ".join(file.name for file in arguments.text)
     for need, arrays in zip(needs, found, strict=True):
         before = before.add(need, arrays, f"{windows.size} tokens of {names}")
@@ -63,6 +63,14 @@ def run(arguments: argparse.Namespace) -> None:
     Console().print(f"wrote {path}, for:", highlight=False, soft_wrap=True)
     for need in needs:
         Console().print(f"  {need.cache}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _counted(windows: np.ndarray, report: Report) -> Iterator[np.ndarray]:
+    """The windows, each reported when the next is asked for."""
+    report(0, len(windows), "windows: compiling")
+    for done, window in enumerate(windows, start=1):
+        yield window
+        report(done, len(windows), "windows")
 
 
 def default_caches(config: ModelConfig) -> list[str]:

@@ -12,6 +12,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import converters  # loads orbax, which other commands can do without
+    from converters.conversion import convert  # writes with orbax: imported when it is called for
 
-    converters.convert(arguments.source, arguments.target)
+    convert(arguments.source, arguments.target)

@@ -1,20 +1,20 @@
 """`xquant eval MODEL --text FILE --cache A B C`: perplexity, size and speed of cache methods, side by side."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from xquant_jax import figures
+from xquant_jax.cli.progress import reported
 from xquant_jax.errors import ConfigError
-from xquant_jax.evaluation import evaluate
+from xquant_jax.evaluation import evaluate, plot
 from xquant_jax.evaluation.evaluate import Evaluation, Measurement
 from xquant_jax.evaluation.scoring import CHUNK, PROTOCOLS
+from xquant_jax.evaluation.windows import cut, read_text
 from xquant_jax.json_file import check_folder, read_json, write_json
 from xquant_jax.model.loading import DTYPES, load
 
@@ -64,15 +64,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch is not None and arguments.batch < 1:
         raise ConfigError(f"--batch {arguments.batch} is not possible; choose 1 or more")
     if arguments.plot:
-        from xquant_jax import figures
-
         figures.check(arguments.plot)
-    text = evaluate.read_text(arguments.text)
+    text = read_text(arguments.text)
     earlier = None
     if arguments.resume and arguments.json.exists():
         earlier = Evaluation.from_json(read_json(arguments.json))
     model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
-    windows = evaluate.cut(model, text, arguments.seq_len, arguments.limit_windows)
+    windows = cut(model, text, arguments.seq_len, arguments.limit_windows)
     evaluation = evaluate.prepare(
         model,
         windows,
@@ -84,45 +82,18 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if earlier:
         evaluation.adopt(earlier)
-    with _progress(evaluation) as report:
+    everything = [evaluation.baseline, *evaluation.measurements]
+    count = len(evaluation.predicted_bytes) * len(everything)
+    with reported() as report:
         for measurement in evaluate.run(evaluation, model, windows, batch=arguments.batch):
             if arguments.json:
                 write_json(arguments.json, evaluation.to_json())
-            report(measurement)
+            report(sum(len(m.losses) for m in everything), count, _name(measurement, evaluation))
     if arguments.json:
         write_json(arguments.json, evaluation.to_json())
     if arguments.plot:
-        from xquant_jax.evaluation import plot as plotting
-
-        plotting.draw(evaluation, arguments.plot)
+        plot.draw(evaluation, arguments.plot)
     show(Console(), evaluation)
-
-
-@contextmanager
-def _progress(evaluation: Evaluation) -> Iterator[Callable[[Measurement], None]]:
-    """A bar on a terminal, one plain line per finished method elsewhere; on stderr."""
-    console = Console(stderr=True)
-    count = len(evaluation.predicted_bytes)
-    everything = [evaluation.baseline, *evaluation.measurements]
-    if not console.is_terminal:
-
-        def line(m: Measurement) -> None:
-            if len(m.losses) == count:
-                done = sum(len(other.losses) == count for other in everything)
-                console.print(f"{done}/{len(everything)} {_name(m, evaluation)}", highlight=False, markup=False)
-
-        yield line
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("compiling", total=count * len(everything))
-
-        def advance(m: Measurement) -> None:
-            done = sum(len(other.losses) for other in everything)
-            bar.update(task, completed=done, description=_name(m, evaluation).replace("[", r"\["))
-
-        advance(evaluation.baseline)
-        yield advance
 
 
 def _name(m: Measurement, evaluation: Evaluation) -> str:

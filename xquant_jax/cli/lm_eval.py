@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cli.progress import reported
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation.scoring import PROTOCOLS
 from xquant_jax.json_file import check_folder, write_json
@@ -53,23 +54,25 @@ def run(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for spec in arguments.cache:
         make: Any = XQuantLM  # the harness' decorator hides its signature
-        model = make(
-            arguments.model,
-            spec,
-            arguments.protocol,
-            arguments.dtype,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            calibration=str(arguments.calibration) if arguments.calibration else None,
-        )
-        outcome: Any = simple_evaluate(
-            model=model,
-            tasks=arguments.tasks,
-            num_fewshot=arguments.num_fewshot,
-            limit=arguments.limit,
-            task_manager=tasks,
-            log_samples=False,
-        )
+        with reported() as report:
+            model = make(
+                arguments.model,
+                spec,
+                arguments.protocol,
+                arguments.dtype,
+                batch_size=arguments.batch_size,
+                max_length=arguments.max_length,
+                calibration=str(arguments.calibration) if arguments.calibration else None,
+                report=lambda done, total, kind, spec=spec: report(done, total, f"{spec}: {kind}"),
+            )
+            outcome: Any = simple_evaluate(
+                model=model,
+                tasks=arguments.tasks,
+                num_fewshot=arguments.num_fewshot,
+                limit=arguments.limit,
+                task_manager=tasks,
+                log_samples=False,
+            )
         rows.append({"cache": spec, "results": outcome["results"]})
         if arguments.json:
             document = {"model": arguments.model, "protocol": arguments.protocol, "rows": rows}

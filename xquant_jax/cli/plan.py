@@ -10,7 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from xquant_jax import figures
 from xquant_jax.json_file import check_folder, write_json
+from xquant_jax.planning import plot
 from xquant_jax.planning.costs import CHUNK, Row
 from xquant_jax.planning.devices import find_device, read_devices
 from xquant_jax.planning.plan import PAPER_RIDGE, RESERVE, Plan, gib, plan, read_config, without_bits
@@ -48,8 +50,6 @@ def run(arguments: argparse.Namespace) -> None:
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         check_folder(option, path)
     if arguments.plot:
-        from xquant_jax import figures
-
         figures.check(arguments.plot)
     device = find_device(arguments.device, arguments.devices)
     config = read_config(arguments.model)
@@ -66,10 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, planned.to_json())
     if arguments.plot:
-        from xquant_jax.planning import plot as plan_plot
-
         drawn = planned if arguments.cache else dataclasses.replace(planned, rows=[*filter(_plotted, planned.rows)])
-        plan_plot.draw(drawn, config, arguments.plot)
+        plot.draw(drawn, config, arguments.plot)
     show(Console(), planned)
 
 

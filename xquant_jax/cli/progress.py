@@ -1,11 +1,46 @@
 """How far a long command has come."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+QUIET_SECONDS = 10.0
+"""Where there is no terminal, a line more is printed about a piece of work whenever so much time has passed."""
+
+Report = Callable[[int, int, str], None]
+"""How many of how many steps are done, and what of."""
+
+
+@contextmanager
+def reported() -> Iterator[Report]:
+    """How far a command has come, on stderr: a bar on a terminal, plain lines elsewhere.
+
+    A line is printed for the first report of every piece of work, for its last one, and for those between that come
+    `QUIET_SECONDS` after the line before.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, name: bar.update(
+                task, completed=done, total=total, description=name.replace("[", r"\[")
+            )
+        return
+    shown, since = "", 0.0
+
+    def line(done: int, total: int, name: str) -> None:
+        nonlocal shown, since
+        now = time.monotonic()
+        if name != shown or done == total or now - since >= QUIET_SECONDS:
+            console.print(f"{done}/{total} {name}", highlight=False, markup=False, soft_wrap=True)
+            shown, since = name, now
+
+    yield line
 
 
 @contextmanager

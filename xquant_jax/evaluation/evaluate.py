@@ -1,27 +1,24 @@
 """Accuracy of cache methods on a text, at what size and speed: what `xquant eval` measures.
 
-The text is encoded once without special tokens and cut into windows that do not overlap; tokens 2 ... N of each are
-predicted (protocols: `evaluation.scoring`). Perplexity is exp of the mean negative log-likelihood. Differences refer
-to the baseline, the model without a cache, window by window.
+Tokens 2 ... N of each window of the text are predicted (protocols: `evaluation.scoring`). Perplexity is exp of the mean
+negative log-likelihood. Differences refer to the baseline, the model without a cache, window by window.
 """
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import CacheBytes, allocate, cache_bytes
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation.scoring import CHUNK, PROTOCOLS, Scorer
+from xquant_jax.evaluation.windows import Windows, cut
 from xquant_jax.model.loading import Model
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import allocate_blocks
@@ -33,19 +30,17 @@ LOGITS_AT_ONCE = 2**28
 """Logits of a batch of windows (4 bytes each); bounds the batch where none is asked for."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """A text, cut: tokens of each window, and how many bytes of the text tokens 2 ... N of it stand for."""
-
-    tokens: Int[np.ndarray, "W N"]
-    predicted_bytes: Int[np.ndarray, " W"]
-    text_sha256: str
-
-
 @dataclasses.dataclass
 class Measurement:
-    """One method's results so far. Losses: mean nats per predicted token, of each window in turn. calibration: hash of
-    the file whose levels or directions the method takes, if it takes any."""
+    """One method's results so far.
+
+    cache: the spec as it was typed
+    paper_ratio: size of a cached token, relative to keys and values of 16 bits
+    allocated: what a cache for one window takes
+    losses: mean nats per predicted token, of each window in turn
+    seconds: what that took, compilation aside
+    calibration: hash of the file whose levels or directions the method takes, if it takes any
+    """
 
     cache: str
     paper_ratio: float
@@ -57,17 +52,23 @@ class Measurement:
 
 @dataclasses.dataclass
 class Evaluation:
-    """A run: what is measured on what, and the measurements so far. `baseline` is the model without a cache."""
+    """A run: what is measured on what, and the measurements so far.
+
+    weights: the model's fingerprint
+    chunk: tokens fed at once in protocol "streaming"
+    predicted_bytes: of each window, how many bytes of text its tokens 2 ... N stand for
+    baseline: the model without a cache
+    """
 
     model: str
-    weights: str  # fingerprint
+    weights: str
     text: str
     seq_len: int
     protocol: str
-    chunk: int  # tokens fed at once in protocol "streaming"
+    chunk: int
     dtype: str
     text_sha256: str
-    predicted_bytes: list[int]  # of each window
+    predicted_bytes: list[int]
     baseline: Measurement
     measurements: list[Measurement]
 
@@ -154,48 +155,6 @@ class Evaluation:
         self.measurements = [found.pop(m.cache, m) for m in self.measurements] + list(found.values())
 
 
-def read_text(path: Path) -> str:
-    """A file's text. Raises `ConfigError` if it is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start} ({error.reason}); "
-            f"convert it first, for example with iconv"
-        ) from error
-
-
-def cut(model: Model, text: str, seq_len: int, limit: int | None = None) -> Windows:
-    """The first `limit` windows (None: all) of `seq_len` tokens; what does not fill one is dropped.
-
-    The bytes of a window's predicted tokens are those of the UTF-8 text from where its second token starts to where
-    the next window does.
-    """
-    if model.tokenizer is None:
-        raise ConfigError("this model has no tokenizer.json, and a text cannot be evaluated without")
-    if seq_len < 2:
-        raise ConfigError(f"seq_len={seq_len} leaves no token to predict; choose 2 or more")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit_windows={limit} leaves nothing to measure; choose 1 or more")
-    encoding = model.tokenizer.backend.encode(text, add_special_tokens=False)
-    count = len(encoding.ids) // seq_len
-    if count == 0:
-        raise ConfigError(
-            f"the text has {len(encoding.ids)} tokens, less than one window of seq_len={seq_len}; "
-            f"choose a longer text or a smaller seq_len"
-        )
-    count = min(count, limit or count)
-    tokens = np.asarray(encoding.ids[: count * seq_len], np.int32).reshape(count, seq_len)
-    if tokens.max() >= model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer gives token id {tokens.max()}, and the model's ids are 0 to {model.config.vocab_size - 1}: "
-            f"tokenizer.json belongs to another model"
-        )
-    starts = [start for start, _ in encoding.offsets] + [len(text)]
-    predicted = [len(text[starts[w * seq_len + 1] : starts[(w + 1) * seq_len]].encode()) for w in range(count)]
-    return Windows(tokens, np.asarray(predicted, np.int64), hashlib.sha256(text.encode()).hexdigest())
-
-
 def paper_ratio(cache: CacheConfig, config: ModelConfig) -> float:
     """Size of a token in the history, codes and scales of all layers, relative to keys and values of 16 bits."""
     size = 0
@@ -259,9 +218,10 @@ def prepare(
 
 
 def run(evaluation: Evaluation, model: Model, windows: Windows, *, batch: int | None = None) -> Iterator[Measurement]:
-    """Measures what is missing, the baseline first. Yields a measurement whenever a batch of its windows is done.
+    """Measures what is missing, the baseline first.
 
-    `batch`: windows at once, by default as many as `LOGITS_AT_ONCE` allows, up to 8.
+    Yields a measurement when it begins, before anything is compiled, and whenever a batch of its windows is done.
+    batch: windows at once, by default as many as `LOGITS_AT_ONCE` allows, up to 8
     """
     count, seq_len = windows.tokens.shape
     batch = batch or max(1, min(8, LOGITS_AT_ONCE // (seq_len * model.config.vocab_size)))
@@ -270,6 +230,7 @@ def run(evaluation: Evaluation, model: Model, windows: Windows, *, batch: int | 
     for m in [evaluation.baseline, *evaluation.measurements]:
         if len(m.losses) == count:
             continue
+        yield m
         cache = None if m is evaluation.baseline else CacheConfig.parse(m.cache)
         program = Scorer(model, cache, evaluation.protocol, evaluation.chunk).program(batch, seq_len)
         while len(m.losses) < count:

@@ -9,7 +9,7 @@ Likelihoods are those of `evaluation.scoring`; generation is `xquant_jax.generat
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class XQuantLM(TemplateLM):
     max_length: tokens of context and continuation; longer ones lose their start. By default what config.json allows
     max_gen_toks: new tokens where a task does not say
     calibration: file of xquant calibrate, by default the model's own
+    report: called with how many of how many requests of a kind are answered, and the kind
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class XQuantLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         calibration: str | None = None,
+        report: Callable[[int, int, str], None] = lambda done, total, kind: None,
     ) -> None:
         super().__init__()
         if device is not None:
@@ -64,6 +66,7 @@ class XQuantLM(TemplateLM):
         self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
         self.max_length = max_length or self.model.checkpoint.config.get("max_position_embeddings", 2048)
         self.max_gen_toks = max_gen_toks
+        self._report = report
         self._scorer = Scorer(self.model, self.cache, protocol)
 
     @property
@@ -98,6 +101,8 @@ class XQuantLM(TemplateLM):
         """Sum of log-likelihoods of each continuation, and whether it is what greedy decoding would say."""
         texts = [[*context, *continuation][-self.max_length :] for _, context, continuation in requests]
         answers: dict[int, tuple[float, bool]] = {}
+        report = self._report if not disable_tqdm else lambda done, total, kind: None
+        report(0, len(texts), "likelihoods")
         for numbers in _batches(sorted(range(len(texts)), key=lambda i: -len(texts[i])), self.batch_size):
             length = max(SHORTEST, 1 << (len(texts[numbers[0]]) - 1).bit_length())
             tokens = np.zeros((self.batch_size, length), np.int32)
@@ -117,11 +122,13 @@ class XQuantLM(TemplateLM):
                 answers[i] = -float(loss[row, scored].sum(dtype=np.float64)), bool(greedy[row, scored].all())
                 if request is not None:
                     self.cache_hook.add_partial("loglikelihood", request, answers[i])
+            report(len(answers), len(texts), "likelihoods")
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in pieces of `max_length` that overlap in one token."""
-        totals = []
+        totals: list[float] = []
+        self._report(0, len(requests), "rolling likelihoods")
         for (text,) in (request.args for request in requests):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text, add_special_tokens=False),
@@ -130,14 +137,16 @@ class XQuantLM(TemplateLM):
                 context_len=1,
             )
             pieces = [(None, *utils.make_disjoint_window(window)) for window in windows]
-            total = sum(likelihood for likelihood, _ in self._loglikelihood_tokens(pieces))
+            total = sum(likelihood for likelihood, _ in self._loglikelihood_tokens(pieces, disable_tqdm=True))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
             totals.append(total)
+            self._report(len(totals), len(requests), "rolling likelihoods")
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, a stop token or the number of tokens the task allows."""
         answers: dict[int, str] = {}
+        self._report(0, len(requests), "continuations")
         order = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
         for _, alike in itertools.groupby(order, key=lambda i: repr(requests[i].args[1])):
             for numbers in _batches(alike, self.batch_size):
@@ -154,6 +163,7 @@ class XQuantLM(TemplateLM):
                 for i, result in zip(numbers, results, strict=True):
                     answers[i] = result.text
                     self.cache_hook.add_partial("generate_until", requests[i].args, result.text)
+                self._report(len(answers), len(requests), "continuations")
         return [answers[i] for i in range(len(requests))]
 
     def _options(self, wishes: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush_when_due
+from xquant_jax.cache.methods.base import Method, NewTokens
 from xquant_jax.cache.state import allocate
+from xquant_jax.cache.store import store_and_read, without_sink
+from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.model.transformer import Transformer
+from xquant_jax.numerics import attention, rope
+from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import Blocks, allocate_blocks
 
 PROTOCOLS = ("paper", "streaming")
 
@@ -30,7 +37,7 @@ CHUNK = 64
 
 
 class Scores(NamedTuple):
-    """Of tokens 2 ... N: negative log-likelihood in nats, and whether the token is the likeliest one."""
+    """Of tokens 2 ... N, the negative log-likelihood in nats, and whether the token is the likeliest one."""
 
     loss: Float[Array, "B n"]
     greedy: Bool[Array, "B n"]
@@ -42,9 +49,15 @@ Program = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]], Scores]
 
 @dataclasses.dataclass
 class Scorer:
-    """Scores tokens through `cache` (None: without one). Compiles once per shape."""
+    """Scores tokens through `cache` (None: without one). Compiles once per shape.
 
-    model: Any  # a Model, or whatever else has a transformer, params and a source of factors
+    model: a `Model`, or whatever else has a transformer, params, a source of factors and an implementation
+    chunk: tokens fed at once in protocol "streaming"
+
+    Raises `ConfigError` for a protocol or a chunk that there is not.
+    """
+
+    model: Any
     cache: CacheConfig | None
     protocol: str = "paper"
     chunk: int = CHUNK
@@ -54,7 +67,7 @@ class Scorer:
             raise ConfigError(f"protocol={self.protocol} is not known; choose {' or '.join(PROTOCOLS)}")
         if self.chunk < 1:
             raise ConfigError(f"chunk={self.chunk} is not possible; choose 1 or more")
-        self._factors = self.cache.method_params(self.model.source) if self.cache else ()
+        self._method_params = self.cache.method_params(self.model.source) if self.cache else ()
         self._programs: dict[tuple[int, int], Program] = {}
 
     def program(self, batch: int, length: int) -> Program:
@@ -69,7 +82,7 @@ class Scorer:
                     _streaming, self.model.transformer, self.cache, self.model.implementation, min(self.chunk, length)
                 )
             tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32)
-            arguments = (self.model.params, self._factors)
+            arguments = (self.model.params, self._method_params)
             compiled = jax.jit(score).lower(*arguments, tokens, lengths).compile()
 
             def run(tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"]) -> Scores:
@@ -93,9 +106,7 @@ def _paper(
     tokens: Array,
     lengths: Array,
 ) -> Scores:
-    logits: Any = model.apply(
-        {"params": params}, tokens, cache, method_params, lengths, implementation, method="score_stored"
-    )
+    logits = score_stored(model, params, tokens, cache, method_params, lengths, implementation)
     return _scores(logits[:, :-1], tokens[:, 1:])
 
 
@@ -123,6 +134,71 @@ def _streaming(
     empty = allocate(config, model.config, batch=batch, tokens=length, max_step=chunk, implementation=implementation)
     _, scores = lax.scan(step, empty, chunk * jnp.arange(steps))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, : length - 1], scores)
+
+
+def score_stored(
+    model: Transformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    cache_config: CacheConfig,
+    method_params: tuple[Any, ...],
+    lengths: Int[Array, " B"],
+    implementation: str | None = None,
+) -> Float[Array, "B T V"]:
+    """Logits of every position with every token, the newest too, seen as the cache stores it: protocol "paper".
+
+    Streams are really packed and read back, quantized from vectors that no window has rounded. Behind its `lengths`
+    tokens a sequence is filled up to whole blocks with copies of its last token's vectors, so that padding changes no
+    group. `method_params` is `CacheConfig.method_params(...)`, `implementation` that of the kernels.
+    """
+    config, blocks = model.config, -(-tokens.shape[1] // BLOCK)
+    filled = jnp.minimum(jnp.arange(blocks * BLOCK), jnp.maximum(lengths, 1)[:, None] - 1)[..., None]
+    segments = cache_config.segments(config)
+    of_sum = next((spec for method, _ in segments if (spec := method.running_sum(config)) is not None), None)
+    running_sum = None if of_sum is None else allocate_blocks(of_sum, (len(tokens), blocks))
+    runs = [
+        (layers, partial(_attend_to_stored, method, own, filled, config, implementation))
+        for (method, layers), own in zip(segments, method_params, strict=True)
+    ]
+    logits: Any = model.apply({"params": params}, tokens, runs, running_sum, method="run_layers")
+    return logits
+
+
+def _attend_to_stored(
+    method: Method,
+    segment_params: Any,
+    filled: Int[Array, "B S 1"],
+    config: ModelConfig,
+    implementation: str | None,
+    number: Int[Array, ""],
+    geometry: Geometry,
+    running_sum: Blocks | None,
+    h: Float[Array, "B T D"],
+    x: Float[Array, "B T D"],
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T K d"],
+    v: Float[Array, "B T K d"],
+) -> tuple[Float[Array, "B T H d"], Blocks | None]:
+    """One layer's attention of tokens to themselves as they are stored, and the running sum with the layer in it.
+
+    filled: which token's vectors stand at each of the S places of whole blocks
+    """
+    own = jax.tree.map(partial(lax.dynamic_index_in_dim, index=number, keepdims=False), segment_params)
+    batch, length = q.shape[:2]
+    new = method.encode(own, NewTokens(h, x, k, v, geometry, config.norm_eps))
+    whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
+    window, specs = without_sink(method, whole_blocks, jnp.ones(batch, bool)), method.streams(config)
+    _, vectors, running_sum = store_and_read(method, own, window, running_sum, specs, implementation)
+    n = method.sink_tokens
+    vectors = {
+        name: jnp.concatenate([new[name][:, :n], read[:, n:length]], axis=1).astype(q.dtype)
+        for name, read in vectors.items()
+    }
+    k, v = method.rebuild(own, vectors, config)
+    if method.keys_rotated:
+        q = rope.rotate_heads(q, geometry.positions, geometry.frequencies)
+        geometry = dataclasses.replace(geometry, rotated=True)
+    return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0], count=length).out, running_sum
 
 
 def _scores(logits: Float[Array, "B n V"], targets: Int[Array, "B n"]) -> Scores:

@@ -6,16 +6,18 @@ It names the model by a fingerprint of some of its weights, so that another mode
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from converters.svd import FACTORIZED
 from xquant_jax.cache.methods.learned import Directions, Need
 from xquant_jax.errors import CheckpointError, ConfigError
+from xquant_jax.parameters import Tree, leaves_of
 
 FILE = "calibration.safetensors"
 _FORMAT = "xquant-jax calibration 1"
@@ -78,12 +80,15 @@ class Calibration:
         return cls(fingerprint, arrays, sources)
 
 
-def fingerprint(checkpoint: Any) -> str:
-    """Of the attention inputs' norms and the key and value weights in the first and the last layer."""
+def fingerprint(layer: Callable[[int], Tree], num_layers: int) -> str:
+    """Of the attention inputs' norms and the key and value weights in the first and the last layer.
+
+    layer: the parameters of a layer, by its number, as numpy arrays
+    """
     digest = hashlib.sha256()
-    for index in (0, checkpoint.model_config.num_layers - 1):
-        layer = checkpoint.layer(index)
-        for array in (layer["attention_norm"]["scale"], layer["key"]["kernel"], layer["value"]["kernel"]):
+    for index in (0, num_layers - 1):
+        leaves = leaves_of(layer(index))
+        for array in (leaves[path] for path in FACTORIZED):
             digest.update(str(array.shape).encode())
             digest.update(np.ascontiguousarray(array, np.float32).tobytes())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ layer's index, and only the new tokens' vectors travel out.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,43 +19,27 @@ import pallas_kernels
 from xquant_jax import sharding
 from xquant_jax.cache.append import append, new_vectors_spec
 from xquant_jax.cache.attend import LayerCache, attend_stored
-from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.methods.base import NewTokens
 from xquant_jax.cache.state import Cache, Segment
-from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.config import ModelConfig
-from xquant_jax.model.layers import Block
-from xquant_jax.numerics import attention, rope
-from xquant_jax.numerics.attention import Geometry, Part
-from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.numerics.quantization import allocate_blocks
-
-UNLIMITED = 2**30
-"""A sliding window that no sequence reaches."""
+from xquant_jax.model import layers
+from xquant_jax.numerics import attention
+from xquant_jax.numerics.attention import Part
+from xquant_jax.parameters import build_tree, initialize, layer_parameters, outer_parameters
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer; owns parameters only. The parameters of all layers are stacked, leading axis L."""
+    """Decoder-only transformer. It owns the parameters and nothing else: the rows of `xquant_jax.parameters`, those of
+    all layers stacked under `layers` with the leading axis L. What it does with them is in `model.layers`."""
 
     config: ModelConfig
 
     def setup(self) -> None:
         c = self.config
-        self.embed = nn.Embed(c.vocab_size, c.width, param_dtype=c.dtype)
-        self.layers = self.param("layers", self._init_layers)
-        self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, param_dtype=c.dtype)
-        if not c.tied_embeddings:
-            wide = partial(lax.dot_general, preferred_element_type=jnp.float32)
-            self.head = nn.Dense(c.vocab_size, use_bias=False, param_dtype=c.dtype, dot_general=wide)
-
-    def _init_layers(self, rng: Array) -> Any:
-        c = self.config
-
-        def init(key: Array) -> Any:
-            h = jnp.zeros((1, 1, c.width), c.dtype)
-            return Block(c, parent=None).init(key, h, lambda h, x, q, k, v: (q, None))["params"]
-
-        return jax.vmap(init)(jax.random.split(rng, c.num_layers))
+        outer = build_tree((row.path, row) for row in outer_parameters(c))
+        self.weights = {part: self.param(part, initialize, rows, c.dtype) for part, rows in outer.items()} | {
+            "layers": self.param("layers", _initialize_layers, c)
+        }
 
     def __call__(
         self,
@@ -72,7 +56,7 @@ class Transformer(nn.Module):
         """
         h, cache = self._extend(tokens, cache, method_params, counts)
         last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-        return self._logits(last), cache
+        return layers.logits(self.weights, last, self.config), cache
 
     def extend(
         self,
@@ -83,13 +67,13 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """The same as a call, with the logits of every new token; those of padding mean nothing."""
         h, cache = self._extend(tokens, cache, method_params, counts)
-        return self._logits(h), cache
+        return layers.logits(self.weights, h, self.config), cache
 
     def _extend(
         self, tokens: Array, cache: Cache, method_params: tuple[Any, ...], counts: Array
     ) -> tuple[Array, Cache]:
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        h = sharding.constrain(self.embed(tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
+        h = sharding.constrain(layers.embed(self.weights, tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
         start, emitted, running_sum = 0, [], cache.running_sum
         for segment, segment_params in zip(cache.segments, method_params, strict=True):
 
@@ -111,7 +95,7 @@ class Transformer(nn.Module):
         self, h: Array, pick: Any, method_params: Any, layer_cache: LayerCache, cache: Cache, positions: Array
     ) -> tuple[Array, tuple[dict[str, Array], Any]]:
         c, method = self.config, layer_cache.segment.method
-        geometry = self._geometry(positions, pick(self._sliding_windows()))
+        geometry = layers.geometry(c, positions, pick(layers.sliding_windows(c)))
 
         def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             own = attention.attend(q, k, v, geometry, origin=cache.lengths, count=q.shape[1])
@@ -120,7 +104,7 @@ class Transformer(nn.Module):
             new = sharding.constrain_as(new, new_vectors_spec(cache.partition, q.shape[1]))
             return attention.merge(own, old).out, (new, running_sum)
 
-        return self._block(jax.tree.map(pick, self.layers), h, attend)
+        return layers.layer(jax.tree.map(pick, self.weights["layers"]), h, attend, c)
 
     def implementation_of(self, cache: Cache, method_params: tuple[Any, ...], dtype: str) -> str:
         """What decoding reads this cache's history with: a backend of `pallas_kernels`, or several where layers differ.
@@ -131,7 +115,7 @@ class Transformer(nn.Module):
         q = jax.ShapeDtypeStruct((batch, 1, c.num_heads, c.head_dim), dtype)
 
         def attend(segment: Segment, method_params: Any, cache: Cache, q: Array) -> Part:
-            geometry = self._geometry(cache.lengths[:, None], self._sliding_windows()[0])
+            geometry = layers.geometry(c, cache.lengths[:, None], layers.sliding_windows(c)[0])
             layer_cache = LayerCache.of(cache, segment, jnp.int32(0), cache.running_sum)
             own = jax.tree.map(lambda a: a[0], method_params)
             return attend_stored(own, q, layer_cache, geometry, c, cache)[0]
@@ -155,12 +139,13 @@ class Transformer(nn.Module):
         return self._without_cache(tokens, shifts, dict)
 
     def _without_cache(self, tokens: Array, shifts: Any, keep: Callable[..., Any]) -> tuple[Array, Any]:
+        c = self.config
         batch, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
 
         def layer(h: Array, xs: tuple[Any, Array, Any]) -> tuple[Array, Any]:
             params, sliding_window, shift = xs
-            geometry = self._geometry(positions, sliding_window)
+            geometry = layers.geometry(c, positions, sliding_window)
 
             def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                 if shift is not None:
@@ -168,88 +153,41 @@ class Transformer(nn.Module):
                 part = attention.attend(q, k, v, geometry, origin=positions[:, 0], count=length)
                 return part.out, keep(h=h, x=x, key=k, value=v)
 
-            return self._block(params, h, attend)
+            return layers.layer(params, h, attend, c)
 
-        h, seen = lax.scan(jax.checkpoint(layer), self.embed(tokens), (self.layers, self._sliding_windows(), shifts))
-        return self._logits(h), seen
+        h, xs = layers.embed(self.weights, tokens), (self.weights["layers"], layers.sliding_windows(c), shifts)
+        h, seen = lax.scan(jax.checkpoint(layer), h, xs)
+        return layers.logits(self.weights, h, c), seen
 
-    def score_stored(
-        self,
-        tokens: Int[Array, "B T"],
-        cache_config: CacheConfig,
-        method_params: tuple[Any, ...],
-        lengths: Int[Array, " B"] | None = None,
-        implementation: str | None = None,
+    def run_layers(
+        self, tokens: Int[Array, "B T"], runs: Sequence[tuple[int, Any]], carry: Any
     ) -> Float[Array, "B T V"]:
-        """Logits of every position with every token, the newest too, seen as the cache stores it: no window.
+        """Logits of every position, with attention of the caller's own and without a cache.
 
-        Protocol "paper" of `evaluation.scoring`. Streams are really packed and read back, quantized from vectors that
-        no window has rounded. Behind its `lengths` tokens (by default T) a sequence is filled up to whole blocks with
-        copies of its last token's vectors, so that padding changes no group.
+        runs: all layers in order, as runs of layers with the same attention: how many there are, and
+            (the layer's number, geometry, carry, h, x, q, k, v) -> attention output [B, T, H, d] and the carry of the
+            next layer; h ... v as in `layers.Attend`
+        carry: what the first layer is given
         """
         c = self.config
-        batch, length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        whole = -(-length // BLOCK) * BLOCK
-        ends = jnp.full(batch, length) if lengths is None else jnp.maximum(lengths, 1)
-        filled = jnp.minimum(jnp.arange(whole), ends[:, None] - 1)[..., None]
-        h, start, running_sum = self.embed(tokens), 0, None
-        for method, _ in cache_config.segments(c):
-            if running_sum is None and (spec := method.running_sum(c)) is not None:
-                running_sum = allocate_blocks(spec, (batch, whole // BLOCK))
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        h, start = layers.embed(self.weights, tokens), 0
+        for count, attend in runs:
 
-        for (method, layers), segment_params in zip(cache_config.segments(c), method_params, strict=True):
-            specs = method.streams(c)
-
-            def layer(carry: Any, number: Array, method=method, method_params=segment_params, specs=specs) -> Any:
-                h, running_sum = carry
+            def layer(state: Any, number: Array, attend=attend) -> Any:
+                h, carry = state
                 pick = partial(lax.dynamic_index_in_dim, index=number, keepdims=False)
-                own = jax.tree.map(pick, method_params)
-                geometry = self._geometry(positions, pick(self._sliding_windows()))
+                own = partial(attend, number, layers.geometry(c, positions, pick(layers.sliding_windows(c))), carry)
+                return layers.layer(jax.tree.map(pick, self.weights["layers"]), h, own, c), None
 
-                def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                    new = method.encode(own, NewTokens(h, x, k, v, geometry, c.norm_eps))
-                    whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
-                    quantized = without_sink(method, whole_blocks, jnp.ones(batch, bool))
-                    _, vectors, summed = store_and_read(method, own, quantized, running_sum, specs, implementation)
-                    n = method.sink_tokens
-                    vectors = {
-                        name: jnp.concatenate([new[name][:, :n], v[:, n:length]], axis=1).astype(q.dtype)
-                        for name, v in vectors.items()
-                    }
-                    k, v = method.rebuild(own, vectors, c)
-                    seen = geometry
-                    if method.keys_rotated:
-                        q = rope.rotate_heads(q, positions, geometry.frequencies)
-                        seen = dataclasses.replace(geometry, rotated=True)
-                    return attention.attend(q, k, v, seen, origin=positions[:, 0], count=length).out, summed
+            (h, carry), _ = lax.scan(layer, (h, carry), start + jnp.arange(count))
+            start += count
+        return layers.logits(self.weights, h, c)
 
-                h, running_sum = self._block(jax.tree.map(pick, self.layers), h, attend)
-                return (h, running_sum), None
 
-            (h, running_sum), _ = lax.scan(layer, (h, running_sum), start + jnp.arange(layers))
-            start += layers
-        return self._logits(h)
-
-    def _block(self, params: Any, h: Array, attend: Any) -> tuple[Array, Any]:
-        return Block(self.config, parent=None).apply({"params": params}, h, attend)
-
-    def _geometry(self, positions: Array, sliding_window: Array) -> Geometry:
-        c = self.config
-        return Geometry(positions, sliding_window, jnp.asarray(c.rope.frequencies(c.head_dim)), c.softmax_scale)
-
-    def _sliding_windows(self) -> Int[Array, " L"]:
-        return jnp.asarray([window or UNLIMITED for window in self.config.sliding_windows], jnp.int32)
-
-    def _logits(self, h: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
-        h = self.final_norm(h)
-        if not self.config.tied_embeddings:
-            logits = self.head(h)
-        else:
-            logits = jnp.einsum("...d,vd->...v", h, self.embed.embedding, preferred_element_type=jnp.float32)
-        between = (None,) * (h.ndim - 2)
-        logits = sharding.constrain(logits, "batch", *between, "vocabulary")  # else the weight would travel
-        return sharding.constrain(logits, "batch", *between, None)
+def _initialize_layers(key: Array, config: ModelConfig) -> Any:
+    rows = build_tree((row.path, row) for row in layer_parameters(config))
+    return jax.vmap(lambda own: initialize(own, rows, config.dtype))(jax.random.split(key, config.num_layers))
 
 
 def forward(

@@ -1,7 +1,6 @@
-"""Reading weights and factors: layer after layer into stacked arrays, on one device or each shard onto its own.
+"""Reading weights: layer after layer into stacked arrays, on one device or each shard onto its own.
 
-On a mesh a process reads only what its devices hold, one array of one layer at a time. What has to be computed first
-(factors of a checkpoint that was not converted) process 0 computes for all, as others might find other signs.
+On a mesh a process reads only what its devices hold, one array of one layer at a time.
 """
 
 from collections.abc import Callable
@@ -12,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from converters.finite import all_finite
-from xquant_jax import sharding
+from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
-from xquant_jax.parameters import PARAMETER_AXES, build_tree, layer_parameters, outer_parameters
+from xquant_jax.parameters import Parameter, build_tree, layer_parameters, outer_parameters
 from xquant_jax.sharding.rules import RULES
 
 
@@ -36,15 +34,15 @@ def read_parameters(checkpoint: Any, dtype: str, mesh: Mesh | None = None) -> di
     return {**outer, "layers": stack_layers(config.num_layers, layer, dtype)}
 
 
-def parameter_specs(params: dict[str, Any]) -> dict[str, Any]:
+def parameter_specs(config: ModelConfig) -> dict[str, Any]:
     """The partition of every parameter that `read_parameters` returns."""
+    layer = build_tree((row.path, P(None, *parameter_spec(row))) for row in layer_parameters(config))
+    return {**build_tree((row.path, parameter_spec(row)) for row in outer_parameters(config)), "layers": layer}
 
-    def spec(path: tuple[Any, ...], _: Any) -> sharding.P:
-        names = [key.key for key in path]
-        one = parameter_spec(".".join(names[-2:]))
-        return sharding.P(None, *one) if names[0] == "layers" else one
 
-    return jax.tree_util.tree_map_with_path(spec, params)
+def parameter_spec(parameter: Parameter) -> P:
+    """The partition of a parameter of one layer or of the outer part."""
+    return RULES.spec(*parameter.logical_axes)
 
 
 def stack_layers(num_layers: int, read: Callable[[int], Any], dtype: str) -> Any:
@@ -56,23 +54,6 @@ def stack_layers(num_layers: int, read: Callable[[int], Any], dtype: str) -> Any
             stack = jax.tree.map(lambda a: _zeros(num_layers, a, dtype), layer)
         stack = _set(stack, layer, i)
     return stack
-
-
-def computed_once(compute: Callable[[int], Any], shapes: Any, specs: Any, mesh: Mesh | None) -> Callable[[int], Any]:
-    """`compute`, on a mesh by process 0 alone and then placed; `shapes` are those of the float32 numpy arrays."""
-    if mesh is None:
-        return compute
-
-    def read(i: int) -> Any:
-        if jax.process_index() == 0:
-            tree = compute(i)
-        else:
-            tree = jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: type(x) is tuple)
-        if jax.process_count() > 1:
-            tree = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
-        return sharding.place(tree, specs, mesh)
-
-    return read
 
 
 def cast(tree: Any, dtype: str) -> Any:
@@ -93,8 +74,8 @@ def cast(tree: Any, dtype: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _shardings(parameters: Any, mesh: Mesh) -> dict[str, Any]:
-    return build_tree((p.path, NamedSharding(mesh, parameter_spec(p.path))) for p in parameters)
+def _shardings(parameters: tuple[Parameter, ...], mesh: Mesh) -> dict[str, Any]:
+    return build_tree((p.path, NamedSharding(mesh, parameter_spec(p))) for p in parameters)
 
 
 def _zeros(num_layers: int, layer: Any, dtype: str) -> jax.Array:
@@ -102,7 +83,7 @@ def _zeros(num_layers: int, layer: Any, dtype: str) -> jax.Array:
     if not isinstance(layer, jax.Array):
         return jnp.zeros(shape, dtype)
     partition: Any = layer.sharding
-    return jnp.zeros(shape, dtype, device=NamedSharding(partition.mesh, sharding.P(None, *partition.spec)))
+    return jnp.zeros(shape, dtype, device=NamedSharding(partition.mesh, P(None, *partition.spec)))
 
 
 @partial(jax.jit, donate_argnames="stack")
@@ -113,11 +94,6 @@ def _set(stack: Any, layer: Any, i: Any) -> Any:
 @jax.jit
 def _finite(a: jax.Array) -> jax.Array:
     return jnp.isfinite(a).all()
-
-
-def parameter_spec(path: str) -> P:
-    """The partition of a parameter of one layer or of the outer part."""
-    return RULES.spec(*PARAMETER_AXES.get(path, ()))
 
 
 def weights_checksum(params: Any) -> int:

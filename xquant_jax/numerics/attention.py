@@ -5,13 +5,14 @@ the same result after `merge` (Dao et al. 2022, arXiv 2205.14135). History, wind
 are tiles of the history.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from xquant_jax.numerics import rope
+from xquant_jax.numerics.quantization import Leaf
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -32,22 +33,22 @@ def merge(*parts: Part) -> Part:
     return Part(out / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total))
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Geometry:
     """What relates queries to keys besides their content.
 
-    positions: of the queries, from the start of each sequence
-    sliding_window: keys a query may look back at, itself included (a very large number: all)
-    frequencies: of RoPE, radians per position
+    positions: int32 [B, T], of the queries, from the start of each sequence
+    sliding_window: int32 [], keys a query may look back at, itself included (a very large number: all)
+    frequencies: float32 [d/2], of RoPE, radians per position
     scale: factor on the scores
     rotated: whether queries and keys are rotated already
     """
 
-    positions: Int[Array, "B T"]
-    sliding_window: Int[Array, ""] | int
-    frequencies: Float[Array, " half"]
-    scale: float
-    rotated: bool = False
+    positions: Leaf
+    sliding_window: Leaf
+    frequencies: Leaf
+    scale: float = struct.field(pytree_node=False)
+    rotated: bool = struct.field(pytree_node=False, default=False)
 
 
 def attend(

@@ -64,8 +64,8 @@ class StreamSpec:
     outliers: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits != UNQUANTIZED and self.bits not in PLANES:
-            raise ConfigError(f"bits={self.bits} is not supported; choose 2, 3, 4 or 8")
+        if self.bits != UNQUANTIZED:
+            check_bits(self.bits)
         if self.format == "e4m3" and self.bits != 8:
             raise ConfigError(f"bits={self.bits} is not supported for e4m3, which has 8")
         along = self.width if self.axis == "token" else BLOCK

@@ -66,9 +66,14 @@ def _has(spec: str, config: ModelConfig) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows of all methods. `usable`: bytes of the device's memory that weights and cache may take.
+    """What every method costs and how fast it is, at one context and batch on one device.
 
-    hidden_below: the limit of `hidden_below` by bits on this device; `hidden_below_in_paper`: on the paper's, at 2 bits
+    chunk: prompt tokens fed at once
+    usable: bytes of the device's memory that weights and cache may take
+    parameters: how many numbers the model has
+    baseline: the row of bf16, which speeds are relative to
+    hidden_below: the limit of `hidden_below` by bits on this device
+    hidden_below_in_paper: the same on the paper's device, at 2 bits
     """
 
     model: str
@@ -88,6 +93,7 @@ class Plan:
         return self.baseline.decode.seconds / row.decode.seconds
 
     def to_json(self) -> dict[str, Any]:
+        """All figures, with the speed of every row relative to bf16 and the names of those that are slower."""
         device = dataclasses.asdict(self.device) | {"ridge": self.device.ridge}
         rows = [dataclasses.asdict(row) | {"speed_over_bf16": self.speed(row)} for row in self.rows]
         return dataclasses.asdict(self) | {

@@ -1,16 +1,27 @@
 """lm-evaluation-harness over a cache method, with a small task of our own; skipped where it is not installed."""
 
+import dataclasses
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+import xquant_jax as xq
 from xquant_jax.cli import main
 from xquant_jax.errors import ConfigError
+from xquant_jax.evaluation.scoring import Scorer
+from xquant_jax.model.loading import DEMO
+from xquant_jax.model.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="needs the lm-eval extra")
+
+from xquant_jax.evaluation import lm_eval
 
 # the harness and what it imports warn on their own account
 pytestmark = pytest.mark.filterwarnings("default")
@@ -35,7 +46,7 @@ dataset_kwargs: {data_files: {test: DOCUMENTS}}
 test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{story}}"
+doc_to_target: "{{code}}"
 metric_list: [{metric: bits_per_byte}]
 """,
     "continued": """
@@ -46,22 +57,22 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{start}}"
 doc_to_target: "{{said}}"
-generation_kwargs: {until: ["."], max_gen_toks: 24}
+generation_kwargs: {until: [":"], max_gen_toks: 16}
 metric_list: [{metric: exact_match}]
 """,
 }
 DOCUMENTS = [
-    {"start": "Once upon a time, there was a little", "ends": [" girl named Lily.", " tax of seven per"], "good": 0},
-    {"start": "Tom went to the park to play with his", "ends": [" the of and was", " friends."], "good": 1},
-    {"start": "The dog was very happy and", "ends": [" ran", " Q"], "good": 0},
+    {"start": "for i in range(", "ends": ["10):", " the of and was"], "good": 0},
+    {"start": "    def __init__(", "ends": [" tax of seven per", "self):"], "good": 1},
+    {"start": "import os\nimport ", "ends": ["sys", " Q"], "good": 0},
 ]
 
 
 @pytest.fixture
-def tasks(tmp_path: Path, shared: Path) -> Path:
+def tasks(tmp_path: Path) -> Path:
     documents = tmp_path / "documents.jsonl"
-    story = (shared / "data" / "tinystories_val.txt").read_text()
-    lines = [document | {"story": story[: 700 * (i + 1)], "said": "x"} for i, document in enumerate(DOCUMENTS)]
+    code = Path(xq.__file__).read_text(encoding="utf-8")
+    lines = [document | {"code": code[: 200 * (i + 1)], "said": "x"} for i, document in enumerate(DOCUMENTS)]
     documents.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -70,76 +81,100 @@ def tasks(tmp_path: Path, shared: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def make(shared: Path):
-    from xquant_jax.evaluation.lm_eval import XQuantLM
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval, "load", functools.cache(xq.load))
+        yield
 
-    return lambda **options: XQuantLM(str(shared / "models" / "stories260K"), dtype="float32", **options)
+
+def make(**options: Any) -> Any:
+    model: Any = lm_eval.XQuantLM
+    return model("demo", dtype="float32", **options)
 
 
-def request(*arguments) -> SimpleNamespace:
+def request(*arguments: Any) -> SimpleNamespace:
     return SimpleNamespace(args=arguments)
 
 
-@pytest.mark.parametrize("protocol", ["paper", "streaming"])
 def test_command_runs_tasks_of_every_kind(
-    tasks: Path, shared: Path, protocol: str, tmp_path: Path, capsys, monkeypatch
-):
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     out = tmp_path / "out.json"
-    command = ["lm-eval", str(shared / "models" / "stories260K"), "--include-path", str(tasks), "--json", str(out)]
-    command += ["--cache", "bf16", "xquant:2", "--batch-size", "4", "--protocol", protocol, "--max-length", "512"]
-    assert main([*command, "--tasks", *TASKS]) == 0
+    command = ["lm-eval", "demo", "--include-path", str(tasks), "--json", str(out), "--dtype", "float32"]
+    command += ["--cache", "bf16", "xquant:2", "--batch-size", "4", "--max-length", "128", "--tasks", *TASKS]
+    assert main(command) == 0
     exact, coarse = (row["results"] for row in json.loads(out.read_text())["rows"])
     assert exact["endings"]["acc,none"] == 1.0
     assert exact["whole"]["bits_per_byte,none"] < coarse["whole"]["bits_per_byte,none"]
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr()
     for name in TASKS:
-        assert name in printed
+        assert name in printed.out
+    lines = printed.err.splitlines()
+    for cache in ("bf16", "xquant:2"):
+        for kind, count in (("likelihoods", 6), ("rolling likelihoods", 3), ("continuations", 3)):
+            assert {f"{done}/{count} {cache}: {kind}" for done in (0, count)} <= {*lines}
 
 
-def test_likelihoods_are_those_of_the_tokens(make) -> None:
-    """Batched, padded and sorted, against one request at a time; and against the model without a cache."""
-    from xquant_jax.evaluation.scoring import Scorer
-
-    texts = [
-        ("Once upon a time", " there was a girl"),
-        ("", "The dog"),
-        ("A b c d e f g h", " i"),
-        ("One day, Tom", " ran."),
-    ]
-    lm = make(cache="bf16,dtype=float32", batch_size=3)
+@pytest.mark.parametrize("protocol", ["paper", "streaming"])
+def test_likelihoods_are_those_of_the_tokens(protocol: str) -> None:
+    """Batched, padded and sorted, against the model without a cache, one request at a time."""
+    texts = [("import os", "\nimport sys"), ("", "def f"), ("a b c d e f g h", " i"), ("class A:\n    def", " run(")]
+    lm = make(cache="bf16,dtype=float32", batch_size=3, protocol=protocol)
     answers = lm.loglikelihood([request(*text) for text in texts])
+    exact = Scorer(lm.model, None).program(1, 16)
     for text, answer in zip(texts, answers, strict=True):
         context, continuation = (
             lm._encode_pair(*text) if text[0] else ([lm.prefix_token_id], lm.tok_encode(text[1], False))
         )
-        tokens = np.asarray([[*context, *continuation]], np.int32)
-        scores = Scorer(lm.model, None).program(*tokens.shape)(tokens, np.asarray([tokens.shape[1]], np.int32))
-        assert answer[0] == pytest.approx(-float(scores.loss[0, -len(continuation) :].sum()), abs=1e-3)
-        assert answer[1] == bool(scores.greedy[0, -len(continuation) :].all())
-    (greedy,) = lm.generate_until([request("Once upon a time", {"until": ["."], "max_gen_toks": 8})])
-    (again,) = lm.loglikelihood([request("Once upon a time", greedy)])
+        tokens, end = np.zeros((1, 16), np.int32), len(context) + len(continuation)
+        tokens[0, :end] = [*context, *continuation]
+        scores = exact(tokens, np.asarray([end], np.int32))
+        predicted = slice(len(context) - 1, end - 1)
+        assert answer[0] == pytest.approx(-float(scores.loss[0, predicted].sum()), abs=1e-3)
+        assert answer[1] == bool(scores.greedy[0, predicted].all())
+
+
+def test_what_is_generated_is_the_likeliest() -> None:
+    lm = make(cache="bf16,dtype=float32", batch_size=3)
+    start = "    def __init__("
+    whole, stopped = lm.generate_until(
+        [request(start, {"max_gen_toks": 4}), request(start, {"until": [":"], "max_gen_toks": 4})]
+    )
+    assert whole == f"{stopped}:"
+    (again,) = lm.loglikelihood([request(start, whole)])
     assert again[1]
 
 
-def test_rolling_likelihood_counts_every_token_once(make) -> None:
-    lm = make(cache="bf16,dtype=float32", max_length=40)
-    text = "Once upon a time there was a big dog. He liked to run. " * 4
+def test_rolling_likelihood_counts_every_token_once() -> None:
+    lm = make(cache="bf16,dtype=float32", max_length=32)
+    text = "import os\nfor name in os.listdir():\n    print(name)\n" * 4
     count = len(lm.tok_encode(text, add_special_tokens=False))
+    assert count > 2 * 32
     seen = []
     inner = lm._loglikelihood_tokens
-    lm._loglikelihood_tokens = lambda pieces: seen.extend(len(piece[2]) for piece in pieces) or inner(pieces)
+
+    def watched(pieces: list, **options: Any) -> list:
+        seen.extend(len(continuation) for _, _, continuation in pieces)
+        return inner(pieces, **options)
+
+    lm._loglikelihood_tokens = watched
     (total,) = lm.loglikelihood_rolling([request(text)])
     assert sum(seen) == count
     assert total < 0
 
 
-def test_start_token_is_not_set_twice(make) -> None:
+def test_start_token_is_not_set_twice() -> None:
+    """With a tokenizer that sets one, where the text begins with one too."""
     lm = make()
-    once = lm.tok_encode("One day")
-    assert lm.tok_encode("<s>One day").count(lm.prefix_token_id) == once.count(lm.prefix_token_id) == 1
+    start = "<|endoftext|>"
+    backend = Tokenizer.from_file(DEMO / "tokenizer.json").backend
+    backend.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, lm.prefix_token_id)])
+    lm.model = dataclasses.replace(lm.model, tokenizer=Tokenizer(backend))
+    assert lm.tok_encode("import os") == lm.tok_encode(f"{start}import os")
+    assert lm.tok_encode("import os").count(lm.prefix_token_id) == 1
 
 
 @pytest.mark.parametrize(
@@ -151,12 +186,12 @@ def test_start_token_is_not_set_twice(make) -> None:
         ({"cache": "other"}, "cache method 'other' is not known"),
     ],
 )
-def test_options_that_cannot_be_honoured(make, options: dict, message: str) -> None:
+def test_options_that_cannot_be_honoured(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**options)
 
 
-def test_requests_that_cannot_be_honoured(make) -> None:
+def test_requests_that_cannot_be_honoured() -> None:
     lm = make(max_length=8)
     with pytest.raises(ConfigError, match="num_beams are not supported"):
         lm.generate_until([request("x", {"num_beams": 4})])

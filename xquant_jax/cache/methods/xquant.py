@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import KeyRebuild
-from pallas_kernels.eight_bits import quantize_matrix
+from pallas_kernels.eight_bits import TYPES, quantize_matrix
 from pallas_kernels.operands import expand
 from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens
 from xquant_jax.config import ModelConfig
@@ -21,7 +21,7 @@ from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.quantization import StreamSpec, check_bits
 
 BASES = ("joint", "per_head")
-REBUILD_DTYPES = ("bf16", "int8", "fp8")
+REBUILD_DTYPES = ("bf16", *TYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class XQuant(Method):
         check_bits(self.bits)
         if self.rebuild_dtype not in REBUILD_DTYPES:
             raise ConfigError(f"rebuild_dtype={self.rebuild_dtype} is not supported; choose bf16, int8 or fp8")
-        if self.rebuild_dtype == "fp8" and self.bits > 4:
+        if self.rebuild_dtype == "fp8" and self.bits > (most := TYPES["fp8"].code_bits):
             raise ConfigError(
-                f"rebuild_dtype=fp8 takes codes of up to 4 bits, which e4m3 holds exactly, and bits={self.bits}; "
+                f"rebuild_dtype=fp8 takes codes of up to {most} bits, which e4m3 holds exactly, and bits={self.bits}; "
                 f"choose int8 or bf16"
             )
         if self.input not in ("post_norm", "unit_norm"):

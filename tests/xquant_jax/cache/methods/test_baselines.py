@@ -16,9 +16,9 @@ import pytest
 from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.cache.methods.test_xquant import STEPS, TOLERANCE, run_library
 from tests.xquant_jax.reference import Reference, bf16, directed, fake_quantize, fake_quantize_block, rms, rope
+from xquant_jax.cache import attend
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
-from xquant_jax.cache.methods import base
 from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -140,7 +140,7 @@ def test_values_rebuilt_or_absorbed_give_the_same(spec: str, monkeypatch: pytest
     cache = flush(cache, method_params)
     logits = []
     for bound in (0, 16):
-        monkeypatch.setattr(base, "ABSORB_UP_TO", bound)
+        monkeypatch.setattr(attend, "MOST_NEW_TOKENS", bound)
         step = model.transformer.apply(
             {"params": model.params}, tokens[:, :3], cache, method_params, jnp.asarray([3, 3])
         )

@@ -1,11 +1,11 @@
 """How much of prefill is quantizing and packing on a TPU, by the compiler's own estimate, with no TPU at hand.
 
-    python scripts/tpu_prefill_share.py [--chips v5p v6e] [--caches xquant:4 xquant-cl:2] [--json OUT]
+    python -m benchmarks.static.prefill_share [--chips v5p v6e] [--caches xquant:4 xquant-cl:2] [--json OUT]
 
 Compiles a chunk of prefill for one chip (libtpu) and adds up the cycles that the compiler expects of every operation,
-loops as often as they turn. Of kernels it expects none: `tpu_static_cost.py` says their bundles. `flush` is what moves
-whole blocks from the windows into the history, `quantize` what of it quantizes and packs; the rest moves windows and,
-for `xquant-cl`, adds to running sums. Operations are told apart by the scope that they were traced in.
+loops as often as they turn. Of kernels it expects none: `benchmarks.static.tpu` says their bundles. `flush` is what
+moves whole blocks from the windows into the history, `quantize` what of it quantizes and packs; the rest moves windows
+and, for `xquant-cl`, adds to running sums. Operations are told apart by the scope that they were traced in.
 
 Loops over the history count nothing: there is none yet, and with one the shares only fall. All layers of the model are
 compiled, as how their windows lie depends on how many there are: it has to fit the chip (a v5e is too small for 8
@@ -28,41 +28,40 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 import jax
 import jax.numpy as jnp
-from aot_compile import Programs, factor_shapes, parameter_shapes
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
-from converters.families import model_config
-from converters.shards import read_json
+from benchmarks.models import FILES, config_of
 from pallas_kernels import target
+from pallas_kernels.chips import TPUS
+from scripts.aot_compile import Programs, factor_shapes, parameter_shapes
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate
 from xquant_jax.model.transformer import Transformer
 from xquant_jax.numerics.packing import BLOCK
 
-TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-CONFIGS = Path(__file__).parent / "configs"
+ROOT = Path(__file__).parents[2]
+CHIPS = ("v5p", "v6e")
 SCOPES = ("flush", "quantize")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Bundles of the kernels, as `tpu_static_cost.py` prints them for a model. width: of its keys."""
+    """Bundles of the kernels, as `benchmarks.static.tpu` prints them for a model. width: of its keys."""
 
     rows: list[dict[str, Any]]
     width: int
 
     @classmethod
     def of(cls, chip: str, model: str) -> "Kernels":
-        config = model_config(read_json(CONFIGS / f"{model}.json"))
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "rows.json"
-            script = [sys.executable, str(Path(__file__).with_name("tpu_static_cost.py"))]
+            script = [sys.executable, "-m", "benchmarks.static.tpu"]
             options = ["--kernels", "quantize", "accumulate", "remat_project", "--chips", chip, "--models", model]
-            subprocess.run([*script, *options, "--json", str(out)], check=True, capture_output=True)
-            return cls(json.loads(out.read_text())["rows"], config.num_kv_heads * config.head_dim)
+            subprocess.run([*script, *options, "--json", str(out)], check=True, capture_output=True, cwd=ROOT)
+            return cls(json.loads(out.read_text())["rows"], config_of(model).kv_width)
 
     def cycles(self, kernel: str, out: str, bits: int) -> int:
         """Of a call with results of these shapes, in a program whose streams have so many bits."""
@@ -124,8 +123,8 @@ def cycles(hlo: str, kernels: Kernels, bits: int) -> dict[str, int]:
 
 def share(chip: str, model: str, cache: str, chunk: int, batch: int, implementation: str, kernels: Kernels) -> dict:
     """One row of the table, see the module's docstring."""
-    device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
-    config = model_config(read_json(CONFIGS / f"{model}.json"))
+    device = topologies.get_topology_desc(TPUS[chip].topology, "tpu").devices[0]
+    config = config_of(model)
     cache_config = CacheConfig.parse(cache)
     method_params, _ = factor_shapes(config, cache_config)
     sizes: dict[str, Any] = {"batch": batch, "tokens": 8 * chunk, "implementation": implementation}
@@ -157,8 +156,8 @@ def share(chip: str, model: str, cache: str, chunk: int, batch: int, implementat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(p.stem for p in CONFIGS.glob("*.json")))
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--model", default="Llama-3.1-8B", choices=FILES)
     parser.add_argument("--caches", nargs="+", default=["xquant:4", "xquant-cl:2"])
     parser.add_argument("--chunk", type=int, default=512, help="tokens of the prompt that are fed at once")
     parser.add_argument("--batch", type=int, default=8, help="prompts that are fed side by side")

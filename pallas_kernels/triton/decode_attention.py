@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import triton
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels import eight_bits, target
+from pallas_kernels import eight_bits, gpus, target
+from pallas_kernels.calls import MOST_NEW_TOKENS, DecodeAttention
 from pallas_kernels.operands import KeyRebuild
+from pallas_kernels.streams import refuse_stream
 from pallas_kernels.triton import launching, operands, tiling
 from xquant_jax.numerics import rope
-from xquant_jax.numerics.attention import LOWEST, Geometry, Part
+from xquant_jax.numerics.attention import LOWEST, Part
 from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.numerics.quantization import Blocks, StreamSpec
+from xquant_jax.numerics.quantization import StreamSpec
 
 HEAD_DIMS = (64, 128, 256)
 LEAST_QUERIES = 8  # of a kv head: what one matrix instruction takes
-LONGEST = 16  # new tokens
 MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it; half of it with dimension 256
 VALUE_CHANNELS = 128  # of one program, where all heads read the whole value stream
 VALUE_QUERIES = 64  # likewise
@@ -32,67 +33,44 @@ EIGHT_BIT_CHANNELS = 128  # at once, where keys are rebuilt in 8 bits
 MOST_GROUPS = 128  # of such a key stream
 
 
-def refuse_decode_attention(
-    q: Float[Array, "B T H d"],
-    key_stream: Blocks,
-    key_rebuild: KeyRebuild,
-    value_stream: Blocks,
-    history_blocks: Int[Array, " B"],
-    geometry: Geometry,
-    *,
-    layer: Int[Array, ""] | int,
-    num_kv_heads: int,
-    value_heads: int,
-) -> str | None:
-    """Why the kernels cannot take these, or None."""
-    length, heads, dim = q.shape[1:]
+def refuse(call: DecodeAttention) -> str | None:
+    """Why the kernels cannot take a call; None if they can."""
+    length, heads, dim = call.q.shape[1:]
+    num_kv_heads, value_heads, key, value = call.num_kv_heads, call.value_heads, call.key_stream.spec, call.values.spec
     queries = length * heads // num_kv_heads
-    value_dim = value_stream.spec.width // value_heads
+    value_dim = value.width // value_heads
     if dim not in HEAD_DIMS:
         return f"a head dimension of {dim} is not taken; 64, 128 and 256 are"
-    if length > LONGEST:
-        return f"{length} new tokens are not taken; up to {LONGEST} are"
+    if length > MOST_NEW_TOKENS:
+        return f"{length} new tokens are not taken; up to {MOST_NEW_TOKENS} are"
     if queries > (most := MOST_QUERIES * 128 // max(dim, 128)):
         return f"{queries} queries of dimension {dim} for one kv head are not taken; up to {most} are"
-    form = _form(key_rebuild)
-    latent = key_stream.spec.width // num_kv_heads
+    form = _form(call.key_rebuild)
+    latent = key.width // num_kv_heads
     if form == "per_head" and latent not in HEAD_DIMS:
         return f"a latent of {latent} for each head is not taken; 64, 128 and 256 are"
-    if form in eight_bits.TYPES and (reason := _refuse_eight_bits(form, key_stream.spec, value_heads)):
+    if form in eight_bits.TYPES and (reason := _refuse_eight_bits(form, key, value_heads)):
         return reason
     if value_heads not in (1, num_kv_heads):
         return f"values in {value_heads} parts are not taken; 1 and {num_kv_heads} are"
-    if value_stream.spec.axis != "token":
+    if value.axis != "token":
         return "values quantized along the channel are not taken; along the token they are"
     if value_heads > 1 and value_dim not in HEAD_DIMS:
         return f"values of {value_dim} for each head are not taken; 64, 128 and 256 are"
+    keys_at_once = {"identity": dim // 2, "per_head": latent, "dense": 64}.get(form, EIGHT_BIT_CHANNELS)
     return (
         operands.refuse_device()
-        or operands.refuse_type(q)
-        or operands.refuse_stream(
-            "the key",
-            key_stream.spec,
-            at_once={"dense": 64, "int8": EIGHT_BIT_CHANNELS, "fp8": EIGHT_BIT_CHANNELS, "identity": dim // 2}.get(
-                form, latent
-            ),
-        )
-        or operands.refuse_stream("the value", value_stream.spec, value_dim if value_heads > 1 else VALUE_CHANNELS)
+        or operands.refuse_type(call.q)
+        or refuse_stream("the key stream", key, keys_at_once)
+        or refuse_stream("the value stream", value, value_dim if value_heads > 1 else VALUE_CHANNELS)
     )
 
 
-def decode_attention(
-    q: Float[Array, "B T H d"],
-    key_stream: Blocks,
-    key_rebuild: KeyRebuild,
-    value_stream: Blocks,
-    history_blocks: Int[Array, " B"],
-    geometry: Geometry,
-    *,
-    layer: Int[Array, ""] | int,
-    num_kv_heads: int,
-    value_heads: int,
-) -> Part:
-    """See `pallas_kernels.api.decode_attention`."""
+def run(call: DecodeAttention) -> Part:
+    """Attends with one kernel, or with two."""
+    q, key_stream, key_rebuild, value_stream = call.q, call.key_stream, call.key_rebuild, call.values
+    history_blocks, geometry = call.history_blocks, call.geometry
+    num_kv_heads, value_heads = call.num_kv_heads, call.value_heads
     batch, length, heads, dim = q.shape
     num_blocks = key_stream.planes[0].shape[2]
     width = value_stream.spec.width
@@ -113,7 +91,7 @@ def decode_attention(
     earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
     oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
     bounds = jnp.stack([oldest, history_blocks, earliest, latest], axis=1).astype(jnp.int32)
-    scalars = jnp.stack([jnp.asarray(layer), jnp.asarray(geometry.sliding_window)]).astype(jnp.int32)
+    scalars = jnp.stack([jnp.asarray(call.layer), jnp.asarray(geometry.sliding_window)]).astype(jnp.int32)
     number = jnp.arange(tiles.blocks * BLOCK // 2)
     in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks
     rotations = [
@@ -141,7 +119,7 @@ def decode_attention(
         "ROPE": not geometry.rotated,
         "BLOCKS": tiles.blocks,
         "CHUNK": operands.chunk(tiles, key_stream.spec) or key_stream.spec.width // num_kv_heads,
-        "ASSEMBLY": not target.current().interpret and not tiling.is_amd(),
+        "ASSEMBLY": not target.current().interpret and not gpus.current().amd,
         **operands.types(),
     }
     splits = tiling.splits(batch * num_kv_heads, num_blocks, tiles.blocks)
@@ -245,13 +223,11 @@ def _pad(a: Array, size: int, axis: int, value: int = 0) -> Array:
 
 
 def _refuse_eight_bits(form: str, key: StreamSpec, value_heads: int) -> str | None:
-    capability = tiling.capability()
-    if capability and capability < 9:
+    capability = gpus.current().capability
+    if capability < 9:
         return f"keys are rebuilt in {form} on compute capability 9.0 (Hopper) and newer, and this GPU has {capability}"
-    if key.axis == "channel":
-        return f"keys quantized along the channel are not rebuilt in {form}; those along the token are"
-    if form == "fp8" and key.bits > 4:
-        return f"keys of {key.bits} bits are not rebuilt in fp8; up to 4 bits are"
+    if reason := eight_bits.refuse_keys(form, key):
+        return reason
     if key.width // key.group > MOST_GROUPS:
         return f"keys in {key.width // key.group} groups are not rebuilt in {form}; up to {MOST_GROUPS} groups are"
     if value_heads > 1:

@@ -1,4 +1,4 @@
-"""`scripts/tpu_static_cost.py`: the schedule that libtpu makes of the kernels, against the targets of the project."""
+"""`benchmarks.static.tpu`: the schedule that libtpu makes of the kernels, against the targets of the project."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,10 +18,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict]:
+    """Of a process of its own: libtpu writes its schedules down only if it is told to before it is loaded."""
     out = tmp_path_factory.mktemp("cost") / "rows.json"
-    options = ["--chips", "v5e", "v6e", "--models", "llama-3.1-8b", "--bits", "4", "--json", str(out)]
-    command = [sys.executable, "scripts/tpu_static_cost.py", *options]
-    subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    options = ["--chips", "v5e", "v6e", "--models", "Llama-3.1-8B", "--bits", "4", "--kernels", "decode_attention"]
+    command = [sys.executable, "-m", "benchmarks.static.tpu", *options, "--json", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return {(row["chip"], row["basis"]): row for row in json.loads(out.read_text())["rows"]}
 
 

@@ -1,29 +1,18 @@
-"""`quantize` for TPU: uniform codes of whole blocks, rounded and packed in registers in one pass over the vectors.
+"""The kernel of `quantize` for TPU, and the rounding and packing in registers that `accumulate` shares with it."""
 
-A step of the grid takes a tile of blocks of one sequence, and within it 128 channels of a block at a time. Rows are
-tokens in their own order, so that packing is shifts of whole registers. What is known for each token (minimum, maximum,
-scale, zero) lies along the lanes: tokens are turned around to compare their channels.
-"""
-
-import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from pallas_kernels import target
-from pallas_kernels.pallas_tpu import chip, unpack
-from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
+from pallas_kernels.pallas_tpu import unpack
+from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES
 from xquant_jax.numerics.packing import BLOCK, PLANES
-from xquant_jax.numerics.quantization import SMALLEST_NORMAL, Blocks, StreamSpec
-
-TILE = 8
-"""Blocks of a step of the grid."""
+from xquant_jax.numerics.quantization import SMALLEST_NORMAL, StreamSpec
 
 UNROLL = {"channel": 2, "token": 4}
 """Groups at once: transposes take long to begin."""
@@ -32,52 +21,7 @@ MAGIC = 2.0**23
 """Added to a number below it, rounds it to the nearest integer, which the last bits of the mantissa then are."""
 
 
-def refuse_quantize(x: Array, spec: StreamSpec, codebook: Array | None = None) -> str | None:
-    """Why the kernel cannot take these arguments; None if it can."""
-    if reason := refuse_stream(spec):
-        return f"the stream {reason}"
-    if spec.outliers:
-        return "the stream keeps outliers"
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"the vectors are {x.dtype}; it takes bfloat16 and float32"
-    needed = 2 * TILE * BLOCK * spec.width * (8 * x.dtype.itemsize + spec.bits) // 8
-    if needed > chip.current().vmem * 3 // 4:
-        return f"a stream {spec.width} wide takes {needed:,} bytes of vector memory, too many"
-    return None
-
-
-def quantize(x: Float[Array, "B n 128 C"], spec: StreamSpec, codebook: Array | None = None) -> Blocks:
-    """See `pallas_kernels.api.quantize`."""
-    batch, blocks, _, width = x.shape
-    tile = min(TILE, blocks)
-    rows = (1, width) if spec.axis == "channel" else (width // spec.group, BLOCK)
-    # along the channel XLA for TPU keeps no axis of one row between blocks and channels
-    scales = rows[1:] if spec.axis == "channel" else rows
-    outs = [((4 * p, width), jnp.uint32) for p in PLANES[spec.bits]] + [(scales, jnp.bfloat16)] * 2
-
-    def of_tile(rest: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec((None, tile, *rest), lambda b, t: (b, t, *[0] * len(rest)))
-
-    kept = (width // LANES, tile, LANES) if spec.axis == "channel" else (tile, *rows)
-    *words, scale, zero = pl.pallas_call(
-        functools.partial(_kernel, spec, tile),
-        out_shape=[jax.ShapeDtypeStruct((batch, blocks, *rest), dtype) for rest, dtype in outs],
-        grid=(batch, pl.cdiv(blocks, tile)),
-        in_specs=[of_tile((BLOCK, width))],
-        out_specs=[of_tile(rest) for rest, _ in outs],
-        scratch_shapes=[pltpu.VMEM(kept, jnp.float32)] * 2,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=chip.current().vmem * 7 // 8
-        ),
-        name="quantize",
-        interpret=pltpu.InterpretParams() if target.current().interpret else False,
-    )(x)
-    if spec.axis == "channel":
-        return Blocks(tuple(words), scale[:, :, None], zero[:, :, None], spec)
-    return Blocks(tuple(words), jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2), spec)
-
-
-def _kernel(spec: StreamSpec, tile: int, x: Any, *refs: Any) -> None:
+def kernel(spec: StreamSpec, tile: int, x: Any, *refs: Any) -> None:
     *words, scale_out, zero_out, scales, zeros = refs
     along_tokens = spec.axis == "token"
     strips = spec.group // LANES if along_tokens else 1  # of a group

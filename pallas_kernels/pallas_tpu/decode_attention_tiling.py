@@ -1,34 +1,28 @@
-"""How `decode_attention` cuts its work: the sizes that one call's kernel is built from, and what it cannot take."""
+"""How `decode_attention` cuts its work: the sizes that one call's kernel is built from."""
 
 import dataclasses
 import math
-from typing import Any
 
-from jaxtyping import Array
-
-from pallas_kernels import eight_bits
-from pallas_kernels.operands import KeyRebuild
+from pallas_kernels import chips, eight_bits
+from pallas_kernels.calls import DecodeAttention
 from pallas_kernels.pallas_tpu import chip
-from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES, refuse_stream
-from xquant_jax.numerics.attention import Geometry
+from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES
 from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.numerics.quantization import Blocks, StreamSpec
+from xquant_jax.numerics.quantization import StreamSpec
 
 TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
 """Blocks of a step of the grid; of them, blocks that are worked on together, and that the last few are."""
 LOOPED_CHUNK = 8
-"""`CHUNK` where groups are a loop: the matrix unit takes the more rows for each part of a large matrix."""
+"""`CHUNK` where bundles are a loop: the matrix unit takes the more rows for each part of a large matrix."""
 WORKING_ROOM = 12 * 2**20
 """Bytes of vector memory for everything but words, a dense rebuild matrix and the results that go with it."""
 UNROLL_UP_TO = 2**20
-"""Multiplications per token that are unrolled; what is more is a loop over groups."""
-MOST_NEW = 16
-"""New tokens per step that the kernel takes; with more, values are better rebuilt (`methods.base.ABSORB_UP_TO`)."""
+"""Multiplications per token that are unrolled; what is more is a loop over bundles."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static side of a call."""
+class DecodeTiling:
+    """The static side of a call, and the sizes that follow from it."""
 
     key: StreamSpec
     value: StreamSpec
@@ -46,7 +40,31 @@ class Plan:
     bias: bool
     norm_eps: float | None
     scale: float
-    chip: chip.Chip
+    chip: chips.TPU
+
+    @classmethod
+    def of(cls, call: DecodeAttention) -> "DecodeTiling":
+        batch, new, heads, dim = call.q.shape
+        rebuild = call.key_rebuild
+        return cls(
+            key=call.key_stream.spec,
+            value=call.values.spec,
+            shared=call.value_stream is None,
+            num_blocks=call.key_stream.planes[0].shape[2],
+            batch=batch,
+            new=new,
+            heads=heads,
+            kv_heads=call.num_kv_heads,
+            dim=dim,
+            value_heads=call.value_heads,
+            dense=rebuild.matrix is not None and rebuild.matrix.ndim == 2,
+            eight_bits=None if rebuild.matrix is None else eight_bits.name_of(rebuild.matrix.dtype),
+            rotated=call.geometry.rotated,
+            bias=rebuild.bias is not None,
+            norm_eps=None if rebuild.norm is None else rebuild.norm_eps,
+            scale=call.geometry.scale,
+            chip=chip.current(),
+        )
 
     @property
     def tile(self) -> int:
@@ -63,7 +81,7 @@ class Plan:
     def _room(self) -> int:
         """Bytes of vector memory that are left for words, and for chunks of more than the least."""
         matrix = (1 if self.eight_bits else 2) * self.key.width * self.kv_heads * self.dim if self.dense else 0
-        results = _result_bytes(self.new * self.heads, self.value.width) if self.dense else 0
+        results = result_bytes(self.new * self.heads, self.value.width) if self.dense else 0
         return self.chip.vmem * 7 // 8 - matrix - results - WORKING_ROOM
 
     def _chunk_bytes(self, blocks: int) -> int:
@@ -108,13 +126,13 @@ class Plan:
 
     @property
     def looped(self) -> bool:
-        """Whether groups are a loop in the kernel; unrolled, they overlap better."""
-        return self.eight_bits is not None or self.groups * self.group_channels * self.width > UNROLL_UP_TO
+        """Whether bundles are a loop in the kernel; unrolled, they overlap better."""
+        return self.eight_bits is not None or self.bundles * self.bundle_channels * self.width > UNROLL_UP_TO
 
     @property
     def unroll(self) -> int:
-        """Groups in a turn of that loop: two products in 8 bits overlap, which have more to do between them."""
-        return math.gcd(2, self.groups) if self.eight_bits else 1
+        """Bundles in a turn of that loop: two products in 8 bits overlap, which have more to do between them."""
+        return math.gcd(2, self.bundles) if self.eight_bits else 1
 
     @property
     def ways(self) -> int:
@@ -127,23 +145,23 @@ class Plan:
         return self.key.width // self.key.group
 
     @property
-    def group(self) -> int:
-        """Heads in a group."""
+    def head_bundle(self) -> int:
+        """Heads in a bundle."""
         return math.gcd(max(1, self.chip.mxu // self.dim), self.kv_heads)
 
     @property
-    def groups(self) -> int:
-        return self.kv_heads // self.group
+    def bundles(self) -> int:
+        return self.kv_heads // self.head_bundle
 
     @property
     def width(self) -> int:
-        """Of the keys of a group."""
-        return self.group * self.dim
+        """Of the keys of a bundle."""
+        return self.head_bundle * self.dim
 
     @property
-    def group_channels(self) -> int:
-        """Channels of the key stream that a group is rebuilt from."""
-        return self.key.width if self.dense else self.key.width // self.groups
+    def bundle_channels(self) -> int:
+        """Channels of the key stream that a bundle is rebuilt from."""
+        return self.key.width if self.dense else self.key.width // self.bundles
 
     @property
     def head_rows(self) -> int:
@@ -151,13 +169,13 @@ class Plan:
         return self.new * self.heads // self.kv_heads
 
     @property
-    def group_rows(self) -> int:
-        return self.group * self.head_rows
+    def bundle_rows(self) -> int:
+        return self.head_bundle * self.head_rows
 
     @property
     def padded_rows(self) -> int:
         """The same, whole vector registers."""
-        return round_up(self.group_rows, SUBLANES)
+        return round_up(self.bundle_rows, SUBLANES)
 
     @property
     def rows(self) -> int:
@@ -200,89 +218,7 @@ class Plan:
         return min(start, self.rows - self.cover)
 
 
-def make_plan(
-    q: Array,
-    key_stream: Blocks,
-    key_rebuild: KeyRebuild,
-    value_stream: Blocks,
-    geometry: Geometry,
-    num_kv_heads: int,
-    value_heads: int,
-) -> Plan:
-    batch, new, heads, dim = q.shape
-    return Plan(
-        key=key_stream.spec,
-        value=value_stream.spec,
-        shared=key_stream is value_stream,
-        num_blocks=key_stream.planes[0].shape[2],
-        batch=batch,
-        new=new,
-        heads=heads,
-        kv_heads=num_kv_heads,
-        dim=dim,
-        value_heads=value_heads,
-        dense=key_rebuild.matrix is not None and key_rebuild.matrix.ndim == 2,
-        eight_bits=None if key_rebuild.matrix is None else eight_bits.name_of(key_rebuild.matrix.dtype),
-        rotated=geometry.rotated,
-        bias=key_rebuild.bias is not None,
-        norm_eps=None if key_rebuild.norm is None else key_rebuild.norm_eps,
-        scale=geometry.scale,
-        chip=chip.current(),
-    )
-
-
-def refuse_decode_attention(
-    q: Array,
-    key_stream: Blocks,
-    key_rebuild: KeyRebuild,
-    value_stream: Blocks,
-    history_blocks: Array,
-    geometry: Geometry,
-    *,
-    layer: Any,
-    num_kv_heads: int,
-    value_heads: int,
-) -> str | None:
-    """Why the kernel cannot take these arguments; None if it can."""
-    dim, key, value = q.shape[3], key_stream.spec, value_stream.spec
-    if q.shape[1] > MOST_NEW:
-        return f"it takes up to {MOST_NEW} new tokens, and these are {q.shape[1]}"
-    if dim != 64 and dim % LANES:
-        return f"head dimension {dim} is neither 64 nor a multiple of 128"
-    if num_kv_heads * dim % LANES:
-        return f"{num_kv_heads} key/value head of dimension {dim} is narrower than 128"
-    for name, spec in {"key": key, "value": value}.items():
-        if reason := refuse_stream(spec):
-            return f"the {name} stream {reason}"
-    if value.axis != "token":
-        return "the value stream is quantized along the channel; it takes values along the token"
-    matrix = key_rebuild.matrix
-    if (matrix is None or matrix.ndim == 3) and key.width != num_kv_heads * dim:
-        return f"the key stream is {key.width} wide, and {num_kv_heads} heads of dimension {dim} are rebuilt one by one"
-    if matrix is not None and key_rebuild.scale is not None:
-        small, takes = eight_bits.name_of(matrix.dtype), chip.current().eight_bits
-        if small is None or small != takes:
-            multiplied = "bfloat16" if takes is None else f"bfloat16 and {takes}"
-            return f"keys are rebuilt with a matrix of {matrix.dtype}; the matrix unit of this TPU takes {multiplied}"
-        if key.axis != "token":
-            return (
-                f"the key stream is quantized along the channel; it takes a matrix of {small} for streams along the "
-                f"token"
-            )
-        if small == "fp8" and key.bits > 4:
-            return f"keys of {key.bits} bits are not rebuilt in fp8, which holds codes of up to 4"
-    if matrix is not None and matrix.ndim == 2:
-        dense = matrix.size * (1 if eight_bits.name_of(matrix.dtype) else 2)
-        results = _result_bytes(q.shape[1] * q.shape[2], value.width)
-        if dense + results + WORKING_ROOM > chip.current().vmem * 7 // 8:
-            return (
-                f"the key rebuild matrix {matrix.shape} and the results of {q.shape[1]} new tokens take "
-                f"{dense + results:,} bytes of vector memory, too many"
-            )
-    return None
-
-
-def _result_bytes(queries: int, width: int) -> int:
+def result_bytes(queries: int, width: int) -> int:
     """Vector memory for what all queries read of the whole value stream: sums, shifts, and the output twice."""
     return 4 * 4 * queries * width
 

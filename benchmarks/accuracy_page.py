@@ -1,6 +1,6 @@
 """Writes docs/accuracy.md from docs/accuracy/summary.md and the results of `xquant eval ... --json` beside it.
 
-python scripts/accuracy_page.py
+python -m benchmarks.accuracy_page
 """
 
 import json

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import triton
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from pallas_kernels.operands import Accumulation
+from pallas_kernels import gpus
+from pallas_kernels.calls import Accumulate
+from pallas_kernels.streams import refuse_stream
 from pallas_kernels.triton import launching, operands, tiling
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks
@@ -21,16 +23,9 @@ RANGES = 8  # of blocks, that are laid out one after the other, at most
 LEAST_RANGE = 256  # blocks of all sequences: enough for the launch of a range not to count
 
 
-def refuse_accumulate(
-    running_sum: Blocks,
-    stream: Blocks,
-    accumulation: Accumulation,
-    history_blocks: Int[Array, " B"],
-    *,
-    layer: Int[Array, ""] | int,
-) -> str | None:
-    """Why the kernels cannot take these, or None."""
-    spec, predict, lift = running_sum.spec, accumulation.predict or (), accumulation.lift
+def refuse(call: Accumulate) -> str | None:
+    """Why the kernels cannot take a call; None if they can."""
+    spec, predict, lift = call.running_sum.spec, call.accumulation.predict or (), call.accumulation.lift
     if (spec.bits, spec.axis, spec.group) != (8, "token", COLUMNS):
         return (
             f"a sum of {spec.bits} bits along the {spec.axis} in groups of {spec.group} is not taken; "
@@ -43,30 +38,24 @@ def refuse_accumulate(
         return f"a matrix of {narrow[0]} rows is not taken; multiples of {COLUMNS} are"
     if not launching.CAN_UPDATE:
         return "jax-triton before 0.4 cannot update arrays in place; pip install --upgrade jax-triton"
-    capability = tiling.capability()
-    if matrices and capability and 10 <= capability < 11:
+    capability = gpus.current().capability
+    if matrices and 10 <= capability < 11:
         return f"Triton's compiler fails on the products of sums for compute capability {capability}"
     return (
         operands.refuse_device()
         or next((reason for reason in map(operands.refuse_type, matrices) if reason), None)
-        or operands.refuse_stream("the sum's", spec, COLUMNS)
-        or operands.refuse_stream("the", stream.spec, COLUMNS)
+        or refuse_stream("the sum", spec, COLUMNS)
+        or refuse_stream("the stream", call.stream.spec, COLUMNS)
     )
 
 
-def accumulate(
-    running_sum: Blocks,
-    stream: Blocks,
-    accumulation: Accumulation,
-    history_blocks: Int[Array, " B"],
-    *,
-    layer: Int[Array, ""] | int,
-) -> Blocks:
-    """See `pallas_kernels.api.accumulate`.
+def run(call: Accumulate) -> Blocks:
+    """Adds in place.
 
-    In place; beside it what the last matrix and the lift are multiplied with is laid out in bfloat16, for an eighth of
-    the blocks at a time, or 256 of all sequences if that is more.
+    Beside the sum, what the last matrix and the lift are multiplied with is laid out in bfloat16, for an eighth of the
+    blocks at a time, or 256 of all sequences if that is more.
     """
+    running_sum, stream, accumulation = call.running_sum, call.stream, call.accumulation
     batch, num_blocks = running_sum.planes[0].shape[:2]
     predict, lift = accumulation.predict or (), accumulation.lift
     form = "dense" if predict or lift is not None else ""
@@ -83,7 +72,7 @@ def accumulate(
         "CHUNK": tiles.chunk or COLUMNS,
         "warps": tiles.warps,
     }
-    history_blocks, layer = history_blocks.astype(jnp.int32), jnp.asarray(layer, jnp.int32)
+    history_blocks, layer = call.history_blocks.astype(jnp.int32), jnp.asarray(call.layer, jnp.int32)
 
     def lay_out(blocks: Blocks, scalars: Array, matrix: Array | None) -> Array:
         width = blocks.spec.width if matrix is None else matrix.shape[1]

@@ -1,4 +1,4 @@
-"""The operations in Pallas Mosaic GPU, for Hopper: `remat_project` on its warpgroup matrix instructions.
+"""The kernel of `remat_project` for Hopper, on its warpgroup matrix instructions.
 
 One step of `remat_project` multiplies 64 channels of two blocks with 128 columns of the weight. Two consumer
 warpgroups take a block each; a third thread copies the next steps' words, scales and weight rows to shared memory.
@@ -11,9 +11,7 @@ x^ = q s + z is one fused multiply-add for two elements, as exact as the referen
 Scaling the accumulator instead would take one multiply-add per output and 128 channels, and a second accumulator that
 does not fit: with 128 columns to a tile the elements are the cheaper side.
 
-Nobody has seen this kernel run on a device: the tests interpret it, with stand-ins for what the interpreter lacks
-(`_fields`, `_multiply_add` and register operands of `wgmma`), and lower it for an H200. `implementation=None` therefore
-does not choose it.
+The interpreter lacks `_fields`, `_multiply_add` and register operands of `wgmma`; there are stand-ins for them.
 """
 
 # Pallas annotates neither its transforms nor what its decorators return as they are.
@@ -32,14 +30,10 @@ import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, BFloat16, Float, UInt32
+from jaxtyping import Array, BFloat16, UInt32
 
-from pallas_kernels import target
 from xquant_jax.numerics.packing import BLOCK, PLANES
-from xquant_jax.numerics.quantization import UNQUANTIZED, Blocks, StreamSpec
-
-HOPPER = "9.0"
-"""The only compute capability that has `wgmma`."""
+from xquant_jax.numerics.quantization import StreamSpec
 
 HALF = 64
 """Rows of a `wgmma`: the tokens of a block are two such operands."""
@@ -54,47 +48,8 @@ CONSUMERS = 2
 """Warpgroups that multiply, a block each; one more copies."""
 
 
-def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> str | None:
-    """Why the kernel cannot take these arguments, or None."""
-    if dtype not in (None, jnp.bfloat16):
-        return "its results are bfloat16"
-    spec, columns = stream.spec, weight.shape[1]
-    if not target.current().interpret and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-        if device.compute_capability != HOPPER:
-            kind, capability = device.device_kind, device.compute_capability
-            return f"it needs compute capability {HOPPER} (Hopper), and this {kind} has {capability}"
-    if spec.bits == UNQUANTIZED or spec.format != "uniform":
-        return "it unpacks uniform codes of 2, 3, 4 or 8 bits only"
-    if not stream.planes[0].size:
-        return "a history without blocks"
-    if weight.dtype != jnp.bfloat16:
-        return f"it multiplies bfloat16 weights, not {weight.dtype}"
-    if spec.width % CHANNELS or columns % HALF:
-        return f"a {spec.width} x {columns} weight; both must be multiples of {CHANNELS}"
-    if spec.axis == "channel" and spec.group != BLOCK:
-        return f"groups of {spec.group} tokens; along the channel it takes whole blocks of {BLOCK}"
-    if spec.axis == "token" and spec.group % CHANNELS:
-        return f"groups of {spec.group} channels; it takes multiples of {CHANNELS}"
-    return None
-
-
-def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
-    """See `pallas_kernels.api.remat_project`."""
-    batch, num_blocks = stream.planes[0].shape[:2]
-    blocks = batch * num_blocks
-    scale, zero = (a.reshape(blocks, *a.shape[2:]) for a in (stream.scale, stream.zero))
-    if stream.spec.axis == "token":  # a step reads one group of all tokens: [C/G, tokens]
-        scale, zero = (a.reshape(blocks * BLOCK, -1).T for a in (scale, zero))
-    else:
-        scale, zero = (a.reshape(blocks, -1) for a in (scale, zero))
-    words = [w.reshape(-1, w.shape[-1]) for w in stream.planes]
-    kernel = _Remat(stream.spec, blocks, weight.shape[1], target.current().interpret)
-    return kernel(words, scale, zero, weight).reshape(batch, num_blocks * BLOCK, weight.shape[1])
-
-
 @dataclasses.dataclass(frozen=True)
-class _Remat:
+class RematKernel:
     """The kernel for one kind of stream: `blocks` blocks of `width` channels times a weight [width, columns]."""
 
     spec: StreamSpec

@@ -1,29 +1,29 @@
 """`remat_project`: blocks of one layer are dequantized and multiplied."""
 
-from typing import Any
-
 import jax
 import triton
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from pallas_kernels.calls import RematProject
+from pallas_kernels.streams import refuse_stream
 from pallas_kernels.triton import launching, operands, tiling
 from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.numerics.quantization import Blocks
 
 COLUMNS = 128  # of the weight at once
 
 
-def refuse_remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> str | None:
-    """Why the kernel cannot take these, or None."""
+def refuse(call: RematProject) -> str | None:
+    """Why the kernel cannot take a call; None if it can."""
     return (
         operands.refuse_device()
-        or operands.refuse_type(weight)
-        or operands.refuse_stream("the", stream.spec, at_once=64)
+        or operands.refuse_type(call.weight)
+        or refuse_stream("the stream", call.stream.spec, at_once=64)
     )
 
 
-def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = None) -> Float[Array, "B S N"]:
-    """See `pallas_kernels.api.remat_project`."""
+def run(call: RematProject) -> Array:
+    """Multiplies with the kernel."""
+    stream, weight = call.stream, call.weight
     batch, blocks = stream.planes[0].shape[:2]
     columns = weight.shape[1]
     tiles = tiling.choose(tiling.Shape("project", "dense", bits=stream.spec.bits, width=stream.spec.width))
@@ -32,7 +32,7 @@ def remat_project(stream: Blocks, weight: Float[Array, "C N"], *, dtype: Any = N
         *operands.arrays(stream),
         operands.operand(weight),
         grid=(triton.cdiv(columns, COLUMNS), triton.cdiv(batch * blocks, tiles.blocks)),
-        outputs=[jax.ShapeDtypeStruct((batch * blocks * BLOCK, columns), dtype or weight.dtype)],
+        outputs=[jax.ShapeDtypeStruct((batch * blocks * BLOCK, columns), call.result_dtype)],
         warps=tiles.warps,
         stages=tiles.stages,
         NUM_BLOCKS=batch * blocks,

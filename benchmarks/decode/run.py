@@ -1,0 +1,185 @@
+"""Decode attention and whole decode steps on the device at hand: checks the outputs, then times.
+
+    python -m benchmarks.decode.run --json OUT.json --plot OUT.png    under 8 minutes: what does not fit is named
+    python -m benchmarks.decode.run --tune --json TILES.json          the fastest tile sizes, beside the rule's
+    python -m benchmarks.decode.run --smoke                           tiny shapes on the interpreter, on any machine
+
+`of_copy` and `of_matrix` are the shares of this device's own bandwidth and matrix rate, which are measured first, that
+the bytes and operations of a row take up.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # half of the memory is to be filled
+
+import jax
+
+from benchmarks.decode.ceilings import ceilings
+from benchmarks.decode.figure import best_bf16, draw
+from benchmarks.decode.order import LLAMA_3, attention, checks, sums
+from benchmarks.decode.rows import ALLOWED, Row
+from benchmarks.decode.steps import StepRow, steps
+from benchmarks.decode.tune import tune
+from benchmarks.models import config_of
+from pallas_kernels import target
+from xquant_jax.errors import ConfigError
+from xquant_jax.numerics.packing import BLOCK
+
+VERSIONS = ("jax", "jaxlib", "jax-triton", "triton", "tokamax", "xquant-jax")
+
+
+@dataclasses.dataclass
+class Report:
+    """What was found, in lists by kind. `deadline` is of `time.monotonic`; no row is started after it."""
+
+    result: dict[str, Any]
+    deadline: float
+    path: Path | None
+
+    def attempt(self, kind: str, row: Any, unit: str, measure: Callable[[], float]) -> dict[str, Any] | None:
+        """The entry of a row, or None: then `skipped` has it with the reason, or `wrong` if it is a check that did not
+        run. Writes everything down each time."""
+        entry = dataclasses.asdict(row)
+        if time.monotonic() > self.deadline:
+            self.result["skipped"].append({**entry, "reason": "out of time"})
+            return None
+        try:
+            entry[unit] = measure()
+        except Exception as problem:  # noqa: BLE001  whatever it is, the other rows are worth having
+            refused = kind != "checks" or isinstance(
+                problem, ConfigError
+            )  # a check that fails otherwise proves nothing
+            reason = f"{type(problem).__name__}: {str(problem)[:200]}"
+            self.result["skipped" if refused else "wrong"].append({**entry, "reason": reason})
+            self.save()
+            return None
+        self.result[kind].append(entry)
+        print(json.dumps(entry), file=sys.stderr, flush=True)
+        self.save()
+        return entry
+
+    def save(self) -> None:
+        if self.path:
+            self.path.write_text(json.dumps(self.result, indent=1) + "\n")
+
+
+def measure(smoke: bool, deadline: float, path: Path | None) -> dict[str, Any]:
+    """Checks, then times what matters most first."""
+    result: dict[str, Any] = {
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {name: version for name in VERSIONS if (version := installed(name))},
+        "interpreted": smoke,
+        "ceilings": ceilings(256 if smoke else 8192),
+        **{kind: [] for kind in ("checks", "wrong", "sums", "layers", "steps", "skipped")},
+    }
+    report = Report(result, deadline, path)
+    for row in checks(smoke):
+        entry = report.attempt("checks", row, "error", row.error)
+        if entry and not entry["error"] < ALLOWED:
+            result["wrong"].append(entry)
+    rows, whole_steps = list(attention(smoke)), steps(smoke)
+    first = [row for row in rows if (row.batch, row.context) == (rows[0].batch, rows[0].context)]
+    rest = [row for row in rows if row not in first]
+    if not smoke:  # attention of the steps to bf16
+        first.append(Row(LLAMA_3, "bf16", whole_steps[0].batch, whole_steps[0].context, "cudnn"))
+    for row in first:
+        time_layer(report, row)
+    for step in whole_steps:
+        report.attempt("steps", step, "seconds", step.seconds)
+    for row in sums(smoke):
+        report.attempt("sums", row, "seconds", row.seconds)
+    for row in rest:
+        time_layer(report, row)
+    for entry in result["layers"]:
+        best = best_bf16(result["layers"], entry["model"], entry["batch"], entry["context"])
+        entry["times_as_fast_as_bf16"] = best and best / entry["seconds"]
+    if not smoke:
+        result["steps"] += best_bf16_step(result, whole_steps[0])
+    report.save()
+    return result
+
+
+def time_layer(report: Report, row: Row) -> None:
+    """Times attention to a layer, and says how much of the device it takes up."""
+    if entry := report.attempt("layers", row, "seconds", row.seconds):
+        taken, most = entry["seconds"], report.result["ceilings"]
+        entry |= {
+            "bytes": row.bytes,
+            "flops": row.flops,
+            "ns_per_token": 1e9 * taken / (row.batch * row.context),
+            "of_copy": row.bytes / taken / most["copy_bytes"],
+            "of_matrix": row.flops / taken / most["matrix_flops"],
+        }
+
+
+def best_bf16_step(result: dict[str, Any], row: StepRow) -> list[dict[str, Any]]:
+    """A step with bf16 keys and values and the best attention to them: one without history, and that of all layers."""
+    empty = [e["seconds"] for e in result["steps"] if e["cache"] == "bf16" and e["context"] == BLOCK]
+    layer = best_bf16(result["layers"], row.model, row.batch, row.context)
+    if not empty or layer is None:
+        return []
+    name = "bf16, with the best attention: sum of a step without history and of its layers"
+    total = empty[0] + config_of(row.model).num_layers * layer
+    return [{**dataclasses.asdict(row), "cache": name, "seconds": total}]
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def show(result: dict[str, Any]) -> None:
+    for e in result["layers"]:
+        shares = f"copy {e['of_copy']:.0%}, matrix {e['of_matrix']:.0%}"
+        print(f"{_name(e)} {1e3 * e['seconds']:9.3f} ms {e['ns_per_token']:7.3f} ns/token, {shares}")
+    for e in result["sums"]:
+        print(f"{_name(e)} {1e3 * e['seconds']:9.3f} ms a layer of the running sum")
+    for e in result["steps"]:
+        print(f"step {e['cache']:24} {e['batch']:3} x {e['context']:6} {1e3 * e['seconds']:9.2f} ms")
+    for e in result["skipped"]:
+        what = " ".join(str(value) for name, value in e.items() if name != "reason")
+        print(f"skipped: {what}: {e['reason']}")
+    for e in result["wrong"]:
+        print(f"wrong (more than {ALLOWED} off, or it failed): {e}")
+
+
+def _name(e: dict[str, Any]) -> str:
+    return f"{e['model']:13} {e['cache']:26} {e['implementation']:8} {e['batch']:3} x {e['context']:6}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write everything here")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="write a picture here")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start no further row after this long")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, kernels on the interpreter")
+    parser.add_argument("--tune", action="store_true", help="look for the fastest tile sizes instead")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    with target.interpreted() if arguments.smoke else contextlib.nullcontext():
+        if arguments.tune:
+            found = tune(arguments.smoke, deadline)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            return 0
+        result = measure(arguments.smoke, deadline, arguments.json)
+    if arguments.plot:
+        draw(result, arguments.plot)
+    show(result)
+    return 1 if result["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

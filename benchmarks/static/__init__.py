@@ -1,0 +1,1 @@
+"""What kernels cost by the code that compilers make of them, for chips that need not be there."""
