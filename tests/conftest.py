@@ -150,6 +150,11 @@ def _programs_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that are optimized run last, so that compiled programs are forgotten once and not between any two."""
+    items.sort(key=lambda item: item.get_closest_marker("optimized") is not None)
+
+
 @pytest.fixture(autouse=True)
 def _optimizations(request: pytest.FixtureRequest) -> None:
     """Compiling takes most of the time of the tests: only those marked `optimized` have code made as users have it."""

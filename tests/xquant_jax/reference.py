@@ -1,4 +1,4 @@
-"""XQuant computed another way: numpy, one sequence, one token at a time, nothing packed, nothing absorbed.
+"""XQuant computed another way: numpy, one sequence, nothing packed, nothing absorbed.
 
 Prompt tokens see each other exactly. A stored token is read back from its quantized block once that is whole, and
 from bfloat16 before; keys and values are rebuilt from it at every step.
@@ -107,10 +107,10 @@ def rms(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
 
-def rope(x: np.ndarray, position: int, theta: float) -> np.ndarray:
-    """Rotates the pairs of one head's vector as complex numbers."""
+def rope(x: np.ndarray, positions: np.ndarray | int, theta: float) -> np.ndarray:
+    """Rotates the pairs of vectors [..., d] as complex numbers; `positions` are broadcast over the vectors."""
     half = x.shape[-1] // 2
-    turn = np.exp(1j * position * theta ** (-np.arange(half) / half))
+    turn = np.exp(1j * np.multiply.outer(positions, theta ** (-np.arange(half) / half)))
     z = (x[..., :half] + 1j * x[..., half:]) * turn
     return np.concatenate([z.real, z.imag], axis=-1)
 
@@ -201,48 +201,42 @@ class Reference:
                     assert_neighbours(theirs, np.asarray(vectors[first:]).astype(bf16).astype(np.float32), 0.0)
                     vectors[first:] = list(theirs)
 
-    def feed(self, tokens: list[int]) -> np.ndarray:
+    def feed(self, tokens: np.ndarray) -> np.ndarray:
         """Appends tokens that see each other exactly; returns the logits of the last."""
-        c = self.c
-        hs = [np.asarray(self.params["embed"]["embedding"][t], np.float64) for t in tokens]
+        c, at = self.c, self.length + np.arange(len(tokens))
+        h = np.asarray(self.params["embed"]["embedding"], np.float64)[tokens]
         for i in range(c.num_layers):
             w, f = self.layer(i)
-            old_k, old_v = (
-                self.keys_values(w, f, i) if self.length else (np.zeros((0, c.num_kv_heads, c.head_dim)),) * 2
+            x = rms(h, w["attention_norm"]["scale"], c.norm_eps)
+            q, k, v = (
+                (x @ w[p]["kernel"] + w[p].get("bias", 0)).reshape(len(x), -1, c.head_dim)
+                for p in ("query", "key", "value")
             )
-            ks = [rope(k, s, c.rope.theta) for s, k in enumerate(old_k)]
-            vs = list(old_v)
-            for n, h in enumerate(hs):
-                x = rms(h, w["attention_norm"]["scale"], c.norm_eps)
-                q, k, v = (
-                    (x @ w[p]["kernel"] + w[p].get("bias", 0)).reshape(-1, c.head_dim)
-                    for p in ("query", "key", "value")
+            if c.qk_norm:
+                q, k = (
+                    rms(q, w["query_norm"]["scale"], c.norm_eps),
+                    rms(k, w["key_norm"]["scale"], c.norm_eps),
                 )
-                if c.qk_norm:
-                    q, k = (
-                        rms(q, w["query_norm"]["scale"], c.norm_eps),
-                        rms(k, w["key_norm"]["scale"], c.norm_eps),
-                    )
-                at = self.length + n
-                ks.append(rope(k, at, c.rope.theta))
-                vs.append(v)
-                q = rope(q, at, c.rope.theta)
-                out = np.empty((c.num_heads, c.head_dim))
-                window = c.sliding_windows[i] or at + 1
-                keys, values = np.stack(ks)[-window:], np.stack(vs)[-window:]
-                for head in range(c.num_heads):
-                    kv = head // (c.num_heads // c.num_kv_heads)
-                    score = keys[:, kv] @ q[head] / math.sqrt(c.head_dim)
-                    p = np.exp(score - score.max())
-                    out[head] = p @ values[:, kv] / p.sum()
-                self.store(i, f, x, h)
-                h = h + out.reshape(-1) @ w["output"]["kernel"] + w["output"].get("bias", 0)
-                y = rms(h, w["mlp_norm"]["scale"], c.norm_eps)
-                gate = y @ w["gate"]["kernel"]
-                hs[n] = h + (gate / (1 + np.exp(-gate)) * (y @ w["up"]["kernel"])) @ w["down"]["kernel"]
+            if self.length:
+                k, v = map(np.concatenate, zip(self.keys_values(w, f, i), (k, v), strict=True))
+            q, k = rope(q, at[:, None], c.rope.theta), rope(k, np.arange(len(k))[:, None], c.rope.theta)
+            distance = at[:, None] - np.arange(len(k))
+            seen = (distance >= 0) & (distance < (c.sliding_windows[i] or len(k)))
+            out = np.empty(q.shape)
+            for head in range(c.num_heads):
+                kv = head // (c.num_heads // c.num_kv_heads)
+                scores = np.where(seen, q[:, head] @ k[:, kv].T / math.sqrt(c.head_dim), -np.inf)
+                p = np.exp(scores - scores.max(-1, keepdims=True))
+                out[:, head] = p @ v[:, kv] / p.sum(-1, keepdims=True)
+            for token in range(len(x)):
+                self.store(i, f, x[token], h[token])
+            h = h + out.reshape(len(x), -1) @ w["output"]["kernel"] + w["output"].get("bias", 0)
+            y = rms(h, w["mlp_norm"]["scale"], c.norm_eps)
+            gate = y @ w["gate"]["kernel"]
+            h = h + (gate / (1 + np.exp(-gate)) * (y @ w["up"]["kernel"])) @ w["down"]["kernel"]
         self.length += len(tokens)
         self.quantize_whole_blocks()
-        last = rms(hs[-1], np.asarray(self.params["final_norm"]["scale"], np.float64), c.norm_eps)
+        last = rms(h[-1], np.asarray(self.params["final_norm"]["scale"], np.float64), c.norm_eps)
         if c.tied_embeddings:
             return last @ np.asarray(self.params["embed"]["embedding"], np.float64).T
         return last @ np.asarray(self.params["head"]["kernel"], np.float64)

@@ -35,8 +35,13 @@ WHOLE = ["kivi:4", "fp8,scale=token", "xquant:4,basis=joint", "xquant:8,value_ba
 ACROSS_LAYERS = ["xquant-cl:2,first=1@4", "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16"]
 MULTI_HEAD = ["xquant:4", "xquant:3,rebuild_dtype=int8", "xquant-cl:4,first=1@4,input=residual"]
 EVERY = [(spec, False) for spec in BY_HEAD + WHOLE + ACROSS_LAYERS] + [(spec, True) for spec in MULTI_HEAD]
-EVERYWHERE = ["xquant:4,group=8", "kivi:4", "xquant-cl:2,first=1@4"]
-"""One that lies by head, one that lies whole, one with a running sum: on every mesh; others on the one of all axes."""
+ON_ONE_AXIS = [
+    ("xquant:4,group=8", SHAPES[0]),  # which sequences a device has is nothing to a method
+    *((spec, SHAPES[1]) for spec in ("xquant:4,group=8", "xquant-cl:2,first=1@4")),
+    *((spec, SHAPES[2]) for spec in ("xquant:4,group=8", "kivi:4")),  # split by head, and by block instead
+]
+QUICK = ["xquant:4,group=8", "kivi:4", "xquant-cl:2,first=1@4"]
+"""One that lies by head, one that lies whole, one with a running sum."""
 TOKENS = 2**20
 """Enough that a tile's temporaries are nothing beside the cache, of which only shapes are made."""
 
@@ -111,11 +116,9 @@ def alone(models: dict[bool, xq.Model]) -> Callable[[str, bool], tuple[np.ndarra
 @pytest.mark.parametrize(
     ("spec", "multi_head", "shape"),
     [
-        *(
-            pytest.param(spec, multi_head, SHAPES[3], marks=() if spec in EVERYWHERE else pytest.mark.slow)
-            for spec, multi_head in EVERY
-        ),
-        *(pytest.param(spec, False, shape, marks=pytest.mark.slow) for spec in EVERYWHERE for shape in SHAPES[:3]),
+        *((spec, False, SHAPES[3]) for spec in QUICK),
+        *(pytest.param(*case, SHAPES[3], marks=pytest.mark.slow) for case in EVERY if case[0] not in QUICK),
+        *(pytest.param(spec, False, shape, marks=pytest.mark.slow) for spec, shape in ON_ONE_AXIS),
     ],
 )
 def test_same_answers(
@@ -127,43 +130,47 @@ def test_same_answers(
     np.testing.assert_allclose(their_logprobs, logprobs, rtol=0, atol=1e-5 * extent)
 
 
+def flushed(model: xq.Model, spec: str) -> Cache:
+    """A chunk of 300 vectors and then one at a time, rows advancing apart."""
+    counts = [LENGTHS, *np.random.default_rng(0).integers(0, 2, (6, 8))]  # some rows are at 127 and 128 tokens
+    cache_config, random = CacheConfig.parse(spec), np.random.default_rng(1)
+    method_params = model.method_params(cache_config)
+    chunk = jax.jit(lambda cache, new, counts: flush(append(cache, new, counts), method_params))
+    one = jax.jit(lambda cache, new, counts: flush_when_due(append(cache, new, counts), method_params))
+    cache = allocate(cache_config, model.config, batch=8, tokens=1024)
+    for count in counts:
+        length = max(count)
+        new = tuple(
+            {
+                name: random.normal(size=(*window.shape[:2], length, window.shape[3])).astype(np.float32)
+                for name, window in segment.window.items()
+            }
+            for segment in cache.segments
+        )
+        cache = (one if length == 1 else chunk)(cache, new, np.asarray(count, np.int32))
+    return cache
+
+
+@pytest.fixture(scope="module")
+def flushed_alone(models: dict[bool, xq.Model]) -> Callable[[str], Cache]:
+    return functools.cache(lambda spec: flushed(models[False], spec))
+
+
 @pytest.mark.parametrize(
     ("spec", "shape"),
     [
         *((spec, SHAPES[3]) for spec in ("int8,group=8", "kivi:4", "kvquant:3", "xquant-cl:2,first=1@4")),
-        *(
-            pytest.param(spec, shape, marks=pytest.mark.slow)
-            for spec in ("kivi:4", "xquant-cl:2,first=1@4")
-            for shape in SHAPES[:3]
-        ),
+        *(pytest.param("kivi:4", shape, marks=pytest.mark.slow) for shape in SHAPES[:3]),
+        pytest.param("xquant-cl:2,first=1@4", SHAPES[1], marks=pytest.mark.slow),
     ],
 )
-def test_flushes_write_the_same_bits(models: dict[bool, xq.Model], spec: str, shape: tuple[int, int, int]) -> None:
-    """The same vectors, a chunk of 300 and then one at a time, rows advancing apart: windows and histories agree."""
-    model, cache_config = models[False], CacheConfig.parse(spec)
-    counts = [LENGTHS, *np.random.default_rng(0).integers(0, 2, (6, 8))]  # some rows are at 127 and 128 tokens
-
-    def fed(model: xq.Model) -> Cache:
-        method_params, random = model.method_params(cache_config), np.random.default_rng(1)
-        chunk = jax.jit(lambda cache, new, counts: flush(append(cache, new, counts), method_params))
-        one = jax.jit(lambda cache, new, counts: flush_when_due(append(cache, new, counts), method_params))
-        cache = allocate(cache_config, model.config, batch=8, tokens=1024)
-        for count in counts:
-            length = max(count)
-            new = tuple(
-                {
-                    name: random.normal(size=(*window.shape[:2], length, window.shape[3])).astype(np.float32)
-                    for name, window in segment.window.items()
-                }
-                for segment in cache.segments
-            )
-            cache = (one if length == 1 else chunk)(cache, new, np.asarray(count, np.int32))
-        return cache
-
-    expected = fed(model)
-    mesh = xq.make_mesh(*shape)
+def test_flushes_write_the_same_bits(
+    models: dict[bool, xq.Model], flushed_alone: Callable[[str], Cache], spec: str, shape: tuple[int, int, int]
+) -> None:
+    """Of the same vectors, windows and histories agree."""
+    expected, mesh = flushed_alone(spec), xq.make_mesh(*shape)
     with jax.set_mesh(mesh):
-        found = fed(model.on(mesh))
+        found = flushed(models[False].on(mesh), spec)
     np.testing.assert_array_equal(found.history_blocks, expected.history_blocks)
     for mine, theirs in zip(found.segments, expected.segments, strict=True):
         jax.tree.map(np.testing.assert_array_equal, (mine.history, mine.sink), (theirs.history, theirs.sink))

@@ -62,7 +62,7 @@ def test_prefill_and_decode_equal_the_reference(spec: str) -> None:
         reference = Codebooks(model, CacheConfig.parse(spec))
         pieces = [tokens[row, :count], *tokens[row, count : count + STEPS, None]]
         for step, (piece, (logits, cache)) in enumerate(zip(pieces, seen, strict=True)):
-            expected = reference.feed(list(piece))
+            expected = reference.feed(piece)
             assert np.abs(logits[row] - expected).max() <= TOLERANCE * np.ptp(expected), (count, step)
             reference.adopt(cache.segments[0], row)
 

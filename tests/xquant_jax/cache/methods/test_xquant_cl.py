@@ -1,4 +1,4 @@
-"""XQuant-CL in prefill and decode equals an independent computation: numpy, one sequence, one token at a time."""
+"""XQuant-CL in prefill and decode equals an independent computation: numpy, one sequence."""
 
 import dataclasses
 from typing import Any
@@ -185,7 +185,7 @@ def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
         reference = ClosedLoop(model, cache_config)
         pieces = [tokens[row, : counts[row]], *tokens[row, counts[row] : counts[row] + STEPS, None]]
         for step, (piece, (logits, cache)) in enumerate(zip(pieces, seen, strict=True)):
-            expected = reference.feed(list(piece))
+            expected = reference.feed(piece)
             assert np.abs(logits[row] - expected).max() <= TOLERANCE * np.ptp(expected), (row, step)
             reference.adopt_all(cache, row)
 
