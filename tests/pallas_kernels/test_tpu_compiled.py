@@ -12,9 +12,11 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import pallas_kernels
+from benchmarks.models import decode_shape, sum_shape
 from pallas_kernels import Accumulate, Accumulation, DecodeAttention, KeyRebuild, Quantize, RematProject, target
-from pallas_kernels.eight_bits import quantize_matrix
+from pallas_kernels.chips import TPUS
 from pallas_kernels.pallas_tpu import decode_attention
+from pallas_kernels.shapes import history
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
@@ -27,23 +29,18 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
 ]
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 BLOCKS = 32_768 // 128
 LAYERS = 2
 
 
-@pytest.fixture(params=TOPOLOGIES)
+@pytest.fixture(params=TPUS)
 def device(request: pytest.FixtureRequest) -> Any:
-    return topologies.get_topology_desc(TOPOLOGIES[request.param], "tpu").devices[0]
+    return topologies.get_topology_desc(TPUS[request.param].topology, "tpu").devices[0]
 
 
 def shapes(tree: Any, device: Any) -> Any:
     sharding = SingleDeviceSharding(device)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-
-def history(width: int, bits: int, axis: Any) -> Blocks:
-    return jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, bits, axis), (LAYERS, 1, BLOCKS)))
 
 
 def compiled(function: Any, device: Any, *args: Any, donate: Any = ()) -> Any:
@@ -65,65 +62,37 @@ def shape(*size: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 LARGEST = [  # of each form of the rebuild: these are compiled for a v5p and a v7x too, with half of the memory for them
-    ("llama-3.1-8b", 3, "per_head", 16),
-    ("llama-3.1-8b", 2, "joint", 1),
-    ("llama-3.1-8b", 8, "stored", 1),
-    ("llama-2-7b", 8, "x", 1),
-    ("llama-2-7b", 3, "x int8", 8),
-    ("llama-2-7b", 3, "x fp8", 8),
-    ("llama-3.1-8b", 8, "cl int8", 1),
-    ("qwen3-8b", 4, "per_head", 1),
+    ("Llama-3.1-8B", "xquant:3", 16),
+    ("Llama-3.1-8B", "xquant:2,basis=joint", 1),
+    ("Llama-3.1-8B", "int8", 1),
+    ("Llama-2-7B", "xquant:8", 1),
+    ("Llama-2-7B", "xquant:3,rebuild_dtype=int8", 8),
+    ("Llama-2-7B", "xquant:3,rebuild_dtype=fp8", 8),
+    ("Llama-3.1-8B", "xquant-cl:2,rebuild_dtype=int8", 1),
+    ("Qwen3-8B", "xquant:4", 1),
 ]
 OTHERS = [
-    ("llama-3.1-8b", 4, "per_head", 1),
-    ("llama-2-7b", 4, "x", 1),
+    ("Llama-3.1-8B", "xquant:4", 1),
+    ("Llama-2-7B", "xquant:4", 1),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("device", "model", "bits", "form", "new"),
+    ("device", "model", "cache", "new"),
     [
-        (chip, *case)
-        for chip in TOPOLOGIES
-        for case in (LARGEST if chip in ("v5p", "v7x") else LARGEST + OTHERS)
-        if ("int8" if chip == "v7x" else "fp8") not in case[2]
+        (name, *case)
+        for name, chip in TPUS.items()
+        for case in (LARGEST if name in ("v5p", "v7x") else LARGEST + OTHERS)
+        if "rebuild_dtype" not in case[1] or case[1].endswith(str(chip.eight_bits))
     ],
     indirect=["device"],
 )
-def test_decode_attention_compiles_and_copies_no_history(
-    device: Any, model: str, bits: int, form: str, new: int
-) -> None:
-    width, heads, dim = 4096, 32, 128
-    kv_heads = 32 if model == "llama-2-7b" else 8
-    form, _, small = form.partition(" ")  # of the key rebuild matrix
-    one = form in ("x", "cl")
-    stored = {"x": width, "cl": 2 * kv_heads * dim}.get(form, kv_heads * dim)
-    key = history(stored, bits, "token" if one or form == "stored" else "channel")
-    value = None if one else history(stored, bits, "token")
-    matrix = {"per_head": (kv_heads, dim, dim), "stored": None}.get(form, (stored, kv_heads * dim))
-    rebuild = KeyRebuild(matrix and shape(*matrix), None, shape(dim) if model == "qwen3-8b" else None, 1e-6)
-    if small:
-        fields = jax.eval_shape(lambda w: quantize_matrix(w[None], small, 128), rebuild.matrix)
-        rebuild = dataclasses.replace(
-            rebuild, **{name: shape(*a.shape[1:], dtype=a.dtype) for name, a in fields.items()}
-        )
-
-    integers = {"dtype": jnp.int32}
-    geometry = Geometry(shape(1, new, **integers), shape(**integers), shape(dim // 2, dtype=jnp.float32), dim**-0.5)
-    call = DecodeAttention(
-        shape(1, new, heads, dim),
-        key,
-        rebuild,
-        value,
-        shape(1, **integers),
-        geometry,
-        shape(**integers),
-        num_kv_heads=kv_heads,
-        value_heads=1 if one or form == "joint" else kv_heads,
-    )
+def test_decode_attention_compiles_and_copies_no_history(device: Any, model: str, cache: str, new: int) -> None:
+    call = decode_shape(model, cache).call(layers=LAYERS, batch=1, blocks=BLOCKS, new=new)
     memory = compiled(run, device, call).memory_analysis()
-    permuted = rebuild.matrix.size * rebuild.matrix.dtype.itemsize if one else 0
+    matrix = call.key_rebuild.matrix
+    permuted = matrix.size * matrix.dtype.itemsize if call.value_stream is None else 0
     if device.device_kind == "TPU7x":
         permuted *= 2  # it goes through the sparse core
     assert memory.temp_size_in_bytes < permuted + 3 * 2**20  # queries and results, not a layer of the history
@@ -131,9 +100,8 @@ def test_decode_attention_compiles_and_copies_no_history(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "columns", "bits", "axis"), [(4096, 8192, 4, "token"), (1024, 1024, 3, "channel")])
-def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int, axis: str) -> None:
-    blocks = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), history(width, bits, axis))
-    call = RematProject(blocks, shape(width, columns))
+def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int, axis: Any) -> None:
+    call = RematProject(history(StreamSpec(width, bits, axis), 1, BLOCKS), shape(width, columns))
     assert compiled(run, device, call).as_text().count("tpu_custom_call") == 1
 
 
@@ -155,27 +123,24 @@ def test_quantize_compiles(device: Any, width: int, stored: Any, dtype: Any) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("width", "stored", "predict", "lift"),
+    ("model", "cache", "base"),
     [
-        (2048, 2048, ((2048, 2048),), None),  # xquant-cl of llama-3.1-8b
-        (2048, 2048, ((2048, 256), (256, 2048)), None),  # with rank=256
-        (4096, 2048, (), (2048, 4096)),  # with predict=paper
-        (4096, 4096, (), None),  # of llama-2-7b
-        (4096, 4096, None, None),  # its base
+        ("Llama-3.1-8B", "xquant-cl:2", False),
+        ("Llama-3.1-8B", "xquant-cl:2,rank=256", False),
+        ("Llama-3.1-8B", "xquant-cl:2,predict=paper", False),
+        ("Llama-2-7B", "xquant-cl:2", False),
+        ("Llama-2-7B", "xquant-cl:2", True),  # the layer that a sum begins with
     ],
 )
-def test_accumulate_compiles_and_adds_in_place(device: Any, width: int, stored: int, predict: Any, lift: Any) -> None:
-    running_sum = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, 8), (1, BLOCKS)))
-    accumulation = Accumulation(
-        None if predict is None else tuple(shape(*size) for size in predict), None if lift is None else shape(*lift)
-    )
+def test_accumulate_compiles_and_adds_in_place(device: Any, model: str, cache: str, base: bool) -> None:
+    call = sum_shape(model, cache).call(layers=LAYERS, batch=1, blocks=BLOCKS)
+    if base:
+        call = dataclasses.replace(call, accumulation=Accumulation(None))
 
     def add(running_sum: Blocks, call: Accumulate) -> Blocks:
-        return run(call.replace(running_sum=running_sum))
+        return run(dataclasses.replace(call, running_sum=running_sum))
 
-    integers = {"dtype": jnp.int32}
-    stream = history(stored, 2, "token")
-    call = Accumulate(running_sum, stream, accumulation, shape(1, **integers), shape(**integers))
+    running_sum = call.running_sum
     memory = compiled(add, device, running_sum, call, donate=0).memory_analysis()
     assert memory.alias_size_in_bytes >= sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(running_sum))
     assert memory.temp_size_in_bytes < 2**20
@@ -188,7 +153,7 @@ def test_accumulate_compiles_and_adds_in_place(device: Any, width: int, stored: 
 )
 def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str, kernels: tuple[str, ...]) -> None:
     """The whole of `generate`, prefill and decode with a donated cache of 128 k tokens, compiled for a v5e."""
-    device = topologies.get_topology_desc(TOPOLOGIES["v5e"], "tpu").devices[0]
+    device = topologies.get_topology_desc(TPUS["v5e"].topology, "tpu").devices[0]
     layers = 6
     sizes = {"width": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "num_layers": layers}
     config = tiny_config(**sizes, sliding_windows=(None,) * layers, dtype="bfloat16")
