@@ -141,13 +141,18 @@ def _few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _programs_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Both processes of `make test` keep what they compile in one folder: of this run, or one that JAX is told of."""
+    """Both processes of `make test`, and the commands that tests start, keep what they compile in one folder: of this
+    run, or one that JAX is told of."""
     own = tmp_path_factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "programs"
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    of_this_run = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "programs"
+    options = {
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(of_this_run),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
