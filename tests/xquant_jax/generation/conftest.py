@@ -1,4 +1,4 @@
-"""The models that the tests of generation share: the one that ships with the package, and its first two layers."""
+"""The models that the tests of generation share: the one that ships with the package, and its first five layers."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def demo() -> xq.Model:
 
 @pytest.fixture(scope="session")
 def model(demo: xq.Model) -> xq.Model:
-    """Its first two layers alone: as many words, a fraction of the work."""
-    config = dataclasses.replace(demo.config, num_layers=2, sliding_windows=(None, None))
-    layers = jax.tree.map(lambda a: a[:2], demo.params["layers"])
+    """Its first five layers alone: as many words, a fraction of the work."""
+    config = dataclasses.replace(demo.config, num_layers=5, sliding_windows=(None,) * 5)
+    layers = jax.tree.map(lambda a: a[:5], demo.params["layers"])
     return dataclasses.replace(demo, transformer=xq.Transformer(config), params={**demo.params, "layers": layers})
