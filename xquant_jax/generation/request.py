@@ -212,7 +212,7 @@ def one_by_one(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     several: Any = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
     if isinstance(several, str) or (len(several) > 0 and isinstance(several[0], numbers.Integral)):
         several = [several]
-    return several
+    return list(several)
 
 
 def _prompt_tokens(model: Model, name: str, prompt: Any) -> list[int]:
