@@ -329,7 +329,7 @@ class TestCommand:
             ("--cache bf16 --batch 0", "--batch 0"),
             ("--cache bf16 --chunk 0", "chunk=0"),
             ("--cache nonsense", "cache method 'nonsense' is not known"),
-            ("--cache xquant:4,first=12@4", "the model has 12 layers"),
+            ("--cache xquant:4,first=13@4", "the model has 12 layers"),
             pytest.param("--cache bf16 --plot out.xyz", ".xyz is not a picture", marks=NEEDS_MATPLOTLIB),
             ("--cache bf16 --plot nowhere/out.png", "there is no directory nowhere"),
         ],
