@@ -304,7 +304,7 @@ def test_what_does_not_divide_is_an_error(
 
 
 def test_weights_that_do_not_divide_are_an_error() -> None:
-    message = "num_key_value_heads=2 cannot be split over tensor=8; for this model tensor can be 1 or 2"
+    message = "num_attention_heads=4 cannot be split over tensor=8; for this model tensor can be 1 or 2"
     with pytest.raises(xq.ConfigError, match=message):
         xq.load("demo", mesh=xq.make_mesh(tensor=8))
 
