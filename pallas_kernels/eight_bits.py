@@ -53,7 +53,7 @@ def quantize_matrix(matrix: Float[Array, "L C R"], name: str, group: int) -> dic
     def layer(w: Float[Array, "C R"]) -> dict[str, Array]:
         wide = w.astype(jnp.float32)
         scale = jnp.maximum(jnp.abs(wide).max(axis=0) / largest, SMALLEST_NORMAL)
-        unit = jnp.clip(wide / scale, -largest, largest)
+        unit = jnp.clip(wide / scale[None], -largest, largest)
         small = (jnp.round(unit) if name == "int8" else unit).astype(dtype)
         sums = small.astype(jnp.float32).reshape(-1, group, w.shape[1]).sum(axis=1)
         return {"matrix": small, "scale": scale, "sums": sums}

@@ -5,6 +5,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float
 
+from xquant_jax.numerics.broadcast import along_last
 from xquant_jax.numerics.quantization import Leaf
 
 
@@ -30,13 +31,14 @@ class KeyRebuild:
             k = expand(z, self.matrix, num_kv_heads)
         else:  # what 8 bits hold, every type of z holds exactly
             wide = jnp.matmul(z, self.matrix.astype(z.dtype), preferred_element_type=jnp.float32)
-            k = (wide * self.scale).astype(z.dtype).reshape(*z.shape[:2], num_kv_heads, -1)
+            k = (wide * along_last(self.scale, wide)).astype(z.dtype).reshape(*z.shape[:2], num_kv_heads, -1)
         if self.bias is not None:
-            k = k + self.bias.reshape(num_kv_heads, -1).astype(k.dtype)
+            k = k + self.bias.reshape(1, 1, num_kv_heads, -1).astype(k.dtype)
         if self.norm is not None:
             wide = k.astype(jnp.float32)
             mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-            k = (wide * lax.rsqrt(mean_square + self.norm_eps) * self.norm).astype(z.dtype)
+            norm = along_last(self.norm.astype(jnp.float32), wide)
+            k = (wide * lax.rsqrt(mean_square + self.norm_eps) * norm).astype(z.dtype)
         return k
 
 

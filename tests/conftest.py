@@ -26,6 +26,10 @@ from xquant_jax.model.factors import factor_source
 from xquant_jax.model.transformer import Transformer
 from xquant_jax.numerics.rope import Rope
 
+# what is combined says which axes it means and has one type
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 # eight CPU devices for the tests of sharding; everything else runs on the first
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 

@@ -76,12 +76,11 @@ def check(results: Path, new: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_and_four_processes_answer_alike(model: Path, prompts: Path, tmp_path: Path) -> None:
-    alone, two, four = (tmp_path / f"{name}.jsonl" for name in ("alone", "two", "four"))
+def test_four_processes_answer_as_one_does(model: Path, prompts: Path, tmp_path: Path) -> None:
+    alone, four = (tmp_path / f"{name}.jsonl" for name in ("alone", "four"))
     options = ("--cache", "bf16,dtype=float32", "--max-new-tokens", "9", "--slots", "4")
     jobs = {
         alone: start(1, model, prompts, alone, *options, "--mesh", "tensor=2"),
-        two: start(2, model, prompts, two, *options, "--mesh", "data=2,sequence=2"),
         four: start(4, model, prompts, four, *options, "--mesh", "data=2,sequence=2,tensor=2"),
     }
     for results, processes in jobs.items():
@@ -90,7 +89,7 @@ def test_two_and_four_processes_answer_alike(model: Path, prompts: Path, tmp_pat
         assert "line 4: not JSON" in errors[0]
         check(results, 9)
     tokens = [{line: r.get("tokens") for line, r in records(results).items()} for results in jobs]
-    assert tokens[0] == tokens[1] == tokens[2]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def _extend(
     def write(window: Array, vectors: Array, window_lengths: Array, counts: Array) -> Array:
         """Into the places that exist: a few at once, for all layers."""
         width = window.shape[2]
-        rows, number = jnp.arange(window.shape[1])[:, None], jnp.arange(length)
+        rows, number = jnp.arange(window.shape[1])[:, None], jnp.arange(length)[None]
         places = window_lengths[:, None] + number - width * sharding.shard_index(partition.blocks)
         exists = (number < counts[:, None]) & (places >= 0) & (places < width)
         vectors = sharding.gather(vectors, split, axis=2)

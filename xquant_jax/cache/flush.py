@@ -55,7 +55,7 @@ def _quantize_own_blocks(cache: Cache, method_params: tuple[Any, ...]) -> tuple[
     batch = whole.shape[0]
     rows = jnp.arange(batch)[:, None]
     places = next(iter(cache.segments[0].window.values())).shape[2] * sharding.devices_along(partition.blocks)
-    candidates = jnp.arange(places // BLOCK)
+    candidates = jnp.arange(places // BLOCK)[None]
     capacity = next(iter(cache.segments[0].history.values())).planes[0].shape[2]
     targets = cache.history_blocks[:, None] + candidates - capacity * sharding.shard_index(partition.blocks)
     kept = (candidates < whole[:, None]) & (targets >= 0) & (targets < capacity)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from xquant_jax.config import ModelConfig
 from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.broadcast import along_last
 from xquant_jax.sharding import constrain, tokens_axis
 
 Params = Mapping[str, Any]
@@ -69,14 +70,15 @@ def mlp(params: Params, h: Float[Array, "B T D"], config: ModelConfig) -> Float[
 def dense(params: Params, x: Float[Array, "*rest N"]) -> Float[Array, "*rest M"]:
     """x W, plus b where there is one."""
     out = x @ params["kernel"]
-    return out + params["bias"] if "bias" in params else out
+    return out + along_last(params["bias"], out) if "bias" in params else out
 
 
 def rms_norm(params: Params, x: Float[Array, "*rest N"], eps: float) -> Float[Array, "*rest N"]:
     """x over its root mean square along the last axis, times the scale; computed in float32."""
-    wide, scale = x.astype(jnp.float32), params["scale"]
+    wide, scale = x.astype(jnp.float32), along_last(params["scale"], x)
     mean_square = jnp.mean(lax.square(wide), axis=-1, keepdims=True)
-    return (wide * (lax.rsqrt(mean_square + eps) * scale)).astype(jnp.result_type(x, scale))
+    scaled = wide * (lax.rsqrt(mean_square + eps) * scale.astype(jnp.float32))
+    return scaled.astype(jnp.promote_types(x.dtype, scale.dtype))
 
 
 def embed(params: Params, tokens: Int[Array, "*rest"]) -> Float[Array, "*rest D"]:

@@ -72,7 +72,7 @@ class Transformer(nn.Module):
     def _extend(
         self, tokens: Array, cache: Cache, method_params: tuple[Any, ...], counts: Array
     ) -> tuple[Array, Cache]:
-        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
         h = sharding.constrain(layers.embed(self.weights, tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
         start, emitted, running_sum = 0, [], cache.running_sum
         for segment, segment_params in zip(cache.segments, method_params, strict=True):

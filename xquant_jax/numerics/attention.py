@@ -68,12 +68,12 @@ def attend(
     """
     batch, length, heads, dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
-    number = jnp.arange(keys)
+    number = jnp.arange(keys)[None]
     relative = geometry.positions - origin[:, None]
     if not geometry.rotated:
         q = rope.rotate_heads(q, relative, geometry.frequencies)
-        k = rope.rotate_heads(k, number[None], geometry.frequencies)
-    distance = relative[:, :, None] - number  # [B, T, S]
+        k = rope.rotate_heads(k, number, geometry.frequencies)
+    distance = relative[:, :, None] - number[:, None]  # [B, T, S]
     exists = (number >= first) & (number < jnp.asarray(count).reshape(-1, 1))
     mask = (distance >= 0) & (distance < geometry.sliding_window) & exists[:, None]
 

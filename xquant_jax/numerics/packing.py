@@ -6,6 +6,7 @@ therefore yield 4p whole token rows, in order.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, UInt, UInt32
 
 BLOCK = 128
@@ -21,8 +22,8 @@ def pack(codes: UInt[Array, "*rest 128 C"], bits: int) -> tuple[UInt32[Array, ".
     for p in PLANES[bits]:
         plane = (codes.astype(jnp.uint32) >> low) & (2**p - 1)
         fields = plane.reshape(*codes.shape[:-2], 32 // p, 4 * p, codes.shape[-1])
-        shifts = jnp.arange(0, 32, p, dtype=jnp.uint32)[:, None, None]
-        planes.append(jnp.sum(fields << shifts, axis=-3, dtype=jnp.uint32))  # fields do not overlap: sum is or
+        fields = fields << _shifts(p, fields.ndim)
+        planes.append(jnp.sum(fields, axis=-3, dtype=jnp.uint32))  # they do not overlap: sum is or
         low += p
     return tuple(planes)
 
@@ -31,8 +32,12 @@ def unpack(planes: tuple[UInt32[Array, "..."], ...], bits: int) -> UInt32[Array,
     """The codes that `pack` was given."""
     codes, low = jnp.uint32(0), 0
     for p, words in zip(PLANES[bits], planes, strict=True):
-        shifts = jnp.arange(0, 32, p, dtype=jnp.uint32)[:, None, None]
-        fields = (words[..., None, :, :] >> shifts) & (2**p - 1)
+        fields = (words[..., None, :, :] >> _shifts(p, words.ndim + 1)) & (2**p - 1)
         codes = codes | (fields.reshape(*words.shape[:-2], BLOCK, words.shape[-1]) << low)
         low += p
     return codes
+
+
+def _shifts(p: int, ndim: int) -> UInt32[Array, "*ones f 1 1"]:
+    """How far up in a word each of its fields of p bits lies."""
+    return p * lax.broadcasted_iota(jnp.uint32, (1,) * (ndim - 3) + (32 // p, 1, 1), ndim - 3)

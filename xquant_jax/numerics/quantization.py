@@ -249,5 +249,5 @@ def _round_away(x: Float32[Array, "..."], away: Array) -> BFloat16[Array, "..."]
     """Truncates float32 to bfloat16 by its bits; where `away`, an inexact value moves one step from zero."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     inexact = (bits & 0xFFFF) != 0
-    high = (bits >> 16) + (inexact & away)
+    high = (bits >> 16) + (inexact & away).astype(np.uint32)
     return lax.bitcast_convert_type(high.astype(np.uint16), jnp.bfloat16)

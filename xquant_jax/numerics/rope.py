@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from xquant_jax.errors import ConfigError
+from xquant_jax.numerics.broadcast import along_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,9 @@ def rotation(
     positions: Int[Array, "*positions"], frequencies: Float[Array, " half"]
 ) -> tuple[Float[Array, "*positions half"], Float[Array, "*positions half"]]:
     """Cosine and sine of `position * frequency`, float32."""
-    angle = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angle), jnp.sin(angle)
+    angles = positions.astype(jnp.float32)[..., None]
+    angles = angles * along_last(frequencies, angles)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(

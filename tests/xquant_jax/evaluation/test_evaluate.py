@@ -382,6 +382,7 @@ INCREASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # 32 windows of 512 tokens take longer than compiling
 @pytest.mark.parametrize("name", INCREASES)
 def test_agrees_with_an_independent_computation(name: str, shared: Path) -> None:
     """Within 15 % of each increase, or 0.002 nats."""

@@ -35,13 +35,17 @@ WHOLE = ["kivi:4", "fp8,scale=token", "xquant:4,basis=joint", "xquant:8,value_ba
 ACROSS_LAYERS = ["xquant-cl:2,first=1@4", "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16"]
 MULTI_HEAD = ["xquant:4", "xquant:3,rebuild_dtype=int8", "xquant-cl:4,first=1@4,input=residual"]
 EVERY = [(spec, False) for spec in BY_HEAD + WHOLE + ACROSS_LAYERS] + [(spec, True) for spec in MULTI_HEAD]
-ON_ONE_AXIS = [
-    ("xquant:4,group=8", SHAPES[0]),  # which sequences a device has is nothing to a method
-    *((spec, SHAPES[1]) for spec in ("xquant:4,group=8", "xquant-cl:2,first=1@4")),
-    *((spec, SHAPES[2]) for spec in ("xquant:4,group=8", "kivi:4")),  # split by head, and by block instead
-]
 QUICK = ["xquant:4,group=8", "kivi:4", "xquant-cl:2,first=1@4"]
 """One that lies by head, one that lies whole, one with a running sum."""
+ANSWERED = [  # how it is quantized is nothing to a mesh, only how it lies: by head, whole, in latents, with sums
+    *((spec, False, SHAPES[3]) for spec in QUICK),
+    *((spec, False, SHAPES[3]) for spec in ("xquant:8,value_basis=joint", "kvquant:3")),
+    (ACROSS_LAYERS[1], False, SHAPES[3]),
+    *((spec, True, SHAPES[3]) for spec in MULTI_HEAD[1:]),
+    ("xquant:4,group=8", False, SHAPES[0]),
+    ("xquant-cl:2,first=1@4", False, SHAPES[1]),
+    ("kivi:4", False, SHAPES[2]),  # what cannot be split by head is split by block instead
+]
 TOKENS = 2**20
 """Enough that a tile's temporaries are nothing beside the cache, of which only shapes are made."""
 
@@ -116,9 +120,8 @@ def alone(models: dict[bool, xq.Model]) -> Callable[[str, bool], tuple[np.ndarra
 @pytest.mark.parametrize(
     ("spec", "multi_head", "shape"),
     [
-        *((spec, False, SHAPES[3]) for spec in QUICK),
-        *(pytest.param(*case, SHAPES[3], marks=pytest.mark.slow) for case in EVERY if case[0] not in QUICK),
-        *(pytest.param(spec, False, shape, marks=pytest.mark.slow) for spec, shape in ON_ONE_AXIS),
+        *ANSWERED[: len(QUICK)],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ANSWERED[len(QUICK) :]),
     ],
 )
 def test_same_answers(

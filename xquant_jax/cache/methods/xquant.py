@@ -144,7 +144,7 @@ def project_values(out: Array, up: Array, bias: Array | None, config: ModelConfi
         dense = up.reshape(-1, config.num_kv_heads, config.head_dim)
         v = jnp.einsum("btkgc,ckd->btkgd", grouped, dense, preferred_element_type=jnp.float32)
     if bias is not None:
-        v = v + _heads(bias, config)[:, None]
+        v = v + _heads(bias, config)[:, :, :, None]
     return v.reshape(batch, length, heads, config.head_dim)
 
 
@@ -172,4 +172,4 @@ def _latent_width(config: ModelConfig, basis: str) -> int:
 
 
 def _heads(bias: Array, config: ModelConfig) -> Array:
-    return bias.reshape(config.num_kv_heads, config.head_dim)
+    return bias.reshape(1, 1, config.num_kv_heads, config.head_dim)

@@ -184,7 +184,7 @@ class XQuantCL(Method):
         vectors = absorbed.prepare(vectors) if absorbed.prepare else vectors
         v = expand(vectors[absorbed.value], method_params["value"]["rebuild"], config.num_kv_heads)
         if config.qkv_bias:
-            v = v + method_params["value"]["bias"].reshape(config.num_kv_heads, config.head_dim)
+            v = v + method_params["value"]["bias"].reshape(1, 1, config.num_kv_heads, config.head_dim)
         return absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads), v
 
     def absorbed(self, method_params: Any, config: ModelConfig) -> Absorbed:
