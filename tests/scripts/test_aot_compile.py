@@ -51,7 +51,6 @@ def exchanged(report: Any, program: str, when: str) -> int:
     [
         ("v5e:2x2", LLAMA_8B, "xquant:4", "tensor=4", "pallas_tpu"),
         ("v5e:2x2", LLAMA_2, "xquant:4", "sequence=2,tensor=2", "pallas_tpu"),
-        ("v5e:4x4", LLAMA_8B, "xquant:4,basis=joint", "sequence=4,tensor=4", "pallas_tpu"),
         ("v5p:2x2x4", LLAMA_70B, "bf16", "sequence=2,tensor=8", "xla"),
     ],
 )

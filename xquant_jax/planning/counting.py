@@ -73,7 +73,7 @@ def step_operations(config: ModelConfig, cache_config: CacheConfig, tokens: int)
 
 def _attend(config: ModelConfig, number: int, method_params: Any, q: Any, cache: Cache) -> Any:
     """Attention of a layer of segment `number` to what it has stored, the running sum brought up to it."""
-    positions = cache.lengths[:, None] + jnp.arange(q.shape[1])
+    positions = cache.lengths[:, None] + jnp.arange(q.shape[1])[None]
     frequencies = jnp.asarray(config.rope.frequencies(config.head_dim))
     geometry = Geometry(positions, jnp.int32(1), frequencies, config.softmax_scale)
     layer_cache = LayerCache.of(cache, cache.segments[number], jnp.int32(0), cache.running_sum)

@@ -13,8 +13,6 @@ from tests.conftest import GOLDEN
 from xquant_jax.cache.flush import flush, flush_when_due
 from xquant_jax.cache.state import allocate
 
-pytestmark = pytest.mark.optimized
-
 CASES = sorted(path.parent for path in GOLDEN.glob("*/golden.npz"))
 TOLERANCE = 1e-4  # of the logits' range: float32 rounding through the layers
 

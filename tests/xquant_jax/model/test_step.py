@@ -38,7 +38,7 @@ def fed_one_by_one(spec: str, tokens: int) -> tuple[jax.Array, xq.Cache]:
     @jax.jit
     def loop(cache: xq.Cache, fed: jax.Array) -> tuple[xq.Cache, jax.Array]:
         def one(cache: xq.Cache, number: jax.Array) -> tuple[xq.Cache, jax.Array]:
-            counts = jnp.asarray([1, 0]) + jnp.asarray([0, 1]) * (number < 100)
+            counts = jnp.asarray([1, 0]) + jnp.asarray([0, 1]) * (number < 100).astype(jnp.int32)
             new = fed[:, number][:, None]
             logits, cache = xq.step(model.transformer, model.params, new, cache, method_params, counts)
             return cache, logits
