@@ -175,7 +175,7 @@ def _tables(tiling: DecodeTiling, places: Array, frequencies: Array) -> tuple[Ar
     """Cosine and signed sine [places, g d]: rotated = x * cos + roll(x, g d / 2) * sin."""
     cos, sin = rope.rotation(places, frequencies)
     sign = np.repeat(np.asarray([-1, 1], np.float32), tiling.width // 2)
-    return cos, sin * sign
+    return cos, sin * sign[None]
 
 
 def _call(

@@ -209,6 +209,8 @@ def _dot_transposed(a: Array, b: Array) -> Array:
 def _turn(tiling: DecodeTiling, q: Array, by: Array | int, refs: dict[str, Any]) -> Array:
     """Rotates queries towards later keys, by `by` times `tiling.turn` blocks."""
     cos, sin = (refs[f"turn_{what}"][by] for what in ("cos", "sin"))
+    if q.ndim > cos.ndim:
+        cos, sin = cos[None], sin[None]
     return q * cos + pltpu.roll(q, tiling.width // 2, q.ndim - 1) * sin
 
 
