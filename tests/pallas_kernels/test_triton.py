@@ -142,7 +142,8 @@ def test_blocks_past_a_length_are_not_read() -> None:
 
     def spoiled(stream: Blocks) -> Blocks:
         """NaN scales in every block that does not exist, and in all of the other layer."""
-        exists = (jnp.arange(BLOCKS) < call.history_blocks[:, None])[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
+        exists = jnp.arange(BLOCKS)[None] < call.history_blocks[:, None]
+        exists = exists[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
         poison = jnp.where(exists[..., None, None], 1.0, jnp.nan).astype(jnp.bfloat16)
         return stream.replace(scale=stream.scale * poison)
 
@@ -194,7 +195,7 @@ def test_sums_in_ranges_agree_with_the_reference(tiles: Tiles, predict: int, mon
 def test_blocks_of_sums_past_a_length_are_neither_read_nor_written() -> None:
     call = of_sums()
     below, differences = call.running_sum, call.stream
-    exists = (jnp.arange(BLOCKS) < call.history_blocks[:, None])[..., None, None]
+    exists = (jnp.arange(BLOCKS)[None] < call.history_blocks[:, None])[..., None, None]
     nan = jnp.bfloat16(jnp.nan)
     differences = differences.replace(scale=jnp.where(exists, differences.scale, nan).at[0].set(nan))
     below = below.replace(scale=jnp.where(exists, below.scale, nan))

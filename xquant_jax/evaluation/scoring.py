@@ -152,7 +152,7 @@ def score_stored(
     group. `method_params` is `CacheConfig.method_params(...)`, `implementation` that of the kernels.
     """
     config, blocks = model.config, -(-tokens.shape[1] // BLOCK)
-    filled = jnp.minimum(jnp.arange(blocks * BLOCK), jnp.maximum(lengths, 1)[:, None] - 1)[..., None]
+    filled = jnp.minimum(jnp.arange(blocks * BLOCK)[None], jnp.maximum(lengths, 1)[:, None] - 1)[..., None]
     segments = cache_config.segments(config)
     of_sum = next((spec for method, _ in segments if (spec := method.running_sum(config)) is not None), None)
     running_sum = None if of_sum is None else allocate_blocks(of_sum, (len(tokens), blocks))
@@ -191,7 +191,7 @@ def _attend_to_stored(
     _, vectors, running_sum = store_and_read(method, own, window, running_sum, specs, implementation)
     n = method.sink_tokens
     vectors = {
-        name: jnp.concatenate([new[name][:, :n], read[:, n:length]], axis=1).astype(q.dtype)
+        name: jnp.concatenate([v.astype(q.dtype) for v in (new[name][:, :n], read[:, n:length])], axis=1)
         for name, read in vectors.items()
     }
     k, v = method.rebuild(own, vectors, config)

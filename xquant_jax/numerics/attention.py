@@ -83,7 +83,7 @@ def attend(
     top = jnp.maximum(score.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(score - top)
     total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)  # [B, T, K, G]
-    values = "bskc" if v.shape[2] == kv_heads else "bsoc"  # o: the one set that all heads share
+    values, v = ("bskc", v) if v.shape[2] == kv_heads else ("bsc", v[:, :, 0])
     out = jnp.einsum(f"bkgts,{values}->btkgc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.moveaxis(top[..., 0], 3, 1) + jnp.log(total)
