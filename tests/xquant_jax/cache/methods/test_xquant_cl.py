@@ -288,7 +288,9 @@ def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: st
                         sums[row] = allocate_blocks(spec_of, (1, whole // 128))
                     blocks = {n: v[:, :whole] for n, v in window.items()}
                     _, old, sums[row] = store_and_read(method, own, blocks, sums[row], specs)
-                    read = {n: jnp.concatenate([old[n].astype(window[n].dtype), window[n][:, whole:]], axis=1) for n in window}
+                    read = {
+                        n: jnp.concatenate([old[n].astype(w.dtype), w[:, whole:]], axis=1) for n, w in window.items()
+                    }
                 k, v = method.rebuild(own, read, c)
                 at = dataclasses.replace(geometry, positions=geometry.positions[row : row + 1])
                 expected = attention.attend(q[row : row + 1], k, v, at, origin=jnp.zeros(1, jnp.int32), count=count)
