@@ -6,7 +6,7 @@ row for each slot: requests come and go, whatever their options, without another
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -196,15 +196,19 @@ def _keep(cache: Cache, kept: Bool[Array, " B"]) -> Cache:
 def _begun(arrivals: Arrivals, vocabulary: int) -> Slots:
     """The slots of arrivals that have made no token yet."""
     rows, length = arrivals.prompts.shape
-    unseen = jnp.zeros((rows, vocabulary), bool)
 
-    def seen() -> Bool[Array, "R V"]:
+    def with_prompts(seen: Bool[Array, "R V"]) -> Bool[Array, "R V"]:
         inside = jnp.arange(length)[None] < arrivals.lengths[:, None]
-        return unseen.at[jnp.arange(rows)[:, None], arrivals.prompts].max(inside)
+        return seen.at[jnp.arange(rows)[:, None], arrivals.prompts].max(inside)
 
-    seen_by_penalty = lax.cond(jnp.any(arrivals.asked.sampling.repetition_penalty != 1), seen, lambda: unseen)
+    seen = _if_penalized(arrivals.asked, with_prompts, jnp.zeros((rows, vocabulary), bool))
     none = jnp.zeros(rows, jnp.int32)
-    return Slots(arrivals.asked, last=none, made=none, live=arrivals.lengths > 0, seen=seen_by_penalty)
+    return Slots(arrivals.asked, last=none, made=none, live=arrivals.lengths > 0, seen=seen)
+
+
+def _if_penalized(asked: Asked, more: Callable[[Array], Array], seen: Bool[Array, "B V"]) -> Bool[Array, "B V"]:
+    """`more(seen)` if a sequence has a repetition penalty; else nobody asks what was seen."""
+    return lax.cond(jnp.any(asked.sampling.repetition_penalty != 1), more, lambda seen: seen, seen)
 
 
 def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
@@ -218,7 +222,7 @@ def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
         last=jnp.where(live, chosen.tokens, slots.last),
         made=made,
         live=live & ~ended,
-        seen=slots.seen.at[jnp.arange(len(made)), chosen.tokens].max(live),
+        seen=_if_penalized(asked, lambda seen: seen.at[jnp.arange(len(made)), chosen.tokens].max(live), slots.seen),
     ), chosen
 
 
