@@ -83,8 +83,10 @@ def attend(
     top = jnp.maximum(score.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(score - top)
     total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)  # [B, T, K, G]
-    values, v = ("bskc", v) if v.shape[2] == kv_heads else ("bsc", v[:, :, 0])
-    out = jnp.einsum(f"bkgts,{values}->btkgc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    weights, values = weights.astype(v.dtype), "bskc"
+    if v.shape[2] != kv_heads:  # one set that all heads share; XLA for CPU has this product in float32 only
+        weights, v, values = weights.astype(jnp.float32), v[:, :, 0].astype(jnp.float32), "bsc"
+    out = jnp.einsum(f"bkgts,{values}->btkgc", weights, v, preferred_element_type=jnp.float32)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.moveaxis(top[..., 0], 3, 1) + jnp.log(total)
     return Part(out.reshape(batch, length, heads, -1), lse.reshape(batch, length, heads))
