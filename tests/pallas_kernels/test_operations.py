@@ -146,8 +146,8 @@ LOOPED = [
 ]
 """So many multiplications that groups are a loop on a TPU, or 8 bits: chunks of eight blocks, then of two."""
 
-ON_A_V6E = [CASES[0], CASES[6], CASES[11], CASES[15], LOOPED[1]]
-"""Every form once: a v6e multiplies wider matrices, and calculates in bfloat16."""
+ON_A_V6E = [*(case for case in CASES if case.norm or case.bias or case.rotated), *LOOPED]
+"""A v6e multiplies wider matrices, and calculates in bfloat16: every form once, with all that is calculated in it."""
 
 
 def differs(run: str, case: Case) -> bool:

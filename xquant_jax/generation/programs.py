@@ -64,7 +64,7 @@ class Slots:
     last: its newest token, which the cache has not seen yet
     made: new tokens so far
     live: whether there is more to come; the slot of a sequence that is not live is free
-    seen: tokens of prompt and answer; filled in only for those that have a repetition penalty
+    seen: tokens of prompt and answer; means something only for those that have a repetition penalty
     """
 
     asked: Asked

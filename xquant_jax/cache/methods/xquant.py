@@ -104,7 +104,7 @@ class XQuant(Method):
         key, value = ("x", "x") if config.is_multi_head else ("key", "value")
         v = expand(vectors[value], method_params["value"]["rebuild"], config.num_kv_heads)
         if config.qkv_bias:
-            v = v + _heads(method_params["value"]["bias"], config)
+            v = v + split_bias(method_params["value"]["bias"], config)
         return key_rebuild(method_params, config)(vectors[key], config.num_kv_heads), v
 
     def absorbed(self, method_params: Any, config: ModelConfig) -> Absorbed:
@@ -144,7 +144,7 @@ def project_values(out: Array, up: Array, bias: Array | None, config: ModelConfi
         dense = up.reshape(-1, config.num_kv_heads, config.head_dim)
         v = jnp.einsum("btkgc,ckd->btkgd", grouped, dense, preferred_element_type=jnp.float32)
     if bias is not None:
-        v = v + _heads(bias, config)[:, :, :, None]
+        v = v + split_bias(bias, config)[:, :, :, None]
     return v.reshape(batch, length, heads, config.head_dim)
 
 
@@ -171,5 +171,6 @@ def _latent_width(config: ModelConfig, basis: str) -> int:
     return config.num_kv_heads * min(config.width, config.head_dim)
 
 
-def _heads(bias: Array, config: ModelConfig) -> Array:
+def split_bias(bias: Array, config: ModelConfig) -> Array:
+    """[R] -> [1, 1, K, d]."""
     return bias.reshape(1, 1, config.num_kv_heads, config.head_dim)

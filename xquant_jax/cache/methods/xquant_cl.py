@@ -23,7 +23,15 @@ from pallas_kernels import Accumulation
 from pallas_kernels.operands import expand, times
 from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens
 from xquant_jax.cache.methods.learned import Directions, Need
-from xquant_jax.cache.methods.xquant import XQuant, key_factors, key_rebuild, project_values, projections, unit_norm
+from xquant_jax.cache.methods.xquant import (
+    XQuant,
+    key_factors,
+    key_rebuild,
+    project_values,
+    projections,
+    split_bias,
+    unit_norm,
+)
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.quantization import UNQUANTIZED, StreamSpec, check_bits
@@ -184,7 +192,7 @@ class XQuantCL(Method):
         vectors = absorbed.prepare(vectors) if absorbed.prepare else vectors
         v = expand(vectors[absorbed.value], method_params["value"]["rebuild"], config.num_kv_heads)
         if config.qkv_bias:
-            v = v + method_params["value"]["bias"].reshape(1, 1, config.num_kv_heads, config.head_dim)
+            v = v + split_bias(method_params["value"]["bias"], config)
         return absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads), v
 
     def absorbed(self, method_params: Any, config: ModelConfig) -> Absorbed:
