@@ -83,10 +83,9 @@ def attend(
     top = jnp.maximum(score.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(score - top)
     total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)  # [B, T, K, G]
-    weights, values = weights.astype(v.dtype), "bskc"
-    if v.shape[2] != kv_heads:  # one set that all heads share; XLA for CPU has this product in float32 only
-        weights, v, values = weights.astype(jnp.float32), v[:, :, 0].astype(jnp.float32), "bsc"
-    out = jnp.einsum(f"bkgts,{values}->btkgc", weights, v, preferred_element_type=jnp.float32)
+    sets = v.shape[2]  # of values: one for each kv head, or one that all query heads share
+    shared = weights.astype(v.dtype).reshape(batch, sets, heads // sets, length, keys)
+    out = jnp.einsum("bkgts,bskc->btkgc", shared, v, preferred_element_type=jnp.float32).reshape(*total.shape, -1)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.moveaxis(top[..., 0], 3, 1) + jnp.log(total)
     return Part(out.reshape(batch, length, heads, -1), lse.reshape(batch, length, heads))
