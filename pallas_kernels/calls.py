@@ -139,7 +139,7 @@ class Quantize(Call[Blocks]):
     """Quantizes and packs whole blocks, as `xquant_jax.numerics.quantization.quantize` defines it.
 
     Vectors in bfloat16 have the same scales and zeros from a kernel, and the same codes but where a value lies half way
-    between two.
+    between two. Of clipped ranges, one scale in 250,000 may be the next smaller number: kernels divide less exactly.
 
     x: vectors [B, N, 128, C]
     codebook: levels [2^bits], for a stream of that format

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from pallas_kernels.pallas_tpu import unpack
 from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES
 from xquant_jax.numerics.packing import BLOCK, PLANES
-from xquant_jax.numerics.quantization import SMALLEST_NORMAL, StreamSpec
+from xquant_jax.numerics.quantization import SMALLEST_NORMAL, StreamSpec, clipped
 
 UNROLL = {"channel": 2, "token": 4}
 """Groups at once: transposes take long to begin."""
@@ -40,6 +40,8 @@ def kernel(spec: StreamSpec, tile: int, x: Any, *refs: Any) -> None:
 
         extremes = lowest_highest(strip(0)[0], along_tokens=along_tokens)
         low, high = lax.fori_loop(1, strips, widen, extremes)
+        if spec.clip:
+            low, high = clipped(low, high, spec.bits)
         scale, zero = grid_of(low, high, spec.bits)
         at = (block, pl.ds(g, 1)) if along_tokens else (g, pl.ds(block, 1))
         scales[at], zeros[at] = scale, zero
@@ -47,7 +49,7 @@ def kernel(spec: StreamSpec, tile: int, x: Any, *refs: Any) -> None:
 
         def pack(s: Array | int, _: None) -> None:
             values, lanes = strip(s)
-            for ref, plane in zip(words, packed(values, *to_units, spec.bits), strict=True):
+            for ref, plane in zip(words, packed(values, *to_units, spec.bits, beyond=spec.clip), strict=True):
                 ref[block, :, lanes] = plane
 
         lax.fori_loop(0, strips, pack, None)
@@ -75,9 +77,15 @@ def grid_of(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
     return jnp.maximum(scale, SMALLEST_NORMAL), zero
 
 
-def packed(x: Array, inverse: Array, zero: Array, bits: int) -> list[Array]:
-    """Planes of codes uint32 [4p, 128] of float32 [128, 128], tokens in their own order."""
-    codes = pltpu.bitcast((x - zero) * inverse + MAGIC, jnp.uint32)
+def packed(x: Array, inverse: Array, zero: Array, bits: int, *, beyond: bool = False) -> list[Array]:
+    """Planes of codes uint32 [4p, 128] of float32 [128, 128], tokens in their own order.
+
+    beyond: whether values may lie beyond the first and the last level, which they then take
+    """
+    units = (x - zero) * inverse
+    if beyond:
+        units = jnp.clip(units, 0, 2**bits - 1)
+    codes = pltpu.bitcast(units + MAGIC, jnp.uint32)
     planes, low = [], 0
     for p in PLANES[bits]:
         planes.append(_plane(codes >> low if low else codes, p))

@@ -331,6 +331,7 @@ class Quantized:
     width: int = 256
     blocks: int = 2
     dtype: str = "bfloat16"
+    clip: bool = False
 
 
 QUANTIZED = [
@@ -341,13 +342,17 @@ QUANTIZED = [
     Quantized(8, "channel", dtype="float32"),
     Quantized(3, group=384, width=384, dtype="float32"),
     Quantized(8, blocks=9),
+    Quantized(2, clip=True),
+    Quantized(2, "channel", clip=True),
+    Quantized(3, group=256, width=512, dtype="float32", clip=True),
+    Quantized(4, "channel", blocks=9, clip=True),
 ]
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
 @pytest.mark.parametrize("case", QUANTIZED)
 def test_quantize(implementation: str, case: Quantized) -> None:
-    spec = StreamSpec(case.width, case.bits, case.axis, case.group)
+    spec = StreamSpec(case.width, case.bits, case.axis, case.group, clip=case.clip)
     x = random(2, case.blocks, 128, case.width) + 3 * random(case.width)
     x[0, 0, :, :128] = 0.75  # no spread
     levels = np.random.default_rng(1).integers(0, 2**case.bits, (128, case.width))
@@ -364,19 +369,24 @@ def test_quantize(implementation: str, case: Quantized) -> None:
     codes, expected_codes = (np.asarray(unpack(b.planes, case.bits)).astype(int) for b in (got, expected))
     assert np.abs(codes - expected_codes).max() <= 1
     group = (1, spec.group) if case.axis == "token" else (128, 1)
-    scale = np.kron(np.asarray(got.scale, np.float64), np.ones(group))
-    error = np.abs(np.asarray(dequantize(got), np.float64) - np.asarray(x, np.float64))
+    scale, zero = (np.kron(np.asarray(a, np.float64), np.ones(group)) for a in (got.scale, got.zero))
+    exact = np.asarray(x, np.float64)
+    within = exact.clip(zero, zero + (2**case.bits - 1) * scale) if case.clip else exact
+    error = np.abs(np.asarray(dequantize(got), np.float64) - within)
     assert (error <= scale * (0.5 + 2.0**-12)).all()
+    if case.clip:
+        assert (within != exact).any()
+        return
     np.testing.assert_array_equal(np.asarray(dequantize(got))[1, 0], np.asarray(x, np.float32)[1, 0])
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
 def test_numbers_that_are_none_spoil_their_group_alone(implementation: str) -> None:
     x = random(1, 1, 128, 256)
-    for axis in ("token", "channel"):
+    for axis, clip in itertools.product(("token", "channel"), (False, True)):
         spoiled = x.copy()
         spoiled[0, 0, 5, 9], spoiled[0, 0, 77, 130] = np.inf, np.nan
-        spec = StreamSpec(256, 4, axis)
+        spec = StreamSpec(256, 4, axis, clip=clip)
         values = [
             np.asarray(dequantize(run(Quantize(jnp.asarray(a), spec), implementation)))[0, 0] for a in (x, spoiled)
         ]

@@ -109,13 +109,14 @@ def test_remat_project_compiles(device: Any, width: int, columns: int, bits: int
 @pytest.mark.parametrize(
     ("width", "stored", "dtype"),
     [
-        (4096, (4, "token"), "bfloat16"),
-        (1024, (3, "channel"), "bfloat16"),
-        (2048, (2, "token", 256), "float32"),
+        (4096, {"bits": 4}, "bfloat16"),
+        (1024, {"bits": 3, "axis": "channel"}, "bfloat16"),
+        (2048, {"bits": 2, "group": 256}, "float32"),
+        (4096, {"bits": 2, "clip": True}, "bfloat16"),
     ],
 )
 def test_quantize_compiles(device: Any, width: int, stored: Any, dtype: Any) -> None:
-    call = Quantize(shape(2, 4, 128, width, dtype=dtype), StreamSpec(width, *stored))
+    call = Quantize(shape(2, 4, 128, width, dtype=dtype), StreamSpec(width, **stored))
     program = compiled(run, device, call)
     assert program.as_text().count("tpu_custom_call") == 1
     assert program.memory_analysis().temp_size_in_bytes < 2**20

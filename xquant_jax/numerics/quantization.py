@@ -11,6 +11,11 @@ levels between 0 and 1 (KVQuant, Hooper et al. 2024, arXiv 2401.18079, section 3
 
 Uniform and codebook: the `outliers` values of a group that are farthest from its median can be left out of min and max
 and kept as bfloat16.
+
+Uniform with `clip`: min and max are moved towards each other (`clipped`), and values beyond take the first or last
+level; the bound holds for those between. Steps are smaller, and most values lie between: the mean squared error of 128
+numbers of a normal distribution is 0.123 of their variance at 2 bits, not 0.252; 0.0349, not 0.0461, at 3; and 0.0092,
+not 0.0100, at 4.
 """
 
 import dataclasses
@@ -52,6 +57,7 @@ class StreamSpec:
     `format="e4m3"` stores 8-bit floating-point numbers with a scale per group and no zero.
     `format="codebook"` quantizes to levels that are given to `quantize` and `dequantize`, not stored with the blocks.
     `outliers`: values per group that are kept as they are, with their places.
+    `clip` moves the ends of uniform codes' ranges inwards, for 2, 3 or 4 bits without outliers.
     `dtype` is the type of the window, and of the history where bits is `UNQUANTIZED`.
     """
 
@@ -62,6 +68,7 @@ class StreamSpec:
     dtype: str = "bfloat16"
     format: Literal["uniform", "e4m3", "codebook"] = "uniform"
     outliers: int = 0
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.bits != UNQUANTIZED:
@@ -79,6 +86,11 @@ class StreamSpec:
             raise ConfigError(f"outliers={self.outliers} of a group of {self.group}; choose 0 to {self.group - 1}")
         if self.outliers and (self.format == "e4m3" or self.bits == UNQUANTIZED):
             raise ConfigError(f"outliers are kept beside uniform levels or a codebook, not beside {self.format}")
+        if self.clip and (self.format != "uniform" or self.bits not in (2, 3, 4) or self.outliers):
+            raise ConfigError(
+                f"clip=True with format={self.format}, bits={self.bits} and outliers={self.outliers} is not supported; "
+                "clip uniform codes of 2, 3 or 4 bits without outliers, or choose clip=False"
+            )
 
 
 def check_bits(bits: int) -> None:
@@ -160,12 +172,29 @@ def normalize(x: Float[Array, "*rest 128 C"], spec: StreamSpec) -> Normalized:
         outliers = jnp.take_along_axis(grouped, places, axis=axis)
         low = jnp.put_along_axis(grouped, places, jnp.inf, axis=axis, inplace=False)
         high = jnp.put_along_axis(grouped, places, -jnp.inf, axis=axis, inplace=False)
-    zero = _round_down(low.min(axis=axis, keepdims=True))
-    span = high.max(axis=axis, keepdims=True) - zero.astype(jnp.float32)
+    low, high = low.min(axis=axis, keepdims=True), high.max(axis=axis, keepdims=True)
+    if spec.clip:
+        low, high = clipped(low, high, spec.bits)
+    zero = _round_down(low)
+    span = high - zero.astype(jnp.float32)
     steps = 1 if spec.format == "codebook" else 2**spec.bits - 1
     scale = jnp.maximum(_round_up(_divide(span, steps)), jnp.bfloat16(SMALLEST_NORMAL))
     unit = (grouped - zero.astype(jnp.float32)) / scale.astype(jnp.float32)
     return Normalized(unit, scale, zero, places, outliers)
+
+
+def clipped(
+    low: Float32[Array, "*groups"], high: Float32[Array, "*groups"], bits: int
+) -> tuple[Float32[Array, "*groups"], Float32[Array, "*groups"]]:
+    """Both ends of a range moved inwards, by 3 / 2^(b+2) of the distance between them.
+
+    At 2 bits that is close to the best for groups of 128 numbers of a normal distribution, and it helps up to 4; at 8
+    it would be worse than no move. Products with powers of two are exact: the result has the same bits in all kernels,
+    whether or not their compilers fuse products and sums.
+    """
+    span = high - low
+    most, rest = span * 2.0 ** -(bits + 1), span * 2.0 ** -(bits + 2)
+    return low + most + rest, high - most - rest
 
 
 def dequantize(blocks: Blocks, codebook: Float[Array, " levels"] | None = None) -> Float[Array, "*rest 128 C"]:
