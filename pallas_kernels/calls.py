@@ -72,6 +72,7 @@ class DecodeAttention(Call[Part]):
     layer: int32 [], which layer of the streams
     num_kv_heads: K, which divides H
     value_heads: K if the value stream holds each kv head's part side by side, 1 if all heads read the whole of it
+    skip: int32 [], how many tokens at the beginning of each sequence are not attended to; below 0 is as 0
     """
 
     operation: ClassVar[str] = "decode_attention"
@@ -85,6 +86,7 @@ class DecodeAttention(Call[Part]):
     layer: Leaf
     num_kv_heads: int = struct.field(pytree_node=False)
     value_heads: int = struct.field(pytree_node=False)
+    skip: Leaf = 0
 
     @property
     def values(self) -> Blocks:

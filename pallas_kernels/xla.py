@@ -45,7 +45,7 @@ def decode_attention(call: DecodeAttention) -> Part:
         return call.key_rebuild(vectors["key"], call.num_kv_heads), z.reshape(*z.shape[:2], call.value_heads, -1)
 
     streams = {"key": call.key_stream, "value": call.values}
-    return attend_history(call.q, streams, call.layer, call.history_blocks, read, call.geometry)
+    return attend_history(call.q, streams, call.layer, call.history_blocks, read, call.geometry, skip=call.skip)
 
 
 def accumulate(call: Accumulate) -> Blocks:

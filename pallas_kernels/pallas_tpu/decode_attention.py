@@ -118,7 +118,8 @@ def run(call: DecodeAttention) -> Part:
         # of a query; the last, to the next tile
         turns = -tiling.turn * BLOCK * jnp.arange(tiling.tile // tiling.turn + 1)
         inputs["turn_cos"], inputs["turn_sin"] = (x[:, None] for x in _tables(tiling, turns, frequencies))
-    out, lse = _call(tiling, inputs, call, end, first, window, jnp.maximum(steps.max(), 1))
+    reach = jnp.stack([window, jnp.asarray(call.skip, jnp.int32)])
+    out, lse = _call(tiling, inputs, call, end, first, reach, jnp.maximum(steps.max(), 1))
     part = _part(tiling, out, lse)
     return merge(*(Part(part.out[i :: tiling.splits], part.lse[i :: tiling.splits]) for i in range(tiling.splits)))
 
@@ -184,10 +185,11 @@ def _call(
     call: DecodeAttention,
     end: Array,
     first: Array,
-    window: Array,
+    reach: Array,
     steps: Array,
 ) -> tuple[Array, Array]:
-    """The kernel: piece b attends to its tiles from `first[b]` up to block `end[b]`."""
+    """The kernel: piece b attends to its tiles from `first[b]` up to block `end[b]`. reach: sliding window, tokens that
+    are skipped."""
     arrays, specs, names = [], [], []
 
     def add(name: str, array: Array, spec: pl.BlockSpec) -> None:
@@ -205,7 +207,7 @@ def _call(
             add(name, array, pl.BlockSpec(array.shape, lambda b, j, *_, zeros=zeros: zeros, pipeline_mode=once))
 
     def tile_of(rest: tuple[int, ...]) -> pl.BlockSpec:
-        def index(b: Array, j: Array, layer: Any, end: Any, first: Any, window: Any) -> tuple:
+        def index(b: Array, j: Array, layer: Any, end: Any, first: Any, reach: Any) -> tuple:
             tile = jnp.minimum(first[b] + j, jnp.maximum(tiles(end[b], tiling.tile) - 1, 0))
             return (layer[0], lax.div(b, jnp.int32(tiling.splits)), tile, *[0] * len(rest))
 
@@ -256,13 +258,13 @@ def _call(
         pl.BlockSpec((None, rows, LANES), lambda b, j, *_: (b, 0, 0)),
     ]
 
-    def body(layer: Any, end: Any, first: Any, window: Any, *refs: Any) -> None:
+    def body(layer: Any, end: Any, first: Any, reach: Any, *refs: Any) -> None:
         del layer
         split = iter(refs)
         named = {name: next(split) for name in (*names, "out", "lse", *scratch)}
         if tiling.shared:
             named |= {name.replace("key", "value"): named[name] for name in names if name.startswith("key")}
-        kernel(tiling, end, first, window, named)
+        kernel(tiling, end, first, reach, named)
 
     return pl.pallas_call(
         body,
@@ -279,7 +281,7 @@ def _call(
         ),
         name="decode_attention",
         interpret=pltpu.InterpretParams() if target.current().interpret else False,
-    )(jnp.asarray(call.layer, jnp.int32).reshape(1), end, first.astype(jnp.int32), window.reshape(1), *arrays)
+    )(jnp.asarray(call.layer, jnp.int32).reshape(1), end, first.astype(jnp.int32), reach, *arrays)
 
 
 def _part(tiling: DecodeTiling, out: Array, lse: Array) -> Part:

@@ -15,13 +15,16 @@ from pallas_kernels.pallas_tpu.streams import LANES
 from xquant_jax.numerics.attention import LOWEST
 from xquant_jax.numerics.packing import BLOCK, PLANES
 
+AFTER_ALL = 2**30
+"""The place of tokens that no query sees."""
+
 
 def tiles(blocks: Array, size: int) -> Array:
     """How many tiles hold so many blocks; both are never negative."""
     return lax.div(blocks + (size - 1), jnp.int32(size))
 
 
-def kernel(tiling: DecodeTiling, end_ref: Any, first_ref: Any, window_ref: Any, refs: dict[str, Any]) -> None:
+def kernel(tiling: DecodeTiling, end_ref: Any, first_ref: Any, reach: Any, refs: dict[str, Any]) -> None:
     b, j = pl.program_id(0), pl.program_id(1)
     end, tile = end_ref[b], first_ref[b] + j
 
@@ -39,7 +42,7 @@ def kernel(tiling: DecodeTiling, end_ref: Any, first_ref: Any, window_ref: Any, 
         _read_scales(tiling, count, refs)
 
         def chunk(size: int, number: Array) -> None:
-            _chunk(tiling, size, number * size, tile * tiling.tile, end, window_ref[0], refs)
+            _chunk(tiling, size, number * size, tile * tiling.tile, end, reach, refs)
 
         large, small = tiling.chunks
         done = jnp.int32(0)
@@ -81,7 +84,7 @@ def _read_scales(tiling: DecodeTiling, count: Array, refs: dict[str, Any]) -> No
 
 
 def _chunk(
-    tiling: DecodeTiling, size: int, block: Array, tile: Array, end: Array, window: Array, refs: dict[str, Any]
+    tiling: DecodeTiling, size: int, block: Array, tile: Array, end: Array, reach: Any, refs: dict[str, Any]
 ) -> None:
     """Attends to `size` blocks from `block` of the tile that begins with block `tile` of the sequence."""
     channels = tiling.bundle_channels
@@ -115,7 +118,7 @@ def _chunk(
             _rebuild(tiling, size, block, n, x, refs)
     for n in range(tiling.bundles):
         _score(tiling, size, block, n, refs)
-    probability, shrunk = _softmax(tiling, size, tile + block, end, window, refs)
+    probability, shrunk = _softmax(tiling, size, tile + block, end, reach, refs)
     for value_tile in range(tiling.value_tiles):
         _weigh(tiling, size, block, value_tile, probability, shrunk, refs)
 
@@ -215,17 +218,20 @@ def _turn(tiling: DecodeTiling, q: Array, by: Array | int, refs: dict[str, Any])
 
 
 def _softmax(
-    tiling: DecodeTiling, size: int, block: Array, end: Array, window: Array, refs: dict[str, Any]
+    tiling: DecodeTiling, size: int, block: Array, end: Array, reach: Any, refs: dict[str, Any]
 ) -> tuple[list[Array], Array]:
     """Probabilities relative to the running maximum, float32 [rows, 128] for each block of a chunk, and what the sums
     so far shrink by."""
-    token = unpack.token_of(lax.broadcasted_iota(jnp.int32, (tiling.rows, LANES), 1), 2)
+    window, skip = reach[0], reach[1]
+    token = unpack.token_of(lax.broadcasted_iota(jnp.int32, (1, LANES), 1), 2)
     row, column = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
     reorder = (unpack.token_of(row, tiling.ways) == unpack.token_of(column, 2)).astype(jnp.float32)
     scores = []
     for i in range(size):
-        distance = refs["position"][...] - (token + (block + i) * BLOCK)
-        seen = (distance >= 0) & (distance < window) & (block + i < end)
+        place = token + (block + i) * BLOCK
+        place = jnp.where((place >= skip) & (block + i < end), place, AFTER_ALL)
+        distance = refs["position"][...] - place
+        seen = (distance >= 0) & (distance < window)
         score = refs["scores"][:, i * BLOCK : (i + 1) * BLOCK] * tiling.scale
         if tiling.ways == 4:  # from the keys' order to that of the values
             score = jnp.dot(score, reorder, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

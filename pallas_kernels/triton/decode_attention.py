@@ -91,7 +91,7 @@ def run(call: DecodeAttention) -> Part:
     earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
     oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
     bounds = jnp.stack([oldest, history_blocks, earliest, latest], axis=1).astype(jnp.int32)
-    scalars = jnp.stack([jnp.asarray(call.layer), jnp.asarray(geometry.sliding_window)]).astype(jnp.int32)
+    scalars = jnp.stack([jnp.asarray(a, jnp.int32) for a in (call.layer, geometry.sliding_window, call.skip)])
     number = jnp.arange(tiles.blocks * BLOCK // 2)
     in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks
     rotations = [

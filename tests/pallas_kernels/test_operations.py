@@ -68,6 +68,7 @@ class Case:
     norm: bool = False
     rotated: bool = False
     sliding_window: int = NO_WINDOW
+    skip: int = 0
     history_blocks: tuple[int, ...] = (0, 1, 2, 5)
     blocks: int = 5
 
@@ -102,6 +103,13 @@ CASES = [
     Case("identity", 4, 4, rotated=True),
     Case("identity", 8, 8, axis="token"),
     Case("identity", 2, 2, sliding_window=200, history_blocks=(17, 3, 18), blocks=18),
+    Case("per_head", 3, 4, skip=1100, history_blocks=(1, 18, 9), blocks=18),  # whole tiles, and all of a sequence
+    Case("per_head", 2, 2, new=3, skip=4, sliding_window=300, norm=True, bias=True),
+    Case("dense", 4, 2, skip=128, kv_heads=4, axis="token", width=256, one_stream=True),
+    Case("dense", 2, 2, new=2, skip=3, kv_heads=4, axis="token", width=256, one_stream=True, small="int8"),
+    Case("dense", 2, 2, skip=3, kv_heads=4, axis="token", width=256, one_stream=True, small="fp8"),
+    Case("identity", 4, 8, skip=5, rotated=True),
+    Case("identity", 8, 4, skip=-128, history_blocks=(1, 2)),  # as on a device that holds later blocks
 ]
 
 
@@ -112,7 +120,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def plain_attention(
-    q, keys, values, history_blocks, positions, sliding_window, frequencies
+    q, keys, values, history_blocks, positions, sliding_window, skip, frequencies
 ) -> tuple[np.ndarray, np.ndarray]:
     """One query head at a time, float64, complex rotations; keys [B, S, K, d], values [B, S, K or 1, C]."""
     batch, length, heads, dim = q.shape
@@ -128,7 +136,7 @@ def plain_attention(
         return np.concatenate([z.real, z.imag], axis=-1)
 
     for b, t, h in np.ndindex(batch, length, heads):
-        s = np.arange(128 * history_blocks[b])
+        s = np.arange(max(skip, 0), 128 * history_blocks[b])
         s = s[positions[b, t] - s < sliding_window]
         if not len(s):
             continue
@@ -163,7 +171,8 @@ RUN_CASES = [
     pytest.param(
         run,
         case,
-        id=f"{run}-{case.small or case.form}-{case.key_bits}-{case.value_bits}-{case.new}-{case.kv_heads}",
+        id=f"{run}-{case.small or case.form}-{case.key_bits}-{case.value_bits}-{case.new}-{case.kv_heads}"
+        + ("-skip" if case.skip else ""),
     )
     for run in sorted(RUNS)
     for case in (*CASES, *(LOOPED if run.startswith("pallas_tpu") else []))
@@ -213,6 +222,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         jnp.int32(1),  # traced, as in the scan over layers
         num_kv_heads=kv_heads,
         value_heads=value_heads,
+        skip=jnp.int32(case.skip),
     )
     part = run(call, implementation)
     z = np.asarray(dequantize(key))[1].reshape(batch, -1, width).astype(np.float64)
@@ -229,7 +239,14 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         np.asarray(dequantize(call.values))[1].reshape(batch, case.blocks * 128, value_heads, -1).astype(np.float64)
     )
     out, lse = plain_attention(
-        q, keys, values, history_blocks, positions, case.sliding_window, None if case.rotated else frequencies
+        q,
+        keys,
+        values,
+        history_blocks,
+        positions,
+        case.sliding_window,
+        case.skip,
+        None if case.rotated else frequencies,
     )
     tolerance = TOLERANCE.get(implementation, KERNEL_TOLERANCE)
     np.testing.assert_allclose(part.lse, lse, atol=tolerance)

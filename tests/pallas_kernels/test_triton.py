@@ -61,6 +61,7 @@ class Case:
     new: int = 1
     dim: int = DIM
     sliding_window: int = NO_WINDOW
+    skip: int = 0
     bias: bool = False
     norm: bool = False
     rotated: bool = False
@@ -93,6 +94,7 @@ class Case:
             layer,
             num_kv_heads=KV_HEADS,
             value_heads=self.value_heads,
+            skip=self.skip,
         )
 
 
@@ -131,10 +133,11 @@ def test_both_ways_to_read_values_agree_with_the_reference(case: Case) -> None:
     ids=str,
 )
 def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """9 blocks over 2, 3 and 9 parts: lengths end within, at and one block next to the end of a part and of a tile."""
+    """9 blocks over 2, 3 and 9 parts: lengths end within, at and one block next to the end of a part and of a tile.
+    What is skipped is a part's beginning, or all of it."""
     monkeypatch.setattr(tiling, "choose", lambda shape: tiles)
     monkeypatch.setattr(tiling, "splits", lambda *_: splits)
-    check(Case())
+    check(Case(skip=200))
 
 
 def test_blocks_past_a_length_are_not_read() -> None:

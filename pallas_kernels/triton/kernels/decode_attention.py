@@ -18,12 +18,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 @no_type_check
-def _mask(score, first, exists, half, query_position, sliding_window, BLOCKS: tl.constexpr):
-    """-inf where a query does not see a key: later ones, those before the window, blocks that do not exist."""
+def _mask(score, first, exists, half, query_position, sliding_window, skip, BLOCKS: tl.constexpr):
+    """-inf where a query does not see a key: later ones, those before the window, the first `skip` ones, blocks that do
+    not exist."""
     row = tl.arange(0, BLOCKS * 64)
     position = (first + row // 64) * 128 + row % 64 + 64 * half
     distance = query_position[None, :] - position[:, None]
-    sees = (distance >= 0) & (distance < sliding_window)
+    sees = (distance >= 0) & (distance < sliding_window) & (position >= skip)[:, None]
     if BLOCKS > 1:
         there = tl.reshape(tl.broadcast_to(exists[:, None], (BLOCKS, 64)), (BLOCKS * 64,))
         sees = sees & there[:, None]
@@ -52,6 +53,7 @@ def _score_tile(
     q_second,
     query_position,
     sliding_window,
+    skip,
     earliest,
     latest,
     end,
@@ -93,7 +95,9 @@ def _score_tile(
     RESIDENT: tl.constexpr = FORM == "per_head" and CHUNK == LATENT
     i = tl.arange(0, HALF)
     # most tiles are seen by every query: the mask is left out there
-    partly = (first * 128 <= latest - sliding_window) | ((first + BLOCKS) * 128 > tl.minimum(earliest + 1, end * 128))
+    partly = (first * 128 < tl.maximum(latest - sliding_window + 1, skip)) | (
+        (first + BLOCKS) * 128 > tl.minimum(earliest + 1, end * 128)
+    )
     if RESIDENT:
         low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, head * LATENT,
@@ -142,7 +146,7 @@ def _score_tile(
         if HAS_NORM:
             score *= inverse[:, None]
         if partly:
-            score = _mask(score, first, exists, half, query_position, sliding_window, BLOCKS)
+            score = _mask(score, first, exists, half, query_position, sliding_window, skip, BLOCKS)
         if half == 0:
             score_low = score
         else:
@@ -260,7 +264,7 @@ def _store_part(out, lse, at, real, channel, top, total, offset, acc, WIDTH: tl.
 @triton.jit
 @no_type_check
 def decode(
-    scalars,  # int32 [2]: layer, sliding window
+    scalars,  # int32 [3]: layer, sliding window, tokens that are skipped
     bounds,  # int32 [B, 4]: first block, one past the last one, earliest and latest position of its queries
     q,  # float32 [B, K, QUERIES, DIM]: turned by its position, times scale * log2(e)
     query_positions,  # int32 [B, QUERIES]; -1: no query
@@ -309,7 +313,7 @@ def decode(
     VALUE_DIM: tl.constexpr = VALUE_WIDTH // KV_HEADS
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
-    sliding_window = tl.load(scalars + 1)
+    sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
     earliest, latest = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
     key_words, key_words_high, key_scales, key_zeros = at_history(
         key_words, key_words_high, key_scales, key_zeros, history, KEY_WIDTH, KEY_BITS, KEY_GROUP
@@ -329,7 +333,7 @@ def decode(
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
         score_low, score_high = _score_tile(
-            first, exists, head, q_first, q_second, query_position, sliding_window, earliest, latest, end,
+            first, exists, head, q_first, q_second, query_position, sliding_window, skip, earliest, latest, end,
             cos, sin, base_rotation, key_words, key_words_high, key_scales, key_zeros,
             matrix, matrix_first, matrix_second, matrix, matrix, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, KEY_WIDTH, KEY_BITS, KEY_GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,
@@ -390,7 +394,7 @@ def decode_scores(
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
-    sliding_window = tl.load(scalars + 1)
+    sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
     earliest, latest = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
     words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     query = tl.arange(0, QUERIES)
@@ -404,7 +408,7 @@ def decode_scores(
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
         low, high = _score_tile(
-            first, exists, head, q_first, q_second, query_position, sliding_window, earliest, latest, end,
+            first, exists, head, q_first, q_second, query_position, sliding_window, skip, earliest, latest, end,
             cos, sin, base_rotation, words, words_high, scales, zeros,
             matrix, matrix_first, matrix_second, sums, column_scales, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, WIDTH, BITS, GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,
