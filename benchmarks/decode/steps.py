@@ -84,7 +84,7 @@ def random_model(config: ModelConfig) -> tuple[xq.Transformer, Any]:
 def random_factors(config: ModelConfig, params: Any) -> FactorSource:
     """Where methods find random factors: only their shapes matter here."""
 
-    def svd(kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
+    def svd(kind: str, *, folded: bool = False, number: int | None = None, balanced: bool = False) -> dict[str, Any]:
         per_head = kind == "per_head"
         rebuild = (config.num_kv_heads,) + 2 * (config.head_dim,) if per_head else 2 * (config.kv_width,)
         project = (config.width, *((config.num_kv_heads, config.head_dim) if per_head else (config.kv_width,)))

@@ -29,11 +29,15 @@ def directed(value: float, up: bool) -> np.float32:
     return nearest.astype(np.float32)
 
 
-def fake_quantize(group: np.ndarray, bits: int) -> np.ndarray:
-    """One group, quantized and read back, value by value as design section 4 writes it."""
+def fake_quantize(group: np.ndarray, bits: int, clip: bool = False) -> np.ndarray:
+    """One group, quantized and read back, value by value as docs/cache_format.md writes it."""
     group = group.astype(np.float32)
-    zero = directed(group.min(), up=False)
-    scale = directed(np.float32(group.max() - zero) / np.float32(2**bits - 1), up=True)
+    low, high = group.min(), group.max()
+    if clip:
+        part = np.float32(high - low) / np.float32(2 ** (bits + 2))
+        low, high = np.float32(low + 2 * part) + part, np.float32(high - 2 * part) - part
+    zero = directed(low, up=False)
+    scale = directed(np.float32(high - zero) / np.float32(2**bits - 1), up=True)
     scale = max(scale, np.float32(2.0**-126))
     codes = np.clip(np.rint((group - zero) / scale), 0, 2**bits - 1)
     return (codes * scale + zero).astype(np.float32)
@@ -52,16 +56,16 @@ def fake_quantize_levels(group: np.ndarray, levels: np.ndarray, outliers: int) -
     return read
 
 
-def fake_quantize_block(block: np.ndarray, bits: int, axis: str, group: int) -> np.ndarray:
+def fake_quantize_block(block: np.ndarray, bits: int, axis: str, group: int, clip: bool = False) -> np.ndarray:
     """A block of 128 token vectors, in groups along the channel or along the token."""
     out = np.empty_like(block, dtype=np.float32)
     if axis == "channel":
         for c in range(block.shape[1]):
-            out[:, c] = fake_quantize(block[:, c], bits)
+            out[:, c] = fake_quantize(block[:, c], bits, clip)
     else:
         for t in range(block.shape[0]):
             for start in range(0, block.shape[1], group):
-                out[t, start : start + group] = fake_quantize(block[t, start : start + group], bits)
+                out[t, start : start + group] = fake_quantize(block[t, start : start + group], bits, clip)
     return out
 
 
@@ -103,6 +107,14 @@ def assert_neighbours(
     assert (off > 0).sum() <= max(share * off.size, 3)
 
 
+def rotated(x: np.ndarray) -> np.ndarray:
+    """Vectors as wide as a power of two times Sylvester's Hadamard matrix, entry by entry: -1 to the number of ones
+    that two indices share."""
+    index = np.arange(x.shape[-1])
+    signs = np.vectorize(lambda both: (-1) ** int(both).bit_count())(index[:, None] & index)
+    return x @ signs / math.sqrt(len(index))
+
+
 def rms(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
@@ -118,8 +130,8 @@ def rope(x: np.ndarray, positions: np.ndarray | int, theta: float) -> np.ndarray
 class Reference:
     """A model and what its xquant cache stores: per layer and stream all vectors, and those read back from blocks."""
 
-    def __init__(self, config: ModelConfig, params: Any, method_params: Any, bits: int) -> None:
-        self.c, self.params, self.method_params, self.bits = config, params, method_params, bits
+    def __init__(self, config: ModelConfig, params: Any, method_params: Any, method: Any) -> None:
+        self.c, self.params, self.method_params, self.method = config, params, method_params, method
         self.stored: list[dict[str, list[np.ndarray]]] = [{} for _ in range(config.num_layers)]
         self.whole: list[dict[str, list[np.ndarray]]] = [{} for _ in range(config.num_layers)]
         self.length = 0
@@ -163,7 +175,7 @@ class Reference:
         if "project" in f["key"]:
             vectors = {s: x @ f[s]["project"].reshape(len(x), -1) for s in ("key", "value")}
         else:
-            vectors = {"x": x}
+            vectors = {"x": rotated(x) if self.method.rotate else x}
         for name, vector in vectors.items():
             self.stored[i].setdefault(name, []).append(vector)
 
@@ -172,11 +184,22 @@ class Reference:
             for name, vectors in stored.items():
                 blocks = whole.setdefault(name, [])
                 while 128 * (len(blocks) + 1) <= len(vectors):
-                    part = np.stack(vectors[128 * len(blocks) : 128 * (len(blocks) + 1)])
-                    part = part.astype(bf16).astype(np.float32)
-                    group = max(g for g in range(1, 129) if part.shape[1] % g == 0)
-                    axis = "channel" if name == "key" else "token"
-                    blocks.append(fake_quantize_block(part, self.bits, axis, group))
+                    exact = np.stack(vectors[128 * len(blocks) : 128 * (len(blocks) + 1)])
+                    exact = exact.astype(bf16).astype(np.float32)
+                    read = self.quantized(self.without_sink(exact, len(blocks)), name, self.method)
+                    if not blocks:
+                        read[: self.method.sink] = exact[: self.method.sink]
+                    blocks.append(read)
+
+    def without_sink(self, block: np.ndarray, number: int) -> np.ndarray:
+        """A block as it is quantized: the first tokens of a sequence, which are kept, are as the one behind them."""
+        n = 0 if number else self.method.sink
+        return np.concatenate([np.repeat(block[n : n + 1], n, axis=0), block[n:]])
+
+    def quantized(self, block: np.ndarray, name: str, method: Any) -> np.ndarray:
+        group = max(g for g in range(1, 129) if block.shape[1] % g == 0)
+        axis = "channel" if name == "key" else "token"
+        return fake_quantize_block(block, method.bits, axis, group, method.clip and method.bits < 8)
 
     def levels(self, i: int, name: str) -> np.ndarray | None:
         """Those of a stream that has a codebook."""

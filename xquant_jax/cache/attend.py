@@ -175,10 +175,11 @@ def attend_own(
         origin=BLOCK * layer_cache.history_blocks + layer_cache.first_place,
         count=layer_cache.window_lengths - layer_cache.first_place,
     )
-    if method.sink_tokens:
+    skip = method.sink - BLOCK * layer_cache.first_block
+    if method.sink:
         sink = {name: vectors.astype(q.dtype) for name, vectors in layer_cache.sink().items()}
         has_sink = (layer_cache.history_blocks > 0) & (layer_cache.first_block == 0)
-        count = jnp.where(has_sink, method.sink_tokens, 0)
+        count = jnp.where(has_sink, method.sink, 0)
         first = attention.attend(q, *keys_values(sink), geometry, origin=jnp.zeros_like(count), count=count)
         recent = attention.merge(recent, first)
     history, layer, running_sum = layer_cache.segment.history, layer_cache.layer, layer_cache.running_sum
@@ -201,6 +202,7 @@ def attend_own(
             history_blocks,
             geometry,
             layer,
+            skip=skip,
             num_kv_heads=config.num_kv_heads,
             value_heads=absorbed.value_heads,
         )
@@ -216,7 +218,7 @@ def attend_own(
             keys_values,
             geometry,
             codebooks=method.codebooks(method_params),
-            skip=method.sink_tokens - BLOCK * layer_cache.first_block,
+            skip=skip,
         )
     both = attention.merge(recent, old)
     return (both if absorbed is None else Part(absorbed.project(both.out), both.lse)), running_sum

@@ -156,10 +156,15 @@ def _options(method: type[Method]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _convert(key: str, value: str, field: dataclasses.Field[Any]) -> Any:
-    """What was typed, as the type of the option: `int`, `float` or `str`, also with `| None`; or layers and bits."""
+    """What was typed, as the type of the option: `bool`, `int`, `float` or `str`, also with `| None`; or layers and
+    bits."""
     if key == "first":
         return _parse_first(value)
     kinds = typing.get_args(field.type) or (field.type,)
+    if bool in kinds:
+        if value not in ("true", "false"):
+            raise ConfigError(f"{key}={value} is not supported; choose true or false")
+        return value == "true"
     if int in kinds:
         return _number(key, value)
     if float in kinds:
@@ -182,6 +187,8 @@ def _parse_first(value: str) -> tuple[int, int]:
 
 def _typed(value: Any) -> str:
     """The value of an option as users type it."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return "@".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -126,7 +126,7 @@ def _empty(
             name: jnp.zeros((layers, batch, window_room(max_step, partition), width), dtype)
             for name, (width, dtype) in method.window(config).items()
         }
-        sink = {name: w[:, :, : method.sink_tokens] for name, w in window.items() if method.sink_tokens}
+        sink = {name: w[:, :, : method.sink] for name, w in window.items() if method.sink}
         segments.append(Segment(history, window, sink, method, layers))
         if (spec := method.running_sum(config)) is not None:
             running_sum = allocate_blocks(spec, (batch, blocks))

@@ -54,7 +54,7 @@ def store_and_read(
 
 def without_sink(method: Method, window: dict[str, Array], begins: Bool[Array, " B"]) -> dict[str, Array]:
     """Where a sequence begins, the next token in place of those that are kept: they shall widen no group."""
-    n = method.sink_tokens
+    n = method.sink
     if not n:
         return window
     begins = begins[:, None, None]

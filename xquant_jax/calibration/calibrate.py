@@ -1,4 +1,5 @@
-"""Finds on a text what cache methods need: levels of keys and values, principal directions of latents.
+"""Finds on a text what cache methods need: levels of keys and values, principal directions of latents, and how they are
+predicted from those of the layer below.
 
 The text goes through the model without a cache, window by window. Of keys and values a histogram is kept, weighted by
 the squared gradient of the loss (KVQuant, arXiv 2401.18079, section 3.3, equation 2), of latents the second moments.
@@ -16,13 +17,20 @@ from jaxtyping import Array, Float, Int
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.cache.methods.keys_values import flat
-from xquant_jax.cache.methods.learned import Codebooks, Directions, Need
+from xquant_jax.cache.methods.latents import latent_basis, prediction
+from xquant_jax.cache.methods.learned import Codebooks, Directions, Need, Prediction
 from xquant_jax.cache.methods.xquant import unit_norm
-from xquant_jax.cache.methods.xquant_cl import latent_basis, prediction
 from xquant_jax.calibration.levels import BINS, levels
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import StreamSpec, as_blocks, normalize
+
+FIRST = 4
+"""Tokens at the start of a window that predictions are not made for: they are kept exactly, and unlike all others."""
+
+RIDGE = 1e-4
+"""What is added to the second moments of a latent, relative to their mean, so that directions hardly seen in the text
+are predicted as the weights have it."""
 
 
 def needs_of(caches: Sequence[str | CacheConfig], source: FactorSource) -> tuple[Need, ...]:
@@ -46,7 +54,9 @@ def calibrate(
     Raises `ConfigError` for windows of less than 128 tokens, or losses that are not finite.
     """
     bases = [
-        latent_basis(model.source, need.basis, folded=need.folded) for need in needs if isinstance(need, Directions)
+        latent_basis(model.source, "joint" if isinstance(need, Prediction) else need.basis, folded=need.folded)
+        for need in needs
+        if not isinstance(need, Codebooks)
     ]
     program: Any = jax.jit(partial(_statistics, model.transformer, tuple(needs)))
     totals: list[Any] = []
@@ -59,10 +69,29 @@ def calibrate(
         found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
         totals = jax.tree.map(np.add, totals, found) if totals else found
     remaining = iter(bases)
-    return [
-        _codebooks(need, total) if isinstance(need, Codebooks) else _directions(need, total, next(remaining))
-        for need, total in zip(needs, totals, strict=True)
-    ]
+
+    def result(need: Need, total: Any) -> dict[str, np.ndarray]:
+        match need:
+            case Codebooks():
+                return _codebooks(need, total)
+            case Directions():
+                return _directions(need, total, next(remaining))
+            case Prediction():
+                return _prediction(total, next(remaining))
+
+    return [result(need, total) for need, total in zip(needs, totals, strict=True)]
+
+
+def drawn_tokens(model: Any) -> Int[np.ndarray, "W 512"]:
+    """Windows of tokens drawn at random, which show what a model's layers add to X where no text is at hand: 16 tokens
+    for every direction of a latent, and the likelier (Zipf's law) the earlier in the vocabulary, as tokenizers that
+    merge pairs order theirs."""
+    c = model.config
+    windows = -(-16 * min(c.width, 2 * c.kv_width) // 512)
+    likelihood = 1 / (np.arange(c.vocab_size) + 20)
+    return (
+        np.random.default_rng(0).choice(c.vocab_size, (windows, 512), p=likelihood / likelihood.sum()).astype(np.int32)
+    )
 
 
 def _statistics(
@@ -78,7 +107,10 @@ def _statistics(
         return -chosen.mean(), seen
 
     shifts = {side: jnp.zeros(shape, jnp.float32) for side in ("key", "value")}
-    (value, seen), gradients = jax.value_and_grad(loss, has_aux=True)(shifts)
+    if any(isinstance(need, Codebooks) for need in needs):
+        (value, seen), gradients = jax.value_and_grad(loss, has_aux=True)(shifts)
+    else:
+        (value, seen), gradients = loss(shifts), {}
     remaining = iter(bases)
     found: list[Any] = []
     for need in needs:
@@ -89,7 +121,12 @@ def _statistics(
         else:
             x = unit_norm(seen["h"], c.norm_eps) if need.folded else seen["x"]
             z = jnp.einsum("lbtd,ldc->lbtc", x.astype(jnp.float32), next(remaining).astype(jnp.float32))
-            found.append(jnp.einsum("lbtc,lbte->lce", z, z))
+            if isinstance(need, Prediction):
+                z = z[:, :, FIRST:]
+                below = jnp.concatenate([z[:1], z[:-1]])
+                found.append({name: jnp.einsum("lbtc,lbte->lce", a, z) for name, a in (("own", z), ("below", below))})
+            else:
+                found.append(jnp.einsum("lbtc,lbte->lce", z, z))
     return value, found
 
 
@@ -117,3 +154,19 @@ def _directions(need: Directions, total: np.ndarray, basis: Array) -> dict[str, 
     directions = np.linalg.eigh(total)[1][:, :, ::-1][:, :, : need.rank]  # rising eigenvalues: the strongest last
     down = np.concatenate([np.zeros_like(directions[:1]), directions[:-1]])
     return {"down": down, "up": np.swapaxes(down, 1, 2) @ prediction(basis, need.basis == "joint")}
+
+
+def _prediction(moments: dict[str, np.ndarray], basis: Array) -> dict[str, np.ndarray]:
+    """Least squares, drawn towards the prediction that the weights make."""
+    predict, residual = [], []
+    own_below = np.concatenate([moments["own"][:1], moments["own"][:-1]])
+    for below, own, crossed, weights in zip(
+        own_below, moments["own"], moments["below"], prediction(basis, orthonormal=True), strict=True
+    ):
+        size = len(below)
+        ridge = (RIDGE * np.trace(below) / size) * np.eye(size)
+        matrix = weights + np.linalg.solve(below + ridge, crossed - below @ weights)
+        predict.append(matrix)
+        squares = np.diag(own) - 2 * (crossed * matrix).sum(0) + (matrix * (below @ matrix)).sum(0)
+        residual.append(squares if len(residual) else np.diag(own))
+    return {"predict": np.stack(predict), "residual": np.maximum(np.stack(residual), 0)}

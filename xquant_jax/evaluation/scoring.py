@@ -189,7 +189,7 @@ def _attend_to_stored(
     whole_blocks = {name: jnp.take_along_axis(a, filled, axis=1) for name, a in new.items()}
     window, specs = without_sink(method, whole_blocks, jnp.ones(batch, bool)), method.streams(config)
     _, vectors, running_sum = store_and_read(method, own, window, running_sum, specs, implementation)
-    n = method.sink_tokens
+    n = method.sink
     vectors = {
         name: jnp.concatenate([v.astype(q.dtype) for v in (new[name][:, :n], read[:, n:length])], axis=1)
         for name, read in vectors.items()

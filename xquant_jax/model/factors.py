@@ -26,6 +26,7 @@ from xquant_jax.cache.methods.learned import Need
 from xquant_jax.cache.partition import PER_HEAD_PARAMS, partition_of
 from xquant_jax.config import ModelConfig
 from xquant_jax.model.weights import stack_layers
+from xquant_jax.numerics import bases
 from xquant_jax.parameters import Tree, build_tree, leaves_of
 
 
@@ -94,7 +95,7 @@ def factor_source(
     kept = kept or Kept()
     dtype = layers["key"]["kernel"].dtype.name
 
-    def svd(kind: FactorKind, *, folded: bool = False, number: int | None = None) -> Tree:
+    def svd(kind: FactorKind, *, folded: bool = False, number: int | None = None, balanced: bool = False) -> Tree:
         wanted = number or config.num_layers
 
         def compute() -> Tree:
@@ -102,9 +103,10 @@ def factor_source(
                 one = partial(_read, origin.checkpoint, config, mesh, kind)
             else:
                 one = partial(_compute, config, layers, mesh, kind, folded)
-            return stack_layers(wanted, one, dtype)
+            return stack_layers(wanted, partial(_balanced, one) if balanced else one, dtype)
 
-        return kept.get(("svd", kind, folded), compute, lambda found: len(jax.tree.leaves(found)[0]) >= wanted)
+        key = ("svd", kind, folded, balanced)
+        return kept.get(key, compute, lambda found: len(jax.tree.leaves(found)[0]) >= wanted)
 
     return FactorSource(config, layers, svd, calibrated)
 
@@ -154,6 +156,14 @@ def _compute(config: ModelConfig, layers: Tree, mesh: Mesh | None, kind: FactorK
     if jax.process_count() > 1:
         factors = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(factors))
     return sharding.place(factors, _specs(kind, config), mesh)
+
+
+def _balanced(one: Callable[[int], Tree], i: int) -> Tree:
+    """Factors of one layer in the balanced and rotated basis of each side's latents."""
+    return {
+        side: dict(zip(("project", "rebuild"), bases.balanced(own["project"], own["rebuild"]), strict=True))
+        for side, own in one(i).items()
+    }
 
 
 def _specs(kind: FactorKind, config: ModelConfig) -> Tree:

@@ -18,7 +18,8 @@ from pallas_kernels import api
 from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.methods.base import FactorSource
-from xquant_jax.cache.methods.learned import Need
+from xquant_jax.cache.methods.learned import Need, Prediction
+from xquant_jax.calibration.calibrate import calibrate, drawn_tokens
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError, ConfigError
 from xquant_jax.model.calibration_file import FILE, Calibration, fingerprint
@@ -112,11 +113,16 @@ class Model:
         return sha256(self.calibration.read_bytes()).hexdigest() if calibrated and self.calibration.exists() else None
 
     def calibrated(self, need: Need) -> dict[str, Array]:
-        """What `xquant calibrate` found on text. Raises `ConfigError` if it was not run, or with other weights."""
+        """What `xquant calibrate` found on text. Raises `ConfigError` if it was not run, or with other weights.
+
+        Predictions are found on tokens drawn at random where the file does not hold them.
+        """
         found = None
         if self.calibration.exists():
             file = self._kept.get("calibration", lambda: Calibration.read(self.calibration, self.fingerprint))
             found = file.get(need)
+        if found is None and isinstance(need, Prediction):
+            found = self._kept.get(need, lambda: calibrate(self, drawn_tokens(self), [need])[0])
         if found is None:
             lacks = "does not hold it" if self.calibration.exists() else "does not exist"
             raise ConfigError(

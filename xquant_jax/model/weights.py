@@ -80,9 +80,9 @@ def _shardings(parameters: tuple[Parameter, ...], mesh: Mesh) -> dict[str, Any]:
 
 def _zeros(num_layers: int, layer: Any, dtype: str) -> jax.Array:
     shape = (num_layers, *layer.shape)
-    if not isinstance(layer, jax.Array):
+    partition = getattr(layer, "sharding", None)
+    if not isinstance(partition, NamedSharding):
         return jnp.zeros(shape, dtype)
-    partition: Any = layer.sharding
     return jnp.zeros(shape, dtype, device=NamedSharding(partition.mesh, P(None, *partition.spec)))
 
 

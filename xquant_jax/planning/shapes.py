@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from converters.svd import factor_shapes
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.methods.base import FactorSource
-from xquant_jax.cache.methods.learned import Codebooks, Directions, Need
+from xquant_jax.cache.methods.learned import Codebooks, Directions, Need, Prediction
 from xquant_jax.config import ModelConfig
 from xquant_jax.model.transformer import Transformer
 from xquant_jax.parameters import build_tree
@@ -58,12 +58,14 @@ def _one_layer(config: ModelConfig, layers: dict[str, Any]) -> FactorSource:
     """A source whose arrays are zeros of a single layer: methods show what they make of them."""
 
     @cache
-    def zeros(kind: str, folded: bool, number: int) -> dict[str, Any]:  # by layers too, as a loaded model has them
+    def zeros(
+        kind: str, folded: bool, number: int, balanced: bool
+    ) -> dict[str, Any]:  # by layers too, as a loaded model has them
         shapes = factor_shapes(kind, config)  # pyright: ignore[reportArgumentType]
         return build_tree((path, jnp.zeros((1, *shape), config.dtype)) for path, shape in shapes.items())
 
-    def svd(kind: str, *, folded: bool = False, number: int | None = None) -> dict[str, Any]:
-        return zeros(kind, folded, number or config.num_layers)
+    def svd(kind: str, *, folded: bool = False, number: int | None = None, balanced: bool = False) -> dict[str, Any]:
+        return zeros(kind, folded, number or config.num_layers, balanced)
 
     def calibrated(need: Need) -> dict[str, Any]:
         match need:
@@ -71,6 +73,9 @@ def _one_layer(config: ModelConfig, layers: dict[str, Any]) -> FactorSource:
                 heads = 2 * config.num_kv_heads * min(config.width, config.head_dim)
                 width = heads if basis == "per_head" else min(config.width, 2 * config.kv_width)
                 shapes = {"down": (1, width, rank), "up": (1, rank, width)}
+            case Prediction():
+                width = min(config.width, 2 * config.kv_width)
+                shapes = {"predict": (1, width, width), "residual": (1, width)}
             case Codebooks(bits=bits):
                 shapes = dict.fromkeys(("key", "value"), (1, 2**bits))
         return {name: jnp.zeros(shape) for name, shape in shapes.items()}

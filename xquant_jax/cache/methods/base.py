@@ -13,7 +13,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.operands import Accumulation, KeyRebuild
 from xquant_jax.cache.methods.learned import Need
 from xquant_jax.config import ModelConfig
+from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.attention import Geometry
+from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import StreamSpec
 
 
@@ -22,9 +24,9 @@ class FactorSource:
     """Where a method finds the matrices that it multiplies with.
 
     layers: the transformer's own parameters of all layers; every leaf has the leading axis L
-    svd: (kind, *, folded=False, number=None) -> factors of their key and value weights, `joint`, `per_head` or `kv`,
-        with a leading axis of at least the first `number` layers (None: all); folded: of the weights with the
-        attention norm's scale multiplied into them
+    svd: (kind, *, folded=False, number=None, balanced=False) -> factors of their key and value weights, `joint`,
+        `per_head` or `kv`, with a leading axis of at least the first `number` layers (None: all); folded: of the
+        weights with the attention norm's scale multiplied into them; balanced: as `numerics.bases.balanced` turns them
     calibrated: what `xquant calibrate` found on text for a need; raises `ConfigError` if nothing was
     """
 
@@ -59,6 +61,17 @@ class Absorbed:
     prepare: Callable[[dict[str, Array]], dict[str, Array]] | None = None  # before anything else; no kernel has it
 
 
+def check_sink(sink: int) -> None:
+    """Raises `ConfigError` for a number of kept tokens that does not fit into the first block."""
+    if not 0 <= sink < BLOCK:
+        raise ConfigError(f"sink={sink} is not supported; choose 0 to {BLOCK - 1}")
+
+
+def clips(method: Any) -> bool:
+    """Whether the method's `bits` are clipped where it clips at all: the ends of finer ranges stay where they are."""
+    return method.clip and method.bits < 8
+
+
 class Method(abc.ABC):
     """A cache method. All functions are pure; `method_params` is what `factors()` returned, sliced to one layer.
 
@@ -70,16 +83,13 @@ class Method(abc.ABC):
 
     name: ClassVar[str]
     has_running_sum: ClassVar[bool] = False
+    sink = 0
+    """Tokens at the start of a sequence that are kept as they are; an option of the methods that quantize."""
 
     @property
     def keys_rotated(self) -> bool:
         """Whether keys are stored after RoPE."""
         return False
-
-    @property
-    def sink_tokens(self) -> int:
-        """How many tokens at the start of a sequence are kept as they are."""
-        return 0
 
     def layers(self, config: ModelConfig) -> list[tuple["Method", int]]:
         """The method of each run of layers: (method, number of layers)."""

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from xquant_jax.cache.methods.base import check_sink
 from xquant_jax.cache.methods.keys_values import KeysValues
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -15,8 +16,10 @@ class FP8(KeysValues):
 
     name: ClassVar[str] = "fp8"
     scale: str = "head"
+    sink: int = 0  # first tokens of a sequence that are kept as they are
 
     def __post_init__(self) -> None:
+        check_sink(self.sink)
         if self.scale not in ("token", "head"):
             raise ConfigError(f"scale={self.scale} is not supported; choose token or head")
 

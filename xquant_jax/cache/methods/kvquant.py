@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from xquant_jax.cache.methods.base import FactorSource
+from xquant_jax.cache.methods.base import FactorSource, check_sink
 from xquant_jax.cache.methods.keys_values import KeysValues
 from xquant_jax.cache.methods.learned import Codebooks, Need
 from xquant_jax.config import ModelConfig
@@ -39,12 +39,7 @@ class KVQuant(KeysValues):
             raise ConfigError(f"bits={self.bits} is not supported by kvquant; choose 2, 3 or 4")
         if not 0 <= self.outliers <= 0.25:
             raise ConfigError(f"outliers={self.outliers} is not a share of the values; choose 0 to 0.25")
-        if not 0 <= self.sink < BLOCK:
-            raise ConfigError(f"sink={self.sink} is not supported; choose 0 to {BLOCK - 1}")
-
-    @property
-    def sink_tokens(self) -> int:
-        return self.sink
+        check_sink(self.sink)
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         width = config.kv_width
@@ -63,10 +58,10 @@ class KVQuant(KeysValues):
 
     def method_params(self, source: FactorSource, number: int) -> Any:
         (need,) = self.needs(source.config)
-        return source.calibrated(need)
+        return super().method_params(source, number) | {"levels": source.calibrated(need)}
 
     def codebooks(self, method_params: Any) -> dict[str, Array]:
-        return method_params
+        return method_params["levels"]
 
     def absorbed(self, method_params: Any, config: ModelConfig) -> None:
         """None: the streams are read as they are, and keep to the definition."""

@@ -3,6 +3,9 @@
 K = H: one stream x of width D, quantized along the token; K = x^ W_k, V = x^ W_v.
 K < H: two latents z_k = X U_k (along the channel) and z_v = X U_v (along the token); K = z^_k S_k B_k^T, likewise V,
 from the SVD W = U S B^T: of the whole weight (`joint`, the paper's) or of each kv head's part (`per_head`).
+
+With `rotate`, groups of channels of X are stored rotated, and latents in the balanced basis of `numerics.bases`. With
+`clip`, the ends of ranges move inwards (`numerics.quantization.clipped`). The paper has neither, and no sink.
 """
 
 import dataclasses
@@ -15,10 +18,11 @@ from jaxtyping import Array
 from pallas_kernels import KeyRebuild
 from pallas_kernels.eight_bits import TYPES, quantize_matrix
 from pallas_kernels.operands import expand
-from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens
+from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens, check_sink, clips
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.numerics.quantization import StreamSpec, check_bits
+from xquant_jax.numerics.bases import rotate, rotated_rows
+from xquant_jax.numerics.quantization import StreamSpec, check_bits, default_group
 
 BASES = ("joint", "per_head")
 REBUILD_DTYPES = ("bf16", *TYPES)
@@ -35,9 +39,13 @@ class XQuant(Method):
     group: int = 0  # 0: the largest divisor of the width that is not above 128
     input: str = "post_norm"  # or unit_norm: X without the norm's weight, which is folded into the projections
     rebuild_dtype: str = "bf16"  # of the matrix that keys are rebuilt with: bf16 (as the weights are), int8 or fp8
+    rotate: bool = True
+    clip: bool = True  # codes of 2 to 4 bits
+    sink: int = 4  # first tokens of a sequence that are kept as they are
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        check_sink(self.sink)
         if self.rebuild_dtype not in REBUILD_DTYPES:
             raise ConfigError(f"rebuild_dtype={self.rebuild_dtype} is not supported; choose bf16, int8 or fp8")
         if self.rebuild_dtype == "fp8" and self.bits > (most := TYPES["fp8"].code_bits):
@@ -59,7 +67,7 @@ class XQuant(Method):
                     "basis applies to grouped-query models; this one has a key/value head per query head, "
                     "and xquant stores X itself: leave basis out"
                 )
-            return {"x": StreamSpec(config.width, self.bits, "token", self.group)}
+            return {"x": StreamSpec(config.width, self.bits, "token", self.group, clip=clips(self))}
         if self.rebuild_dtype != "bf16":
             raise ConfigError(
                 f"rebuild_dtype={self.rebuild_dtype} applies to keys that are stored along the token; those of "
@@ -68,8 +76,8 @@ class XQuant(Method):
             )
         key, value = (_latent_width(config, basis) for basis in self._bases())
         return {
-            "key": StreamSpec(key, self.bits, "channel"),
-            "value": StreamSpec(value, self.bits, "token", self.group),
+            "key": StreamSpec(key, self.bits, "channel", clip=clips(self)),
+            "value": StreamSpec(value, self.bits, "token", self.group, clip=clips(self)),
         }
 
     def by_head(self, config: ModelConfig) -> bool:
@@ -79,12 +87,16 @@ class XQuant(Method):
         params = source.layers
         folded = self.input == "unit_norm"
         if source.config.is_multi_head:
-            method_params = {side: {"rebuild": weight} for side, weight in projections(params, folded, number).items()}
+            weights, group = projections(params, folded, number), self.streams(source.config)["x"].group
+            if self.rotate:
+                weights = {side: rotated_rows(weight[:number], group) for side, weight in weights.items()}
+            method_params = {side: {"rebuild": weight} for side, weight in weights.items()}
             if self.rebuild_dtype != "bf16":
-                group = self.streams(source.config)["x"].group
                 method_params["key"] = key_factors(method_params["key"]["rebuild"][:number], self.rebuild_dtype, group)
         else:
-            key, value = (source.svd(basis, folded=folded, number=number) for basis in self._bases())
+            key, value = (
+                source.svd(basis, folded=folded, number=number, balanced=self.rotate) for basis in self._bases()
+            )
             method_params = {"key": dict(key["key"]), "value": dict(value["value"])}
         for side in ("key", "value"):
             if source.config.qkv_bias:
@@ -96,7 +108,7 @@ class XQuant(Method):
     def encode(self, method_params: Any, new: NewTokens) -> dict[str, Array]:
         x = new.x if self.input == "post_norm" else unit_norm(new.h, new.norm_eps)
         if "project" not in method_params["key"]:
-            return {"x": x}
+            return {"x": rotate(x, self.group or default_group(x.shape[-1])) if self.rotate else x}
         down = {side: method_params[side]["project"].reshape(x.shape[-1], -1) for side in ("key", "value")}
         return {side: x @ matrix for side, matrix in down.items()}
 

@@ -9,20 +9,25 @@ K < H, `predict=latent`: z = X A with A = U_kv (`basis=joint`) or the bases of e
 side by side (`per_head`); dz = z - z^ M, z^ = z^ M + dz^, where M = A_below^+ A comes from the weights alone. The sum
 is 2R wide instead of D. With `rank=r`, M = P P^T A_below^+ A, P being the r principal directions of the layer below on
 calibration text; the two factors take 4 * 2R r operations per token.
+K < H, `predict=learned`: the same with the M of least squares, found on text by `xquant calibrate`, or else on tokens
+drawn at random: what a layer adds to X is in part foreseeable, which the weights of keys and values do not show.
+
+With `rotate`, X is stored in rotated groups of channels, and latents of all heads in the balanced basis of
+`numerics.bases`, for the variance of the differences where that is learned.
 """
 
 import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float64
-from threadpoolctl import threadpool_limits
+from jax import lax
+from jaxtyping import Array
 
 from pallas_kernels import Accumulation
 from pallas_kernels.operands import expand, times
-from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens
-from xquant_jax.cache.methods.learned import Directions, Need
+from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens, check_sink, clips
+from xquant_jax.cache.methods.latents import latent_basis, latents, prediction
+from xquant_jax.cache.methods.learned import Directions, Need, Prediction
 from xquant_jax.cache.methods.xquant import (
     XQuant,
     key_factors,
@@ -34,11 +39,12 @@ from xquant_jax.cache.methods.xquant import (
 )
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
-from xquant_jax.numerics.quantization import UNQUANTIZED, StreamSpec, check_bits
+from xquant_jax.numerics.bases import rotate, rotated_rows
+from xquant_jax.numerics.quantization import UNQUANTIZED, StreamSpec, check_bits, default_group
 
 CHOICES = {
     "input": ("post_norm", "unit_norm", "residual"),
-    "predict": ("paper", "latent"),
+    "predict": ("paper", "latent", "learned"),
     "basis": ("joint", "per_head"),
     "accumulator": ("bf16", "int8"),
     "rebuild_dtype": ("bf16", "int8"),
@@ -46,10 +52,6 @@ CHOICES = {
 
 WITHOUT_CODES = (("accumulator", "bf16", "int8"), ("input", "residual", "unit_norm"), ("basis", "per_head", "joint"))
 """Options with which keys do not come from codes and a dense matrix, and what would do instead."""
-
-WEAKEST = 0.1
-"""Singular values of per-head bases, relative to the largest, below which their pseudoinverse leaves them out: they
-would amplify what quantization added (measured: docs/accuracy.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +61,11 @@ class XQuantCL(Method):
     input: which X: after the norm (`post_norm`), after the norm without its weight, which is folded into the
         projections (`unit_norm`), or before the norm (`residual`, K = H only)
     first: (layers, bits): the layers below the differences and the bits of their streams, typed as 3@4
-    predict: K < H only, see above: `latent` by default, or `paper`
+    predict: K < H only, see above: `learned` by default, or `latent`, or `paper`
     basis, rank: of `predict=latent`, see above; rank=0: all directions, without calibration
     accumulator: how the running sum of the history is held: `bf16` or `int8`
     rebuild_dtype: of the matrix that keys are rebuilt with: `bf16` (as the weights are) or `int8`
+    rotate, clip, sink: as in `xquant`; bases of each head (`basis=per_head`) are not rotated
     """
 
     name: ClassVar[str] = "xquant-cl"
@@ -70,14 +73,18 @@ class XQuantCL(Method):
     bits: int = 2
     input: str = "unit_norm"
     first: tuple[int, int] = (3, 4)
-    predict: str | None = None  # None: latent where K < H
+    predict: str | None = None  # None: learned where K < H, or latent with an option of it
     basis: str | None = None  # None: joint
     rank: int = 0
     accumulator: str = "int8"
     rebuild_dtype: str = "bf16"
+    rotate: bool = True
+    clip: bool = True
+    sink: int = 4
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        check_sink(self.sink)
         if self.rebuild_dtype == "fp8":
             raise ConfigError(
                 "rebuild_dtype=fp8 takes codes of up to 4 bits, which e4m3 holds exactly, and those of the running sum "
@@ -87,7 +94,7 @@ class XQuantCL(Method):
             value = getattr(self, option)
             if value not in choices and not (option in ("predict", "basis") and value is None):
                 raise ConfigError(f"{option}={value} is not supported; choose {' or '.join(choices)}")
-        if self.predict == "paper" and (self.basis or self.rank):
+        if self.predict in ("paper", "learned") and (self.basis or self.rank):
             option = f"basis={self.basis}" if self.basis else f"rank={self.rank}"
             raise ConfigError(f"{option} applies to predict=latent; leave one of them out")
         for option, value, instead in WITHOUT_CODES:
@@ -111,12 +118,14 @@ class XQuantCL(Method):
         base = Base(**{**_options(self), "bits": bits})
         folded = "post_norm" if self.input == "post_norm" else "unit_norm"
         rebuild = self.rebuild_dtype if config.is_multi_head else "bf16"  # latents' keys lie along the channel
-        below = [(XQuant(bits, basis, basis, input=folded, rebuild_dtype=rebuild), plain - 1)] if plain > 1 else []
+        shared = {"rotate": self.rotate, "clip": self.clip, "sink": self.sink}
+        plainly = XQuant(bits, basis, basis, input=folded, rebuild_dtype=rebuild, **shared)
+        below = [(plainly, plain - 1)] if plain > 1 else []
         return [*below, (base, 1), (self, config.num_layers - plain)]
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         self._check(config)
-        return {"delta": StreamSpec(self._stored_width(config), self.bits, "token")}
+        return {"delta": StreamSpec(self._stored_width(config), self.bits, "token", clip=clips(self))}
 
     def window(self, config: ModelConfig) -> dict[str, tuple[int, str]]:
         return {"x": (self._running_width(config), "bfloat16")}
@@ -126,28 +135,26 @@ class XQuantCL(Method):
         return StreamSpec(self._running_width(config), bits, "token")
 
     def needs(self, config: ModelConfig) -> tuple[Need, ...]:
-        if not self.rank:
-            return ()
-        return (Directions(self.basis or "joint", self.input == "unit_norm", self.rank),)
+        if self.rank:
+            return (Directions(self.basis or "joint", self.input == "unit_norm", self.rank),)
+        return (Prediction(self.input == "unit_norm"),) if self._learned(config) else ()
 
     def method_params(self, source: FactorSource, number: int) -> Any:
         params, config = source.layers, source.config
         folded = self.input != "post_norm"
         weights = projections(params, folded, number)
         if self._latent(config):
-            basis = latent_basis(source, self.basis or "joint", folded=folded, number=number)
-            method_params: dict[str, Any] = {"basis": basis} | self._rebuilding(source, weights, basis)
-            if self.rank:
-                (need,) = self.needs(config)
-                found = source.calibrated(need)
-                method_params["predict"] = tuple(jnp.asarray(found[part], basis.dtype) for part in ("down", "up"))
-            else:
-                orthonormal = self.basis != "per_head"
-                method_params["predict"] = (jnp.asarray(prediction(basis, orthonormal), basis.dtype),)
+            method_params = self._of_latents(source, weights, number)
         else:
             method_params = {side: {"rebuild": weight} for side, weight in weights.items()}
             if not config.is_multi_head:
                 method_params["basis"] = source.svd("kv", folded=folded, number=number)["basis"]
+                if self.rotate:
+                    width = self._stored_width(config)
+                    method_params["basis"] = lax.map(lambda own: rotate(own, width), method_params["basis"][:number])
+            elif self.rotate:
+                group = self.running_sum(config).group
+                method_params = {s: {"rebuild": rotated_rows(w[:number], group)} for s, w in weights.items()}
         if self.rebuild_dtype != "bf16":
             group = self.running_sum(config).group
             method_params["key"] = key_factors(method_params["key"]["rebuild"][:number], self.rebuild_dtype, group)
@@ -158,15 +165,31 @@ class XQuantCL(Method):
             method_params["key"]["norm"] = params["key_norm"]["scale"]
         return method_params
 
-    def _rebuilding(self, source: FactorSource, weights: dict[str, Array], basis: Array) -> dict[str, Any]:
-        """From latents to keys and values: A^T W of all directions, or Sigma_h B_h^T of the head's own."""
-        if self.basis == "per_head":
-            method_params = source.svd("per_head", folded=self.input != "post_norm", number=len(basis))
-            return {side: {"rebuild": method_params[side]["rebuild"]} for side in ("key", "value")}
-        back = np.swapaxes(np.asarray(basis, np.float32), 1, 2)
+    def _of_latents(self, source: FactorSource, weights: dict[str, Array], number: int) -> dict[str, Any]:
+        """Basis, prediction, and what keys and values are rebuilt with, of methods whose sum is that of latents."""
+        folded, per_head = self.input != "post_norm", self.basis == "per_head"
+        found = {need: source.calibrated(need) for need in self.needs(source.config)}
+        project = latent_basis(source, self.basis or "joint", folded=folded, number=number)
+        variance = jnp.ones(project.shape[::2])
+        match [*found.items()]:
+            case [(Directions(), directions)]:
+                predict = tuple(directions[part] for part in ("down", "up"))
+            case [(Prediction(), learned)]:
+                predict, variance = (learned["predict"],), learned["residual"][: len(project)]
+            case _:
+                predict = (jnp.asarray(prediction(project, not per_head), jnp.float32),)
+        if per_head:
+            own = source.svd("per_head", folded=folded, number=number)
+            rebuild = {side: own[side]["rebuild"] for side in ("key", "value")}
+        else:
+            both = {side: weight[: len(project)] for side, weight in weights.items()}
+            predict = tuple(part[: len(project)] for part in predict)
+            project, predict, rebuild = latents(project, predict, both, variance if self.rotate else None)
+        dtype = weights["key"].dtype
         return {
-            side: {"rebuild": jnp.asarray(back @ np.asarray(w[: len(back)], np.float32), w.dtype)}
-            for side, w in weights.items()
+            "basis": project.astype(dtype),
+            "predict": tuple(part.astype(dtype) for part in predict),
+            **{side: {"rebuild": matrix.astype(dtype)} for side, matrix in rebuild.items()},
         }
 
     def encode(self, method_params: Any, new: NewTokens) -> dict[str, Array]:
@@ -177,7 +200,10 @@ class XQuantCL(Method):
                 x = unit_norm(new.h, new.norm_eps)
             case _:
                 x = new.h
-        return {"x": x @ method_params["basis"] if "predict" in method_params else x}
+        if "predict" in method_params:
+            return {"x": x @ method_params["basis"]}
+        turned = self.rotate and "basis" not in method_params
+        return {"x": rotate(x, default_group(x.shape[-1])) if turned else x}
 
     def store(self, method_params: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
         assert predicted is not None
@@ -234,6 +260,9 @@ class XQuantCL(Method):
     def _running_width(self, config: ModelConfig) -> int:
         return self._stored_width(config) if self._latent(config) else config.width
 
+    def _learned(self, config: ModelConfig) -> bool:
+        return self._latent(config) and self.predict != "latent" and not (self.basis or self.rank)
+
     def _latent(self, config: ModelConfig) -> bool:
         """Whether the running sum is that of latents."""
         return not config.is_multi_head and self.predict != "paper"
@@ -254,34 +283,13 @@ class Base(XQuantCL):
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         self._check(config)
-        return {"base": StreamSpec(self._stored_width(config), self.bits, "token")}
+        return {"base": StreamSpec(self._stored_width(config), self.bits, "token", clip=clips(self))}
 
     def store(self, method_params: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
         return {"base": self._project(method_params, window["x"].astype(jnp.float32))}
 
     def accumulation(self, method_params: Any) -> Accumulation:
         return Accumulation(None, self._lift(method_params))
-
-
-def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int | None = None) -> Float[Array, "L D C"]:
-    """A of the first `number` layers: U_kv (`joint`), or the key heads' and then the value heads' own directions
-    (`per_head`)."""
-    if basis == "joint":
-        found = source.svd("kv", folded=folded, number=number)["basis"]
-        return found if number in (None, len(found)) else found[:number]
-    method_params = source.svd("per_head", folded=folded, number=number)
-    sides = [method_params[side]["project"][:number] for side in ("key", "value")]  # [L, D, K, e]
-    return jnp.concatenate([side.reshape(*side.shape[:2], -1) for side in sides], axis=-1)
-
-
-def prediction(basis: Float[Array, "L D C"], orthonormal: bool) -> Float64[np.ndarray, "L C C"]:
-    """M = A_below^+ A of every layer; of layer 0, which nothing is below, with itself."""
-    wide = np.asarray(basis, np.float64)
-    below = np.concatenate([wide[:1], wide[:-1]])
-    if orthonormal:
-        return np.swapaxes(below, 1, 2) @ wide
-    with threadpool_limits(1, user_api="blas"):  # BLAS threads spin while they wait
-        return np.stack([np.linalg.lstsq(b, a, WEAKEST)[0] for b, a in zip(below, wide, strict=True)])
 
 
 def _options(method: XQuantCL) -> dict[str, Any]:

@@ -30,14 +30,14 @@ Quantizer = Callable[[np.ndarray], np.ndarray]
 """A block [128, C] of float32 -> what is read back of it."""
 
 
-def along_token(bits: int, group: int = 16) -> Quantizer:
-    return partial(fake_quantize_block, bits=bits, axis="token", group=group)
+def along_token(bits: int, group: int = 16, *, clip: bool = False) -> Quantizer:
+    return partial(fake_quantize_block, bits=bits, axis="token", group=group, clip=clip)
 
 
-def along_channel(bits: int, group: int = 128) -> Quantizer:
+def along_channel(bits: int, group: int = 128, *, clip: bool = False) -> Quantizer:
     def quantizer(block: np.ndarray) -> np.ndarray:
         columns = [
-            np.concatenate([fake_quantize(run, bits) for run in column.reshape(-1, group)]) for column in block.T
+            np.concatenate([fake_quantize(run, bits, clip) for run in column.reshape(-1, group)]) for column in block.T
         ]
         return np.stack(columns, axis=1)
 
@@ -64,11 +64,16 @@ class KeysValues(Reference):
     """A cache of keys and values, after RoPE where `rotated`; `quantizers`: of the streams of every layer."""
 
     def __init__(
-        self, config: ModelConfig, params: Any, quantizers: list[tuple[Quantizer, Quantizer]], rotated: bool
+        self,
+        config: ModelConfig,
+        params: Any,
+        quantizers: list[tuple[Quantizer, Quantizer]],
+        rotated: bool,
+        sink: int = 0,
     ) -> None:
-        super().__init__(config, params, method_params={}, bits=0)
+        super().__init__(config, params, method_params={}, method=None)
         self.quantizers = [dict(zip(("key", "value"), pair, strict=True)) for pair in quantizers]
-        self.rotated = rotated
+        self.rotated, self.sink = rotated, sink
         self.weights = [self.layer(i)[0] for i in range(config.num_layers)]
 
     def store(self, i: int, f: Any, x: np.ndarray, h: np.ndarray | None = None) -> None:
@@ -76,14 +81,22 @@ class KeysValues(Reference):
         for side in ("key", "value"):
             vectors = stored.setdefault(side, [])
             kv = (x @ w[side]["kernel"] + w[side].get("bias", 0)).reshape(-1, self.c.head_dim)
+            if side == "key" and self.apart(w):
+                kv = (x @ w[side]["kernel"]).reshape(kv.shape)
             if side == "key" and self.c.qk_norm:
                 kv = rms(kv, w["key_norm"]["scale"], self.c.norm_eps)
             if side == "key" and self.rotated:
                 kv = rope(kv, len(vectors), self.c.rope.theta)
             vectors.append(kv.reshape(-1))
 
+    def apart(self, w: Any) -> bool:
+        """Whether keys are stored without their bias."""
+        return "bias" in w["key"] and not self.rotated and not self.c.qk_norm
+
     def keys_values(self, w: Any, f: Any, i: int) -> tuple[np.ndarray, np.ndarray]:
         k, v = (self.read(i)[side].reshape(-1, self.c.num_kv_heads, self.c.head_dim) for side in ("key", "value"))
+        if self.apart(w):
+            k = k + w["key"]["bias"].reshape(k.shape[1:])
         if self.rotated:  # turned back, as the reference turns them again
             k = rope(k, -np.arange(len(k))[:, None], self.c.rope.theta)
         return k, v
@@ -94,7 +107,13 @@ class KeysValues(Reference):
                 blocks = whole.setdefault(name, [])
                 for start in range(128 * len(blocks), len(vectors) - 127, 128):
                     part = np.stack(vectors[start : start + 128]).astype(bf16).astype(np.float32)
-                    blocks.append(quantizers[name](part))
+                    kept = part[: self.sink].copy()
+                    if start == 0:
+                        part[: self.sink] = part[self.sink]
+                    read = quantizers[name](part)
+                    if start == 0:
+                        read[: self.sink] = kept
+                    blocks.append(read)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +125,20 @@ class KeysValues(Reference):
         ("kivi:2,rope=post,group=8", [(along_channel(2, 8), along_token(2, 8))] * 2),
         ("kivi:2;1=8", [(along_channel(2), along_token(2)), (along_channel(8), along_token(8))]),
         ("kivi:3,first=1@4", [(along_channel(4), along_token(4)), (along_channel(3), along_token(3))]),
+        ("kivi:2,clip=true,sink=5", [(along_channel(2, clip=True), along_token(2, clip=True))] * 2),
         ("int8,group=8", [(along_token(8, 8), along_token(8, 8))] * 2),
-        ("fp8", [(e4m3(8), e4m3(8))] * 2),
+        ("fp8,sink=2", [(e4m3(8), e4m3(8))] * 2),
         ("fp8,scale=token", [(e4m3(16), e4m3(16))] * 2),
     ],
 )
 def test_prefill_and_decode_equal_the_reference(spec: str, quantizers: list[tuple[Quantizer, Quantizer]]) -> None:
-    model = random_model(tiny_config(qkv_bias=True, qk_norm=True, sliding_windows=(140, None)))
+    normed = spec.startswith("kivi:3")  # the others store keys without their bias
+    model = random_model(tiny_config(qkv_bias=True, qk_norm=normed, sliding_windows=(140, None)))
     tokens = random_tokens(model.config, len(PROMPTS), max(PROMPTS) + STEPS)
     seen = run_library(model, spec, tokens, np.asarray(PROMPTS, np.int32))
+    sink = CacheConfig.parse(spec).method.sink
     for row, count in enumerate(PROMPTS):
-        reference = KeysValues(model.config, model.params, quantizers, rotated="rope=post" in spec)
+        reference = KeysValues(model.config, model.params, quantizers, "rope=post" in spec, sink)
         pieces = [tokens[row, :count], *tokens[row, count : count + STEPS, None]]
         for step, (piece, (logits, cache)) in enumerate(zip(pieces, seen, strict=True)):
             expected = reference.feed(piece)

@@ -27,9 +27,9 @@ class Codebooks(KeysValues):
     """The first token of a sequence stays, and its place in its block is quantized as if it were the second."""
 
     def __init__(self, model: Any, cache_config: CacheConfig) -> None:
-        self.method: Any = cache_config.method
-        self.books = jax.tree.map(np.asarray, cache_config.method_params(model.source)[0])
+        self.books = jax.tree.map(np.asarray, cache_config.method_params(model.source)[0]["levels"])
         super().__init__(model.config, model.params, [(np.copy, np.copy)] * model.config.num_layers, rotated=False)
+        self.method: Any = cache_config.method
 
     def levels(self, i: int, name: str) -> np.ndarray:
         return self.books[name][i]

@@ -10,6 +10,7 @@ from tests.conftest import RandomModel, random_model, random_tokens, tiny_config
 from tests.xquant_jax.reference import Reference
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush, flush_when_due
+from xquant_jax.cache.methods.xquant import XQuant
 from xquant_jax.cache.state import Cache, allocate
 from xquant_jax.errors import ConfigError
 
@@ -56,6 +57,9 @@ def run_library(
         *(pytest.param(kind, "xquant:4", marks=pytest.mark.optimized) for kind in ("K=H", "K<H")),
         *(("K=H", f"xquant:4,rebuild_dtype={dtype}") for dtype in ("int8", "fp8")),
         ("K<H", "xquant:8,basis=joint"),
+        ("K=H", "xquant:2,rotate=false,clip=false,sink=0"),
+        ("K<H", "xquant:2,rotate=false,sink=0"),
+        ("K<H", "xquant:2,clip=false,sink=127"),
         ("K<H", "xquant:3,key_basis=joint"),
         ("K<H, wide keys", "xquant:3,basis=joint"),
         ("K<H, wide keys", "xquant:3"),
@@ -69,7 +73,7 @@ def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
     cache_config = CacheConfig.parse(spec)
     (method_params,) = cache_config.method_params(model.source)
     for row, count in enumerate(PROMPTS):
-        reference = Reference(model.config, model.params, method_params, cache_config.method.bits)
+        reference = Reference(model.config, model.params, method_params, cache_config.method)
         pieces = [tokens[row, :count], *tokens[row, count : count + STEPS, None]]
         for step, (piece, (logits, cache)) in enumerate(zip(pieces, seen, strict=True)):
             expected = reference.feed(piece)
@@ -82,7 +86,7 @@ def test_reference_can_tell_bit_widths_apart() -> None:
     model = random_model(MODELS["K<H"])
     (method_params,) = CacheConfig.parse("xquant:3").method_params(model.source)
     tokens = random_tokens(model.config, 1, 131)[0]
-    three, four = (Reference(model.config, model.params, method_params, bits) for bits in (3, 4))
+    three, four = (Reference(model.config, model.params, method_params, XQuant(bits)) for bits in (3, 4))
     for reference in (three, four):
         reference.feed(tokens[:130])
     three, four = (reference.feed(tokens[130:]) for reference in (three, four))
@@ -94,7 +98,8 @@ def test_keys_are_rebuilt_with_the_matrix_in_eight_bits(dtype: str) -> None:
     """The values' matrix stays as it is; int8 takes a quarter of float32."""
     model = random_model(MODELS["K=H"])
     exact, (small,) = (
-        CacheConfig.parse(f"xquant:4{o}").method_params(model.source) for o in ("", f",rebuild_dtype={dtype}")
+        CacheConfig.parse(f"xquant:4,rotate=false{o}").method_params(model.source)
+        for o in ("", f",rebuild_dtype={dtype}")
     )
     weight = np.asarray(exact[0]["key"]["rebuild"], np.float64)
     off = np.asarray(small["key"]["rebuild"], np.float64) * np.asarray(small["key"]["scale"])[:, None] - weight
