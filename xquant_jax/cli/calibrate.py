@@ -77,6 +77,7 @@ def default_caches(config: ModelConfig) -> list[str]:
     """Every cache that needs calibration, with the options' defaults."""
     caches = [f"kvquant:{bits}" for bits in (2, 3, 4)]
     if not config.is_multi_head and config.num_layers > 3:
+        caches.append("xquant-cl")
         caches.append(f"xquant-cl,predict=latent,basis=per_head,rank={config.kv_width // 2}")
     return caches
 

@@ -9,7 +9,7 @@ import pytest
 
 import xquant_jax as xq
 from tests.conftest import GOLDEN, random_model, random_tokens, tiny_config
-from xquant_jax.cache.methods.learned import Directions
+from xquant_jax.cache.methods.learned import Directions, Prediction
 from xquant_jax.calibration.calibrate import calibrate, needs_of
 from xquant_jax.cli import main
 from xquant_jax.errors import CheckpointError, ConfigError
@@ -85,6 +85,31 @@ def test_directions_are_the_principal_ones_of_the_layer_below(folded: bool) -> N
 def calibrated_basis(model, folded: bool) -> jax.Array:
     method_params = model.source.svd("per_head", folded=folded)
     return jnp.concatenate([method_params[side]["project"].reshape(3, 32, 16) for side in ("key", "value")], axis=-1)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_predictions_are_those_of_least_squares(folded: bool) -> None:
+    """And what they leave is told; the first four tokens of a window have no part in them."""
+    model = random_model(tiny_config(num_layers=3, sliding_windows=(None,) * 3))
+    windows = random_tokens(model.config, 6, 128)
+    (found,) = calibrate(model, windows, [Prediction(folded)])
+    zeros = {side: jnp.zeros((3, 6, 128, 2, 8)) for side in ("key", "value")}
+    _, seen = model.transformer.apply({"params": model.params}, jnp.asarray(windows), zeros, method="observe")
+    norm = np.asarray(model.params["layers"]["attention_norm"]["scale"], np.float64)
+    basis = np.asarray(model.source.svd("kv", folded=folded)["basis"], np.float64)
+    z = [
+        (np.asarray(seen["x"][n, :, 4:], np.float64).reshape(-1, 32) / (norm[n] if folded else 1)) @ basis[n]
+        for n in range(3)
+    ]
+    np.testing.assert_allclose(found["residual"][0], np.square(z[0]).sum(0), rtol=1e-3)
+    for i in (1, 2):
+        best = np.linalg.lstsq(z[i - 1], z[i], rcond=None)[0]
+        left = np.square(z[i] - z[i - 1] @ best).sum(0)
+        of_file = np.square(z[i] - z[i - 1] @ found["predict"][i]).sum(0)
+        assert (of_file <= 1.05 * left).all()
+        np.testing.assert_allclose(found["residual"][i], of_file, rtol=0.02)
+        of_weights = np.square(z[i] - z[i - 1] @ (basis[i - 1].T @ basis[i])).sum()
+        assert of_file.sum() < 0.9 * of_weights
 
 
 def test_a_lower_rank_takes_the_strongest_directions_of_a_higher_one() -> None:

@@ -1,4 +1,4 @@
-"""The latents that xquant-cl sums up: their basis, their prediction from the layer below, and the way back from them."""
+"""The latents that xquant-cl sums up: their basis, how they are predicted from the layer below, and the way back."""
 
 from functools import partial
 

@@ -63,7 +63,7 @@ class ClosedLoop(Reference):
 
     def read(self, i: int) -> dict[str, np.ndarray]:
         read = super().read(i)
-        if i > 0 and self.whole[i].get("x"):
+        if i > 0 and self.method.sink and self.whole[i].get("x"):
             kept = np.asarray(self.stored[i]["x"][: self.method.sink], bf16).astype(np.float64)
             read["x"] = np.concatenate([kept, read["x"][self.method.sink :]])
         if i > 0 and self.method.basis == "per_head":
@@ -178,14 +178,15 @@ class ClosedLoop(Reference):
     ("kind", "spec"),
     [
         ("K=H", "xquant-cl:2,input=post_norm,accumulator=bf16"),
-        ("K=H", "xquant-cl:4,rebuild_dtype=int8"),
-        ("K=H", "xquant-cl:4,input=residual"),
+        ("K=H", "xquant-cl:4,rebuild_dtype=int8,rotate=false,clip=false"),
+        ("K=H", "xquant-cl:4,input=residual,accumulator=bf16"),
         ("K<H", "xquant-cl:2,predict=paper,input=post_norm,accumulator=bf16"),
-        ("K<H", "xquant-cl:3,rebuild_dtype=int8"),
+        ("K<H", "xquant-cl:3,accumulator=bf16"),
+        ("K<H", "xquant-cl:3,predict=latent,rebuild_dtype=int8,rotate=false,clip=false"),
         ("K=H", "xquant-cl:2,rotate=false,clip=false,sink=0"),
         ("K<H", "xquant-cl:2,predict=latent,rotate=false,clip=false,sink=0"),
         ("K<H", "xquant-cl:2,predict=latent,basis=per_head,accumulator=bf16"),
-        ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,input=post_norm"),
+        ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,input=post_norm,accumulator=bf16"),
     ],
 )
 def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
