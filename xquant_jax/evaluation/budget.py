@@ -99,7 +99,8 @@ class Choices:
                 f"budget={budget.ratio} leaves nothing to find: {self.ways[-1]} has the most bits and takes "
                 f"{most:.4f}; use it, or choose less"
             )
-        return math.floor(budget.ratio * whole)
+        near = math.floor(budget.ratio * whole)  # give or take what floats round
+        return max(size for size in (near - 1, near, near + 1) if size / whole <= budget.ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +144,8 @@ def find(
     assert chosen is not None  # the least bits fit
     found = with_bits(cache, [choices.bits[c] for c in chosen], config)
     caches = [*same, found]
-    of_layers = [[choices.bits.index(m.bits) for m in _methods(c, config)] for c in caches]
-    measured = dict(zip(caches, measure([np.asarray(chosen) for chosen in of_layers]), strict=True))
+    chosen = [np.asarray([choices.bits.index(m.bits) for m in _methods(c, config)]) for c in caches]
+    measured = dict(zip(caches, measure(chosen), strict=True))
     fitting = [c for c in reversed(measured) if paper_ratio(c, config) <= budget.ratio]
     return Found(min(fitting, key=measured.__getitem__), choices.bits, alone, measured)
 

@@ -101,6 +101,16 @@ def test_sizes_of_layers_add_up_to_that_of_the_spec(spec: str) -> None:
         assert own.method == others  # every other option is carried through
 
 
+def test_a_budget_of_a_specs_own_size_is_met_by_it() -> None:
+    """Whatever floats round: of all sizes, that which is asked for is allowed, and not a byte more."""
+    config = tiny_config(**FOUR)
+    cache = CacheConfig.parse("xquant")
+    choices, whole = Choices.of(cache, config), 128 * 4 * 4 * config.kv_width
+    least, most = choices.sizes[:, 0].sum(), choices.sizes[:, -1].sum()
+    for size in range(least, most):
+        assert choices.capacity(Budget(cache, size / whole), config) == size
+
+
 def test_only_bits_that_the_method_takes_are_chosen_from() -> None:
     config = tiny_config(**FOUR)
     assert Choices.of(CacheConfig.parse("kvquant:2"), config).bits == (2, 3, 4)
