@@ -1,4 +1,7 @@
-"""`xquant calibrate MODEL --text FILE`: find on text what some cache methods need, and keep it with the model."""
+"""`xquant calibrate MODEL --text FILE`: find on text what some cache methods need, and keep it with the model.
+
+With `--budget` it finds bits for every layer instead: `cli.budget`.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from xquant_jax.calibration.calibrate import calibrate, needs_of
+from xquant_jax.cli.budget import budget_of, search
 from xquant_jax.cli.progress import Report, reported
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
@@ -16,11 +20,14 @@ from xquant_jax.json_file import check_folder
 from xquant_jax.model.calibration_file import Calibration
 from xquant_jax.model.loading import DTYPES, load
 
+WINDOWS, BUDGET_WINDOWS = 64, 4
+"""Where --limit-windows is not given; --budget goes through each of them once for every layer and number of bits."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "calibrate",
-        help="find on text what kvquant and xquant-cl with rank= need",
+        help="find on text what kvquant and xquant-cl with rank= need, or bits for every layer",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help='converted or Hugging Face directory, or "demo"')
@@ -32,10 +39,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="SPEC",
         help="caches to find it for (default: kvquant at 2, 3 and 4 bits, and xquant-cl with a quarter of the "
-        "directions where keys are shared)",
+        "directions where keys are shared); with --budget the one whose bits are found (default: xquant)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SIZE",
+        help="find bits for every layer of the cache, so that it has at most this size: codes and scales, relative to "
+        "keys and values of 16 bits",
     )
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--limit-windows", type=int, default=64, help="windows, spread evenly over the text")
+    parser.add_argument(
+        "--limit-windows",
+        type=int,
+        help=f"windows, spread evenly over the text (default: {WINDOWS}; with --budget {BUDGET_WINDOWS})",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
     parser.add_argument(
         "--out",
@@ -43,20 +61,33 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="file to write or add to (default: calibration.safetensors of the model)",
     )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write what --budget finds to this file")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of xquant calibrate without --budget, for a cache that needs it (default: the model's own)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     check_folder("--out", arguments.out)
+    budget = budget_of(arguments)
     text = "\n".join(map(read_text, arguments.text))
-    model = load(arguments.model, dtype=arguments.dtype)
+    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
+    names = ", ".join(file.name for file in arguments.text)
+    limit = arguments.limit_windows
+    if budget is not None:
+        windows = spread(cut(model, text, arguments.seq_len).tokens, BUDGET_WINDOWS if limit is None else limit)
+        search(arguments, budget, model, windows, f"{windows.size} tokens of {names}")
+        return
     path = arguments.out or model.calibration
     before = Calibration.read(path, model.fingerprint) if path.exists() else Calibration(model.fingerprint, {}, {})
     needs = needs_of(arguments.cache or default_caches(model.config), model.source)
-    windows = spread(cut(model, text, arguments.seq_len).tokens, arguments.limit_windows)
+    windows = spread(cut(model, text, arguments.seq_len).tokens, WINDOWS if limit is None else limit)
     with reported() as report:
         found = calibrate(model, _counted(windows, report), needs)
-    names = ", ".join(file.name for file in arguments.text)
     for need, arrays in zip(needs, found, strict=True):
         before = before.add(need, arrays, f"{windows.size} tokens of {names}")
     before.write(path)
