@@ -90,7 +90,10 @@ def run(call: DecodeAttention) -> Part:
     positions = _pad(jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1), queries, axis=1, value=-1)
     earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
     oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
-    bounds = jnp.stack([oldest, history_blocks, earliest, latest], axis=1).astype(jnp.int32)
+    seen_from = jnp.maximum(latest - geometry.sliding_window + 1, call.skip)
+    # queries lie behind all blocks; if some did not, no token would count as seen by all
+    seen_from = jnp.where(earliest >= history_blocks * BLOCK, seen_from, num_blocks * BLOCK)
+    bounds = jnp.stack([oldest, history_blocks, seen_from], axis=1).astype(jnp.int32)
     scalars = jnp.stack([jnp.asarray(a, jnp.int32) for a in (call.layer, geometry.sliding_window, call.skip)])
     number = jnp.arange(tiles.blocks * BLOCK // 2)
     in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks

@@ -127,9 +127,9 @@ def show(console: Console, evaluation: Evaluation) -> None:
         )
     console.print(table)
     console.print(
-        "none: without a cache, what differences refer to; size: codes and scales of a token, relative to keys and "
-        "values of 16 bits; allocated: bytes of a cache for one sequence of "
-        f"{evaluation.seq_len} tokens, with window and scratch",
+        "none: without a cache, what differences refer to; size: codes and scales of a token and its share of "
+        "first tokens that are kept, relative to keys and values of 16 bits; allocated: bytes of a cache for one "
+        f"sequence of {evaluation.seq_len} tokens, with window and scratch",
         style="dim",
         highlight=False,
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xquant_jax.cache.config import CacheConfig
@@ -35,7 +36,8 @@ class Measurement:
     """One method's results so far.
 
     cache: the spec as it was typed
-    paper_ratio: size of a cached token, relative to keys and values of 16 bits
+    paper_ratio: size of a cached token, relative to keys and values of 16 bits; its share of the first tokens that are
+        kept as they are included
     allocated: what a cache for one window takes
     losses: mean nats per predicted token, of each window in turn
     seconds: what that took, compilation aside
@@ -155,10 +157,15 @@ class Evaluation:
         self.measurements = [found.pop(m.cache, m) for m in self.measurements] + list(found.values())
 
 
-def paper_ratio(cache: CacheConfig, config: ModelConfig) -> float:
-    """Size of a token in the history, codes and scales of all layers, relative to keys and values of 16 bits."""
+def paper_ratio(cache: CacheConfig, config: ModelConfig, tokens: float = math.inf) -> float:
+    """Size of a token in the history, codes and scales of all layers, relative to keys and values of 16 bits.
+
+    tokens: of a sequence, which share what its first ones take that are kept as they are
+    """
     size = 0
     for method, layers in cache.segments(config):
+        kept = sum(width * jnp.dtype(dtype).itemsize for width, dtype in method.window(config).values())
+        size += BLOCK * layers * method.sink * kept / tokens
         blocks = [
             jax.eval_shape(lambda spec=spec: allocate_blocks(spec, ())) for spec in method.streams(config).values()
         ]
@@ -197,7 +204,7 @@ def prepare(
         cache = CacheConfig.parse(spec)
         return Measurement(
             spec,
-            paper_ratio(cache, model.config),
+            paper_ratio(cache, model.config, seq_len),
             allocated(cache, model.config, seq_len),
             calibration=model.calibration_hash(cache),
         )

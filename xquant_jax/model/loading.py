@@ -115,10 +115,10 @@ class Model:
     def calibrated(self, need: Need) -> dict[str, Array]:
         """What `xquant calibrate` found on text. Raises `ConfigError` if it was not run, or with other weights.
 
-        Predictions are found on tokens drawn at random where the file does not hold them.
+        Predictions are found on tokens drawn at random where the file does not hold those of these weights.
         """
         found = None
-        if self.calibration.exists():
+        if self.calibration.exists() and not (isinstance(need, Prediction) and self._of_other_weights()):
             file = self._kept.get("calibration", lambda: Calibration.read(self.calibration, self.fingerprint))
             found = file.get(need)
         if found is None and isinstance(need, Prediction):
@@ -130,6 +130,10 @@ class Model:
                 f"xquant calibrate {self.checkpoint.path} --text FILE --cache {need.cache}"
             )
         return {name: jnp.asarray(array) for name, array in found.items()}
+
+    def _of_other_weights(self) -> bool:
+        """Whether these weights have taken the place of those that the calibration file is of."""
+        return not self.origin.holds(self.params["layers"])
 
 
 def load(

@@ -35,8 +35,8 @@ def _mask(score, first, exists, half, query_position, sliding_window, skip, BLOC
 @no_type_check
 def _share(bounds, row, BLOCKS: tl.constexpr):
     """The blocks of a sequence that this program reads: an equal share of those that exist, in whole tiles."""
-    begin = tl.load(bounds + 4 * row)
-    end = tl.load(bounds + 4 * row + 1)
+    begin = tl.load(bounds + 3 * row)
+    end = tl.load(bounds + 3 * row + 1)
     splits = tl.num_programs(1)
     share = ((end - begin + splits - 1) // splits + BLOCKS - 1) // BLOCKS * BLOCKS
     begin = begin + tl.program_id(1) * share
@@ -54,8 +54,7 @@ def _score_tile(
     query_position,
     sliding_window,
     skip,
-    earliest,
-    latest,
+    seen_from,
     end,
     cos,
     sin,
@@ -95,9 +94,7 @@ def _score_tile(
     RESIDENT: tl.constexpr = FORM == "per_head" and CHUNK == LATENT
     i = tl.arange(0, HALF)
     # most tiles are seen by every query: the mask is left out there
-    partly = (first * 128 < tl.maximum(latest - sliding_window + 1, skip)) | (
-        (first + BLOCKS) * 128 > tl.minimum(earliest + 1, end * 128)
-    )
+    partly = (first * 128 < seen_from) | (first + BLOCKS > end)
     if RESIDENT:
         low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, head * LATENT,
@@ -265,7 +262,7 @@ def _store_part(out, lse, at, real, channel, top, total, offset, acc, WIDTH: tl.
 @no_type_check
 def decode(
     scalars,  # int32 [3]: layer, sliding window, tokens that are skipped
-    bounds,  # int32 [B, 4]: first block, one past the last one, earliest and latest position of its queries
+    bounds,  # int32 [B, 3]: first block, one past the last one, first token that all queries see
     q,  # float32 [B, K, QUERIES, DIM]: turned by its position, times scale * log2(e)
     query_positions,  # int32 [B, QUERIES]; -1: no query
     tile_rotation,  # float32 [2, BLOCKS * 64, DIM/2]: cosine and sine for each row's number in the tile
@@ -314,7 +311,7 @@ def decode(
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
-    earliest, latest = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
+    seen_from = tl.load(bounds + 3 * row + 2)
     key_words, key_words_high, key_scales, key_zeros = at_history(
         key_words, key_words_high, key_scales, key_zeros, history, KEY_WIDTH, KEY_BITS, KEY_GROUP
     )
@@ -333,7 +330,7 @@ def decode(
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
         score_low, score_high = _score_tile(
-            first, exists, head, q_first, q_second, query_position, sliding_window, skip, earliest, latest, end,
+            first, exists, head, q_first, q_second, query_position, sliding_window, skip, seen_from, end,
             cos, sin, base_rotation, key_words, key_words_high, key_scales, key_zeros,
             matrix, matrix_first, matrix_second, matrix, matrix, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, KEY_WIDTH, KEY_BITS, KEY_GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,
@@ -395,7 +392,7 @@ def decode_scores(
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
-    earliest, latest = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
+    seen_from = tl.load(bounds + 3 * row + 2)
     words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     query = tl.arange(0, QUERIES)
     query_position = tl.load(query_positions + row * QUERIES + query)
@@ -408,7 +405,7 @@ def decode_scores(
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
         low, high = _score_tile(
-            first, exists, head, q_first, q_second, query_position, sliding_window, skip, earliest, latest, end,
+            first, exists, head, q_first, q_second, query_position, sliding_window, skip, seen_from, end,
             cos, sin, base_rotation, words, words_high, scales, zeros,
             matrix, matrix_first, matrix_second, sums, column_scales, bias, norm,
             NUM_BLOCKS, KV_HEADS, DIM, NORM_EPS, WIDTH, BITS, GROUP, FORM, HAS_BIAS, HAS_NORM, ROPE,

@@ -32,10 +32,10 @@ from xquant_jax.model.transformer import forward
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 BY_HEAD = ["bf16", "int8,group=8", "fp8", "kivi:2,group=8,rope=post", "xquant:4,group=8"]
 WHOLE = ["kivi:4", "fp8,scale=token", "xquant:4,basis=joint", "xquant:8,value_basis=joint", "kvquant:3"]
-ACROSS_LAYERS = ["xquant-cl:2,first=1@4", "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16"]
+ACROSS_LAYERS = ["xquant-cl:2,first=1@4,predict=latent", "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16"]
 MULTI_HEAD = ["xquant:4", "xquant:3,rebuild_dtype=int8", "xquant-cl:4,first=1@4,input=residual"]
 EVERY = [(spec, False) for spec in BY_HEAD + WHOLE + ACROSS_LAYERS] + [(spec, True) for spec in MULTI_HEAD]
-QUICK = ["xquant:4,group=8", "kivi:4", "xquant-cl:2,first=1@4"]
+QUICK = ["xquant:4,group=8", "kivi:4", "xquant-cl:2,first=1@4,predict=latent"]
 """One that lies by head, one that lies whole, one with a running sum."""
 ANSWERED = [  # how it is quantized is nothing to a mesh, only how it lies: by head, whole, in latents, with sums
     *((spec, False, SHAPES[3]) for spec in QUICK),
@@ -43,7 +43,7 @@ ANSWERED = [  # how it is quantized is nothing to a mesh, only how it lies: by h
     (ACROSS_LAYERS[1], False, SHAPES[3]),
     *((spec, True, SHAPES[3]) for spec in MULTI_HEAD[1:]),
     ("xquant:4,group=8", False, SHAPES[0]),
-    ("xquant-cl:2,first=1@4", False, SHAPES[1]),
+    ("xquant-cl:2,first=1@4,predict=latent", False, SHAPES[1]),
     ("kivi:4", False, SHAPES[2]),  # what cannot be split by head is split by block instead
 ]
 TOKENS = 2**20
@@ -162,9 +162,9 @@ def flushed_alone(models: dict[bool, xq.Model]) -> Callable[[str], Cache]:
 @pytest.mark.parametrize(
     ("spec", "shape"),
     [
-        *((spec, SHAPES[3]) for spec in ("int8,group=8", "kivi:4", "kvquant:3", "xquant-cl:2,first=1@4")),
+        *((spec, SHAPES[3]) for spec in ("int8,group=8", "kivi:4", "kvquant:3", "xquant-cl:2,first=1@4,predict=latent")),
         *(pytest.param("kivi:4", shape, marks=pytest.mark.slow) for shape in SHAPES[:3]),
-        pytest.param("xquant-cl:2,first=1@4", SHAPES[1], marks=pytest.mark.slow),
+        pytest.param("xquant-cl:2,first=1@4,predict=latent", SHAPES[1], marks=pytest.mark.slow),
     ],
 )
 def test_flushes_write_the_same_bits(
@@ -260,7 +260,7 @@ def test_weights_are_read_shard_by_shard(
         for mine, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(expected.params), strict=True):
             assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
             np.testing.assert_array_equal(mine, theirs)
-        for spec in ("xquant:4,group=8", "xquant-cl:2,first=1@4"):
+        for spec in ("xquant:4,group=8", "xquant-cl:2,first=1@4,predict=latent"):
             method_params = model.method_params(CacheConfig.parse(spec))
             alone = models[False].method_params(CacheConfig.parse(spec))
             jax.tree.map(np.testing.assert_array_equal, method_params, alone)

@@ -17,7 +17,7 @@ from xquant_jax.cache.attend import LayerCache, attend_own
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
 from xquant_jax.cache.state import allocate, cache_bytes
-from xquant_jax.cache.store import store_and_read
+from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Geometry
@@ -183,7 +183,7 @@ class ClosedLoop(Reference):
         ("K<H", "xquant-cl:2,predict=paper,input=post_norm,accumulator=bf16"),
         ("K<H", "xquant-cl:3,accumulator=bf16"),
         ("K<H", "xquant-cl:3,predict=latent,rebuild_dtype=int8,rotate=false,clip=false"),
-        ("K=H", "xquant-cl:2,rotate=false,clip=false,sink=0"),
+        ("K=H", "xquant-cl:2,accumulator=bf16,rotate=false,clip=false,sink=0"),
         ("K<H", "xquant-cl:2,predict=latent,rotate=false,clip=false,sink=0"),
         ("K<H", "xquant-cl:2,predict=latent,basis=per_head,accumulator=bf16"),
         ("K<H", "xquant-cl:3,predict=latent,basis=per_head,rank=8,input=post_norm,accumulator=bf16"),
@@ -305,9 +305,12 @@ def test_decode_reads_the_history_that_protocol_paper_stores(kind: str, spec: st
                     if sums[row] is None and (spec_of := method.running_sum(c)) is not None:
                         sums[row] = allocate_blocks(spec_of, (1, whole // 128))
                     blocks = {n: v[:, :whole] for n, v in window.items()}
+                    blocks = without_sink(method, blocks, jnp.ones(1, bool))
                     _, old, sums[row] = store_and_read(method, own, blocks, sums[row], specs)
+                    kept = method.sink
                     read = {
-                        n: jnp.concatenate([old[n].astype(w.dtype), w[:, whole:]], axis=1) for n, w in window.items()
+                        n: jnp.concatenate([w[:, :kept], old[n][:, kept:].astype(w.dtype), w[:, whole:]], axis=1)
+                        for n, w in window.items()
                     }
                 k, v = method.rebuild(own, read, c)
                 at = dataclasses.replace(geometry, positions=geometry.positions[row : row + 1])
