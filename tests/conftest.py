@@ -62,6 +62,7 @@ class RandomModel:
     transformer: Transformer
     params: Any
     implementation: str | None = None
+    mesh: None = None
 
     @property
     def config(self) -> ModelConfig:

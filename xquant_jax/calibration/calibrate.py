@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.cache.methods.keys_values import flat
@@ -49,7 +50,7 @@ def calibrate(
 ) -> list[dict[str, np.ndarray]]:
     """What each need gets, from windows of tokens of one length.
 
-    model: a `Model`, or whatever else has a transformer, params and a source of factors
+    model: a `Model`, or whatever else has a transformer, params, a mesh and a source of factors
 
     Raises `ConfigError` for windows of less than 128 tokens, or losses that are not finite.
     """
@@ -66,6 +67,7 @@ def calibrate(
         loss, found = program(model.params, tuple(bases), window[None])
         if not np.isfinite(loss):
             raise ConfigError(f"the loss of a window is {loss}: the model cannot be calibrated on this text")
+        found = sharding.place(found, sharding.P(), model.mesh)  # every process has all of it
         found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
         totals = jax.tree.map(np.add, totals, found) if totals else found
     remaining = iter(bases)

@@ -162,7 +162,10 @@ def flushed_alone(models: dict[bool, xq.Model]) -> Callable[[str], Cache]:
 @pytest.mark.parametrize(
     ("spec", "shape"),
     [
-        *((spec, SHAPES[3]) for spec in ("int8,group=8", "kivi:4", "kvquant:3", "xquant-cl:2,first=1@4,predict=latent")),
+        *(
+            (spec, SHAPES[3])
+            for spec in ("int8,group=8", "kivi:4", "kvquant:3", "xquant-cl:2,first=1@4,predict=latent")
+        ),
         *(pytest.param("kivi:4", shape, marks=pytest.mark.slow) for shape in SHAPES[:3]),
         pytest.param("xquant-cl:2,first=1@4,predict=latent", SHAPES[1], marks=pytest.mark.slow),
     ],

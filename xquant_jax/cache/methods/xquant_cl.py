@@ -20,6 +20,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -170,14 +171,14 @@ class XQuantCL(Method):
         folded, per_head = self.input != "post_norm", self.basis == "per_head"
         found = {need: source.calibrated(need) for need in self.needs(source.config)}
         project = latent_basis(source, self.basis or "joint", folded=folded, number=number)
-        variance = jnp.ones(project.shape[::2])
+        variance = np.ones(project.shape[::2], np.float32)
         match [*found.items()]:
             case [(Directions(), directions)]:
                 predict = tuple(directions[part] for part in ("down", "up"))
             case [(Prediction(), learned)]:
-                predict, variance = (learned["predict"],), learned["residual"][: len(project)]
+                predict, variance = (np.asarray(learned["predict"]),), np.asarray(learned["residual"])[: len(project)]
             case _:
-                predict = (jnp.asarray(prediction(project, not per_head), jnp.float32),)
+                predict = (np.asarray(prediction(project, not per_head), np.float32),)
         if per_head:
             own = source.svd("per_head", folded=folded, number=number)
             rebuild = {side: own[side]["rebuild"] for side in ("key", "value")}
@@ -188,7 +189,7 @@ class XQuantCL(Method):
         dtype = weights["key"].dtype
         return {
             "basis": project.astype(dtype),
-            "predict": tuple(part.astype(dtype) for part in predict),
+            "predict": tuple(jnp.asarray(part, dtype) for part in predict),
             **{side: {"rebuild": matrix.astype(dtype)} for side, matrix in rebuild.items()},
         }
 
