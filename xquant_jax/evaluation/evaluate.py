@@ -157,15 +157,16 @@ class Evaluation:
         self.measurements = [found.pop(m.cache, m) for m in self.measurements] + list(found.values())
 
 
-def paper_ratio(cache: CacheConfig, config: ModelConfig, tokens: float = math.inf) -> float:
+def paper_ratio(cache: CacheConfig, config: ModelConfig, tokens: int | None = None) -> float:
     """Size of a token in the history, codes and scales of all layers, relative to keys and values of 16 bits.
 
-    tokens: of a sequence, which share what its first ones take that are kept as they are
+    tokens: of a sequence, which share what its first ones take that are kept as they are; endless without
     """
     size = 0
     for method, layers in cache.segments(config):
-        kept = sum(width * jnp.dtype(dtype).itemsize for width, dtype in method.window(config).values())
-        size += BLOCK * layers * method.sink * kept / tokens
+        if tokens:
+            kept = sum(width * jnp.dtype(dtype).itemsize for width, dtype in method.window(config).values())
+            size += BLOCK * layers * method.sink * kept / tokens
         blocks = [
             jax.eval_shape(lambda spec=spec: allocate_blocks(spec, ())) for spec in method.streams(config).values()
         ]
