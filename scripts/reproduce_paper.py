@@ -18,7 +18,7 @@ from rich.table import Table
 import xquant_jax as xq
 from xquant_jax.config import ModelConfig
 from xquant_jax.evaluation import evaluate
-from xquant_jax.evaluation.evaluate import Evaluation
+from xquant_jax.evaluation.results import Evaluation
 from xquant_jax.evaluation.windows import cut, read_text
 from xquant_jax.json_file import check_folder, read_json, write_json
 from xquant_jax.model.loading import DTYPES

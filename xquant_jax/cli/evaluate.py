@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -11,8 +12,9 @@ from rich.table import Table
 from xquant_jax import figures
 from xquant_jax.cli.progress import reported
 from xquant_jax.errors import ConfigError
-from xquant_jax.evaluation import evaluate, plot
-from xquant_jax.evaluation.evaluate import Evaluation, Measurement
+from xquant_jax.evaluation import continuations, evaluate, plot
+from xquant_jax.evaluation.evaluate import BATCH
+from xquant_jax.evaluation.results import Evaluation, Measurement
 from xquant_jax.evaluation.scoring import CHUNK, PROTOCOLS
 from xquant_jax.evaluation.windows import cut, read_text
 from xquant_jax.json_file import check_folder, read_json, write_json
@@ -40,7 +42,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="paper: every cached token quantized; streaming: through the real cache, window of newest tokens included",
     )
     parser.add_argument("--chunk", type=int, default=CHUNK, help='tokens fed at once in protocol "streaming"')
-    parser.add_argument("--batch", type=int, help="windows at once (default: up to 8, fewer for large vocabularies)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="windows at once")
+    parser.add_argument(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="also let the model continue every window by N greedy tokens, and see where each cache would differ",
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -61,8 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--resume goes on from the file of --json: name it")
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         check_folder(option, path)
-    if arguments.batch is not None and arguments.batch < 1:
-        raise ConfigError(f"--batch {arguments.batch} is not possible; choose 1 or more")
+    for option in ("batch", "generate"):
+        if (value := getattr(arguments, option)) is not None and value < 1:
+            raise ConfigError(f"--{option} {value} is not possible; choose 1 or more")
     if arguments.plot:
         figures.check(arguments.plot)
     text = read_text(arguments.text)
@@ -84,13 +93,25 @@ def run(arguments: argparse.Namespace) -> None:
         evaluation.adopt(earlier)
     everything = [evaluation.baseline, *evaluation.measurements]
     count = len(evaluation.predicted_bytes) * len(everything)
+
+    def keep() -> None:
+        if arguments.json:
+            write_json(arguments.json, evaluation.to_json())
+
     with reported() as report:
         for measurement in evaluate.run(evaluation, model, windows, batch=arguments.batch):
-            if arguments.json:
-                write_json(arguments.json, evaluation.to_json())
+            keep()
             report(sum(len(m.losses) for m in everything), count, _name(measurement, evaluation))
-    if arguments.json:
-        write_json(arguments.json, evaluation.to_json())
+    if arguments.generate:
+        with reported() as report:
+            report(0, len(everything), "continuations")
+            if evaluation.generated != arguments.generate:
+                evaluation.renew(continuations.write(model, windows, arguments.generate))
+            for measurement in continuations.follow(evaluation, model, windows, batch=arguments.batch):
+                keep()
+                done = sum(m.differing is not None for m in everything)
+                report(done, len(everything), f"continuation, {_name(measurement, evaluation)}")
+    keep()
     if arguments.plot:
         plot.draw(evaluation, arguments.plot)
     show(Console(), evaluation)
@@ -109,7 +130,8 @@ def show(console: Console, evaluation: Evaluation) -> None:
         padding=0,
     )
     table.add_column("cache", overflow="fold")
-    for heading in ("perplexity", "nats over\n16 bit", "bits/\nbyte", "size", "allocated", "tokens/s"):
+    headings = ("perplexity", "nats over\n16 bit", "KL", "same\ntop", "bits/\nbyte", "size", "allocated", "tokens/s")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for m in [evaluation.baseline, *evaluation.measurements]:
         row, exact = evaluation.row(m), m is evaluation.baseline
@@ -120,6 +142,8 @@ def show(console: Console, evaluation: Evaluation) -> None:
             _name(m, evaluation) if console.width >= WIDE else _name(m, evaluation).replace(",", ",\n"),
             _number(row["perplexity"], ".4f"),
             difference,
+            "" if exact else _number(row["kl_divergence"], ".4f"),
+            "" if exact else _number(row["top1_agreement"], ".1%"),
             _number(row["bits_per_byte"], ".4f"),
             "" if exact else f"{m.paper_ratio:.1%}",
             "" if exact else f"{m.allocated.total:,}",
@@ -127,9 +151,45 @@ def show(console: Console, evaluation: Evaluation) -> None:
         )
     console.print(table)
     console.print(
-        "none: without a cache, what differences refer to; size: codes and scales of a token and its share of "
-        "first tokens that are kept, relative to keys and values of 16 bits; allocated: bytes of a cache for one "
-        f"sequence of {evaluation.seq_len} tokens, with window and scratch",
+        "none: without a cache, what the others are compared with; KL: mean divergence of the distribution of the next "
+        "token from it, in nats; same top: tokens at which the likeliest one is the same; size: codes and scales of a "
+        "token and its share of first tokens that are kept, relative to keys and values of 16 bits; allocated: bytes "
+        f"of a cache for one sequence of {evaluation.seq_len} tokens, with window and scratch",
+        style="dim",
+        highlight=False,
+    )
+    if evaluation.continuations:
+        _show_continuations(console, evaluation)
+
+
+def _show_continuations(console: Console, evaluation: Evaluation) -> None:
+    length = evaluation.generated
+    quarters = [f"{length * i // 4}-{length * (i + 1) // 4}" for i in range(4)] if length >= 4 else []
+    table = Table(
+        title=f"{len(evaluation.continuations)} windows continued greedily by {length} tokens",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("cache", overflow="fold")
+    for heading in ("first\ndiffers", "same", *(f"of\n{quarter}" for quarter in quarters)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for m in [evaluation.baseline, *evaluation.measurements]:
+        if m.differing is None:
+            continue
+        row = evaluation.row(m)
+        counts, edges = np.histogram(np.concatenate(m.differing), [length * i // 4 for i in range(5)])
+        along = 1 - counts / np.diff(edges) / len(m.differing) if quarters else []
+        table.add_row(
+            _name(m, evaluation) if console.width >= WIDE else _name(m, evaluation).replace(",", ",\n"),
+            f"{row['first_divergence']:g}",
+            f"{row['continuation_agreement']:.1%}",
+            *(f"{share:.1%}" for share in along),
+        )
+    console.print(table)
+    console.print(
+        "The text is what the model writes without a cache; each cache sees it as protocol streaming does. first "
+        f"differs: after how many tokens its likeliest one is another, the median over windows ({length}: never); same:"
+        " tokens at which it is the same, and of each quarter of the text",
         style="dim",
         highlight=False,
     )

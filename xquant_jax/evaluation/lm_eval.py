@@ -109,7 +109,8 @@ class XQuantLM(TemplateLM):
             lengths = np.ones(self.batch_size, np.int32)
             for row, i in enumerate(numbers):
                 tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
-            loss, greedy = (np.asarray(a) for a in self._scorer.program(self.batch_size, length)(tokens, lengths))
+            scores = self._scorer.program(self.batch_size, length)(tokens, lengths)
+            loss, greedy = np.asarray(scores.loss), np.asarray(scores.greedy)
             for row, i in enumerate(numbers):
                 request, _, continuation = requests[i]
                 end = len(texts[i]) - 1

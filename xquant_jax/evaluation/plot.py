@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xquant_jax.evaluation.evaluate import Evaluation
+from xquant_jax.evaluation.results import Evaluation
 from xquant_jax.figures import COLOURS, new_figure
 
 TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)

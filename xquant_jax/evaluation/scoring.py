@@ -24,6 +24,7 @@ from xquant_jax.cache.state import allocate
 from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
+from xquant_jax.model import layers
 from xquant_jax.model.transformer import Transformer
 from xquant_jax.numerics import attention, rope
 from xquant_jax.numerics.attention import Geometry
@@ -36,15 +37,30 @@ CHUNK = 64
 """Tokens fed at once in protocol "streaming": half a block, so that the window is read too."""
 
 
+LOGITS_AT_ONCE = 2**25
+"""Logits that are held at once (4 bytes each): those of all positions are many times as large as the model's layers."""
+
+
 class Scores(NamedTuple):
-    """Of tokens 2 ... N, the negative log-likelihood in nats, and whether the token is the likeliest one."""
+    """What a model says of tokens 2 ... N of each sequence.
+
+    loss: the negative log-likelihood, in nats
+    greedy: whether the token is the likeliest one
+    divergence: Kullback-Leibler divergence from the model that is compared with, in nats
+    agrees: whether the likeliest token is the same as that model's
+    hidden: the residual stream behind the last layer, to compare others with
+    """
 
     loss: Float[Array, "B n"]
     greedy: Bool[Array, "B n"]
+    divergence: Float[Array, "B n"] | None
+    agrees: Bool[Array, "B n"] | None
+    hidden: Float[Array, "B n D"]
 
 
-Program = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]], Scores]
-"""Tokens padded on the right and their lengths -> scores; those of padding mean nothing."""
+Program = Callable[..., Scores]
+"""Tokens [B, N] padded on the right, their lengths [B], and the `hidden` to compare with if the program compares ->
+scores; those of padding mean nothing."""
 
 
 @dataclasses.dataclass
@@ -68,75 +84,72 @@ class Scorer:
         if self.chunk < 1:
             raise ConfigError(f"chunk={self.chunk} is not possible; choose 1 or more")
         self._method_params = self.cache.method_params(self.model.source) if self.cache else ()
-        self._programs: dict[tuple[int, int], Program] = {}
+        self._programs: dict[tuple[int, int, bool], Program] = {}
 
-    def program(self, batch: int, length: int) -> Program:
+    def program(self, batch: int, length: int, *, compares: bool = False) -> Program:
         """The compiled program for `batch` sequences of up to `length` tokens."""
-        if (batch, length) not in self._programs:
+        if (batch, length, compares) not in self._programs:
+            model, implementation = self.model.transformer, self.model.implementation
             if self.cache is None:
-                score: Any = partial(_exact, self.model.transformer)
+                run: Any = partial(_exact, model)
             elif self.protocol == "paper":
-                score = partial(_paper, self.model.transformer, self.cache, self.model.implementation)
+                run = partial(hidden_stored, model, cache_config=self.cache, implementation=implementation)
             else:
-                score = partial(
-                    _streaming, self.model.transformer, self.cache, self.model.implementation, min(self.chunk, length)
-                )
+                chunk = min(self.chunk, length)
+                run = partial(_streaming, model, cache_config=self.cache, implementation=implementation, chunk=chunk)
             tokens, lengths = jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32)
+            dtype = self.model.params["embed"]["embedding"].dtype
+            hidden = jax.ShapeDtypeStruct((batch, length - 1, model.config.width), dtype)
+            exact = (hidden,) if compares else ()
+
+            def score(params: Any, method_params: Any, tokens: Array, lengths: Array, exact: Any = None) -> Scores:
+                h = run(params=params, tokens=tokens, method_params=method_params, lengths=lengths)
+                return _scores(params, model.config, h[:, :-1], tokens[:, 1:], exact)
+
             arguments = (self.model.params, self._method_params)
-            compiled = jax.jit(score).lower(*arguments, tokens, lengths).compile()
+            compiled = jax.jit(score).lower(*arguments, tokens, lengths, *exact).compile()
 
-            def run(tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"]) -> Scores:
-                return compiled(*arguments, jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32))
+            def program(tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"], *exact: Any) -> Scores:
+                integers = (jnp.asarray(a, jnp.int32) for a in (tokens, lengths))
+                return compiled(*arguments, *integers, *map(jnp.asarray, exact))
 
-            self._programs[batch, length] = run
-        return self._programs[batch, length]
-
-
-def _exact(model: Transformer, params: Any, method_params: Any, tokens: Array, lengths: Array) -> Scores:
-    logits: Any = model.apply({"params": params}, tokens, method="score")
-    return _scores(logits[:, :-1], tokens[:, 1:])
+            self._programs[batch, length, compares] = program
+        return self._programs[batch, length, compares]
 
 
-def _paper(
-    model: Transformer,
-    cache: CacheConfig,
-    implementation: str | None,
-    params: Any,
-    method_params: Any,
-    tokens: Array,
-    lengths: Array,
-) -> Scores:
-    logits = score_stored(model, params, tokens, cache, method_params, lengths, implementation)
-    return _scores(logits[:, :-1], tokens[:, 1:])
+def _exact(model: Transformer, params: Any, tokens: Array, **others: Any) -> Any:
+    return model.apply({"params": params}, tokens, method="hidden")
 
 
 def _streaming(
     model: Transformer,
-    config: CacheConfig,
+    params: Any,
+    tokens: Array,
+    cache_config: CacheConfig,
+    method_params: Any,
+    lengths: Array,
     implementation: str | None,
     chunk: int,
-    params: Any,
-    method_params: Any,
-    tokens: Array,
-    lengths: Array,
-) -> Scores:
+) -> Array:
     batch, length = tokens.shape
     steps = -(-length // chunk)
-    padded = jnp.pad(tokens, ((0, 0), (0, steps * chunk + 1 - length)))
+    padded = jnp.pad(tokens, ((0, 0), (0, steps * chunk - length)))
 
-    def step(cache: Any, fed: Array) -> tuple[Any, Scores]:
-        piece = lax.dynamic_slice_in_dim(padded, fed, chunk + 1, axis=1)
+    def step(cache: Any, fed: Array) -> tuple[Any, Array]:
+        piece = lax.dynamic_slice_in_dim(padded, fed, chunk, axis=1)
         counts = jnp.clip(lengths - fed, 0, chunk)
-        extended: Any = model.apply({"params": params}, piece[:, :-1], cache, method_params, counts, method="extend")
-        logits, cache = extended
-        return flush_when_due(cache, method_params), _scores(logits, piece[:, 1:])
+        extended: Any = model.apply({"params": params}, piece, cache, method_params, counts, method="extend")
+        h, cache = extended
+        return flush_when_due(cache, method_params), h
 
-    empty = allocate(config, model.config, batch=batch, tokens=length, max_step=chunk, implementation=implementation)
-    _, scores = lax.scan(step, empty, chunk * jnp.arange(steps))
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, : length - 1], scores)
+    empty = allocate(
+        cache_config, model.config, batch=batch, tokens=length, max_step=chunk, implementation=implementation
+    )
+    _, h = lax.scan(step, empty, chunk * jnp.arange(steps))
+    return jnp.moveaxis(h, 0, 1).reshape(batch, -1, h.shape[-1])[:, :length]
 
 
-def score_stored(
+def hidden_stored(
     model: Transformer,
     params: Any,
     tokens: Int[Array, "B T"],
@@ -144,8 +157,9 @@ def score_stored(
     method_params: tuple[Any, ...],
     lengths: Int[Array, " B"],
     implementation: str | None = None,
-) -> Float[Array, "B T V"]:
-    """Logits of every position with every token, the newest too, seen as the cache stores it: protocol "paper".
+) -> Float[Array, "B T D"]:
+    """The residual stream behind the last layer with every token, the newest too, seen as the cache stores it:
+    protocol "paper".
 
     Streams are really packed and read back, quantized from vectors that no window has rounded. Behind its `lengths`
     tokens a sequence is filled up to whole blocks with copies of its last token's vectors, so that padding changes no
@@ -160,8 +174,8 @@ def score_stored(
         (layers, partial(_attend_to_stored, method, own, filled, config, implementation))
         for (method, layers), own in zip(segments, method_params, strict=True)
     ]
-    logits: Any = model.apply({"params": params}, tokens, runs, running_sum, method="run_layers")
-    return logits
+    h: Any = model.apply({"params": params}, tokens, runs, running_sum, method="run_layers")
+    return h
 
 
 def _attend_to_stored(
@@ -201,7 +215,33 @@ def _attend_to_stored(
     return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0], count=length).out, running_sum
 
 
-def _scores(logits: Float[Array, "B n V"], targets: Int[Array, "B n"]) -> Scores:
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return Scores(jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(axis=-1) == targets)
+def _scores(
+    params: Any,
+    config: ModelConfig,
+    h: Float[Array, "B n D"],
+    targets: Int[Array, "B n"],
+    exact: Float[Array, "B n D"] | None,
+) -> Scores:
+    """Scores of the targets from the residual streams behind the last layer, of as many positions at once as
+    `LOGITS_AT_ONCE` allows."""
+    batch, count = targets.shape
+    some = max(1, min(count, LOGITS_AT_ONCE // (batch * config.vocab_size)))
+    pieces = -(-count // some)
+
+    def cut(a: Array) -> Array:
+        padded = jnp.pad(a, ((0, 0), (0, pieces * some - count), *((0, 0) for _ in a.shape[2:])))
+        return jnp.moveaxis(padded.reshape(batch, pieces, some, *a.shape[2:]), 1, 0)
+
+    def score(piece: Any) -> Any:
+        h, targets, exact = piece
+        log_q = jax.nn.log_softmax(layers.logits(params, h, config).astype(jnp.float32))
+        likeliest = log_q.argmax(axis=-1)
+        loss = -jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
+        if exact is None:
+            return loss, likeliest == targets, None, None
+        log_p = jax.nn.log_softmax(layers.logits(params, exact, config).astype(jnp.float32))
+        divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        return loss, likeliest == targets, divergence, likeliest == log_p.argmax(axis=-1)
+
+    scores = lax.map(score, jax.tree.map(cut, (h, targets, exact)))
+    return Scores(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, :count], scores), h)

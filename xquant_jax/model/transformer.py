@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         stored. They see everything stored, and each other exactly. `method_params` is `CacheConfig.method_params(...)`.
         The caller makes sure that there is room (`check_room`) and flushes (`flush`, `flush_when_due`).
         """
-        h, cache = self._extend(tokens, cache, method_params, counts)
+        h, cache = self.extend(tokens, cache, method_params, counts)
         last = jnp.take_along_axis(h, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
         return layers.logits(self.weights, last, self.config), cache
 
@@ -64,14 +64,9 @@ class Transformer(nn.Module):
         cache: Cache,
         method_params: tuple[Any, ...],
         counts: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T V"], Cache]:
-        """The same as a call, with the logits of every new token; those of padding mean nothing."""
-        h, cache = self._extend(tokens, cache, method_params, counts)
-        return layers.logits(self.weights, h, self.config), cache
-
-    def _extend(
-        self, tokens: Array, cache: Cache, method_params: tuple[Any, ...], counts: Array
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The same as a call, with the residual stream of every new token behind the last layer instead of logits,
+        which are `layers.logits` of it; that of padding means nothing."""
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
         h = sharding.constrain(layers.embed(self.weights, tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
         start, emitted, running_sum = 0, [], cache.running_sum
@@ -129,6 +124,10 @@ class Transformer(nn.Module):
 
     def score(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of every position, without a cache: for training and for comparison."""
+        return layers.logits(self.weights, self.hidden(tokens), self.config)
+
+    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The residual stream of every position behind the last layer, without a cache."""
         return self._without_cache(tokens, None, lambda **seen: None)[0]
 
     def observe(
@@ -136,7 +135,8 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "L B T ..."]]]:
         """`score`, and what the layers' attention is given: `h` before its norm, `x` after it, `key` before RoPE and
         `value`. `shifts` are added to keys and values: for gradients with respect to them."""
-        return self._without_cache(tokens, shifts, dict)
+        h, seen = self._without_cache(tokens, shifts, dict)
+        return layers.logits(self.weights, h, self.config), seen
 
     def _without_cache(self, tokens: Array, shifts: Any, keep: Callable[..., Any]) -> tuple[Array, Any]:
         c = self.config
@@ -156,13 +156,13 @@ class Transformer(nn.Module):
             return layers.layer(params, h, attend, c)
 
         h, xs = layers.embed(self.weights, tokens), (self.weights["layers"], layers.sliding_windows(c), shifts)
-        h, seen = lax.scan(jax.checkpoint(layer), h, xs)
-        return layers.logits(self.weights, h, c), seen
+        return lax.scan(jax.checkpoint(layer), h, xs)
 
     def run_layers(
         self, tokens: Int[Array, "B T"], runs: Sequence[tuple[int, Any]], carry: Any
-    ) -> Float[Array, "B T V"]:
-        """Logits of every position, with attention of the caller's own and without a cache.
+    ) -> Float[Array, "B T D"]:
+        """The residual stream of every position behind the last layer, with attention of the caller's own and without
+        a cache.
 
         runs: all layers in order, as runs of layers with the same attention: how many there are, and
             (the layer's number, geometry, carry, h, x, q, k, v) -> attention output [B, T, H, d] and the carry of the
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
 
             (h, carry), _ = lax.scan(layer, (h, carry), start + jnp.arange(count))
             start += count
-        return layers.logits(self.weights, h, c)
+        return h
 
 
 def _initialize_layers(key: Array, config: ModelConfig) -> Any:

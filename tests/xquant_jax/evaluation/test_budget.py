@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation.budget import Budget, Choices, Found, find, with_bits
 from xquant_jax.evaluation.divergence import LayerwiseScorer
 from xquant_jax.evaluation.evaluate import paper_ratio
-from xquant_jax.evaluation.scoring import score_stored
+from xquant_jax.evaluation.scoring import Scorer
+from xquant_jax.model import layers
 
 LENGTH = 150  # a whole block and part of one
 FOUR = {"num_layers": 4, "sliding_windows": (None, None, 16, None)}
@@ -32,13 +32,12 @@ MULTI_HEAD = FOUR | {"num_kv_heads": 4}
 
 def divergence(model: RandomModel, spec: str, tokens: np.ndarray) -> float:
     """Another way: the cache's own program of protocol "paper", and float64."""
-    cache = CacheConfig.parse(spec)
-    lengths = jnp.full(1, len(tokens), jnp.int32)
-    method_params = cache.method_params(model.source)
-    own = jax.jit(partial(score_stored, model.transformer, cache_config=cache))
-    stored = own(model.params, jnp.asarray(tokens[None]), method_params=method_params, lengths=lengths)
-    exact = model.transformer.apply({"params": model.params}, jnp.asarray(tokens[None]), method="score")
-    p, q = (np.asarray(jax.nn.log_softmax(a)[0, :-1], np.float64) for a in (exact, stored))
+
+    def log_probabilities(cache: CacheConfig | None) -> np.ndarray:
+        h = Scorer(model, cache).program(1, len(tokens))(tokens[None], np.asarray([len(tokens)])).hidden[0]
+        return np.asarray(jax.nn.log_softmax(layers.logits(model.params, h, model.config)), np.float64)
+
+    p, q = log_probabilities(None), log_probabilities(CacheConfig.parse(spec))
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 

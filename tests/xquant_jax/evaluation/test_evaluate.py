@@ -23,7 +23,7 @@ from xquant_jax.cli import evaluate as command
 from xquant_jax.cli import main, progress
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation import evaluate
-from xquant_jax.evaluation.evaluate import Evaluation
+from xquant_jax.evaluation.results import Evaluation
 from xquant_jax.evaluation.scoring import Scorer
 from xquant_jax.evaluation.windows import read_text
 
