@@ -129,9 +129,13 @@ def show(console: Console, evaluation: Evaluation) -> None:
         box=box.SIMPLE_HEAD,
         padding=0,
     )
-    table.add_column("cache", overflow="fold")
-    headings = ("perplexity", "nats over\n16 bit", "KL", "same\ntop", "bits/\nbyte", "size", "allocated", "tokens/s")
-    for heading in headings:
+    wide = console.width >= WIDE
+    table.add_column("cache", overflow="fold", min_width=12)
+    for heading in (
+        *("perplexity", "nats over\n16 bit", "KL", "same\ntop"),
+        *(["bits/\nbyte"] if wide else []),
+        *("size", "allocated", "tokens/s"),
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for m in [evaluation.baseline, *evaluation.measurements]:
         row, exact = evaluation.row(m), m is evaluation.baseline
@@ -139,12 +143,12 @@ def show(console: Console, evaluation: Evaluation) -> None:
         if not exact and row["stderr"] is not None:
             difference += f" ± {row['stderr']:.4f}"
         table.add_row(
-            _name(m, evaluation) if console.width >= WIDE else _name(m, evaluation).replace(",", ",\n"),
+            _name(m, evaluation) if wide else _name(m, evaluation).replace(",", ",\n"),
             _number(row["perplexity"], ".4f"),
             difference,
             "" if exact else _number(row["kl_divergence"], ".4f"),
             "" if exact else _number(row["top1_agreement"], ".1%"),
-            _number(row["bits_per_byte"], ".4f"),
+            *([_number(row["bits_per_byte"], ".4f")] if wide else []),
             "" if exact else f"{m.paper_ratio:.1%}",
             "" if exact else f"{m.allocated.total:,}",
             _number(row["tokens_per_second"], ",.0f"),

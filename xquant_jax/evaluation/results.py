@@ -116,6 +116,8 @@ class Evaluation:
         """What `to_json` wrote. Raises `ConfigError` for anything else."""
 
         def measurement(row: Any) -> Measurement:
+            if len({len(row[name]) for name in WINDOWS}) != 1:
+                raise ValueError(f"{row['cache']} has figures of more windows than others")
             return Measurement(
                 row["cache"],
                 float(row["paper_ratio"]),

@@ -22,10 +22,11 @@ from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cli import evaluate as command
 from xquant_jax.cli import main, progress
 from xquant_jax.errors import ConfigError
-from xquant_jax.evaluation import evaluate
-from xquant_jax.evaluation.results import Evaluation
+from xquant_jax.evaluation import evaluate, scoring
+from xquant_jax.evaluation.results import WINDOWS, Evaluation
 from xquant_jax.evaluation.scoring import Scorer
-from xquant_jax.evaluation.windows import read_text
+from xquant_jax.evaluation.windows import cut, read_text
+from xquant_jax.model import layers
 
 TOLERANCE = 5e-4  # nats; float32 against float64, and a code rounded otherwise here and there
 PUBLISHED = "rotate=false,clip=false,sink=0"
@@ -156,6 +157,30 @@ def test_padding_changes_nothing(protocol: str) -> None:
     np.testing.assert_allclose(padded[1, :69], alone[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("protocol", ["paper", "streaming"])
+def test_divergence_and_agreement_are_those_of_the_distributions(protocol: str, monkeypatch) -> None:
+    """Against float64, from logits of few positions at a time, the last of them padded."""
+    model = random_model(tiny_config())
+    tokens, lengths = random_tokens(model.config, 2, LENGTH), np.full(2, LENGTH, np.int32)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2 * 7 * model.config.vocab_size)
+    exact = Scorer(model, None).program(2, LENGTH)(tokens, lengths)
+    scorer = Scorer(model, CacheConfig.parse("xquant:2"), protocol)
+    scores = scorer.program(2, LENGTH, compares=True)(tokens, lengths, exact.hidden)
+
+    def log_probabilities(scores: scoring.Scores) -> np.ndarray:
+        logits = np.asarray(layers.logits(model.params, scores.hidden, model.config), np.float64)
+        return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+    p, q = log_probabilities(exact), log_probabilities(scores)
+    np.testing.assert_allclose(scores.divergence, (np.exp(p) * (p - q)).sum(-1), atol=1e-5)
+    assert np.mean(scores.divergence) > 1e-3
+    np.testing.assert_array_equal(scores.agrees, p.argmax(-1) == q.argmax(-1))
+    assert 0 < np.mean(scores.agrees) < 1
+    chosen = np.take_along_axis(q, tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores.loss, -chosen, atol=1e-5)
+    np.testing.assert_array_equal(scores.greedy, q.argmax(-1) == tokens[:, 1:])
+
+
 TEXT = read_text(Path(xq.__file__))[:1500] + "# \N{SNOWMAN}\n" + read_text(Path(xquant_jax.config.__file__))[:1000]
 """Python, which the demo model was trained on: some 900 tokens, one character of three bytes among them."""
 
@@ -192,6 +217,15 @@ class TestReport:
         assert row["stderr"] < np.std(own, ddof=1) / math.sqrt(3)  # pairing is what makes it small
         nats = sum(own) * 127
         assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(evaluation.predicted_bytes))
+
+    def test_divergence_and_agreement_are_means_over_the_windows(self, evaluation: Evaluation) -> None:
+        exact, sixteen, two = map(evaluation.row, [evaluation.baseline, *evaluation.measurements])
+        assert (exact["kl_divergence"], exact["top1_agreement"]) == (0, 1)
+        assert 0 < sixteen["kl_divergence"] < 1e-4 < two["kl_divergence"] < 1
+        assert 0.5 < two["top1_agreement"] < 0.99 < sixteen["top1_agreement"] <= 1
+        m = evaluation.measurements[1]
+        assert two["kl_divergence"] == pytest.approx(sum(m.divergences) / 3)
+        assert two["top1_agreement"] == pytest.approx(sum(m.agreements) / 3)
 
     def test_bytes_are_those_of_the_predicted_tokens_text(self, evaluation: Evaluation, model: xq.Model) -> None:
         """Whole text: what the first tokens of the windows stand for is missing, nothing else."""
@@ -272,10 +306,10 @@ class TestCommand:
         typed = [*typed, "--cache", "bf16", "xquant:2"]
 
         class Interrupted(Scorer):
-            def program(self, batch: int, length: int) -> Any:
+            def program(self, batch: int, length: int, *, compares: bool = False) -> Any:
                 if self.cache is not None and self.cache.method.name == "xquant":
                     raise KeyboardInterrupt
-                return super().program(batch, length)
+                return super().program(batch, length, compares=compares)
 
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, "Scorer", Interrupted)
@@ -283,11 +317,13 @@ class TestCommand:
         part = json.loads(out.read_text())
         assert part["rows"][0]["window_nlls"] == finished["rows"][0]["window_nlls"]
         assert part["rows"][1]["window_nlls"] == []
-        del part["rows"][0]["window_nlls"][2:]  # as if it had stopped earlier
+        for name in WINDOWS:
+            del part["rows"][0][name][2:]  # as if it had stopped earlier
         out.write_text(json.dumps(part))
         assert main([*typed, "--resume"]) == 0
         for one, other in zip(finished["rows"], json.loads(out.read_text())["rows"], strict=True):
-            np.testing.assert_allclose(one["window_nlls"], other["window_nlls"], rtol=1e-6)
+            for name in WINDOWS:
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
 
     def test_without_a_terminal_lines_tell_how_far_it_is(
         self, typed: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -330,6 +366,7 @@ class TestCommand:
             ("--cache bf16 --limit-windows 0", "limit_windows=0"),
             ("--cache bf16 --batch 0", "--batch 0"),
             ("--cache bf16 --chunk 0", "chunk=0"),
+            ("--cache bf16 --generate 0", "--generate 0"),
             ("--cache nonsense", "cache method 'nonsense' is not known"),
             ("--cache xquant:4,first=13@4", "the model has 12 layers"),
             pytest.param("--cache bf16 --plot out.xyz", ".xyz is not a picture", marks=NEEDS_MATPLOTLIB),
@@ -364,6 +401,37 @@ class TestCommand:
         model = str(GOLDEN / "llama-llama3")
         assert main(["eval", model, "--text", str(text), "--cache", "bf16"]) == 2
         assert "no tokenizer.json" in capsys.readouterr().err
+
+
+def test_a_cache_differs_first_where_its_own_generation_does(model: xq.Model, text: Path, out: Path, capsys) -> None:
+    """What `--generate` reports, against greedy generation through the same cache."""
+    length, specs = 40, ["xquant:2", "kivi:2"]
+    typed = ["eval", "demo", "--text", str(text), *SIZES, "--json", str(out), "--cache", *specs]
+    assert main([*typed, "--generate", str(length)]) == 0
+    assert f"3 windows continued greedily by {length} tokens" in capsys.readouterr().out
+    found = Evaluation.from_json(json.loads(out.read_text()))
+    windows = [window.tolist() for window in cut(model, TEXT, 128, 3).tokens]
+    assert found.baseline.differing == [[], [], []]
+    for m in found.measurements:
+        results = xq.generate(
+            model, windows, cache=m.cache, max_new_tokens=length, prefill_chunk=64, stop_ids=[]
+        ).results
+        assert m.differing is not None
+        for places, continuation, result in zip(m.differing, found.continuations, results, strict=True):
+            own = [a != b for a, b in zip(continuation, result.tokens, strict=True)]
+            assert min(places, default=length) == (own.index(True) if any(own) else length)
+        row = found.row(m)
+        assert row["first_divergence"] == np.median([min(places, default=length) for places in m.differing])
+        assert row["continuation_agreement"] == pytest.approx(1 - sum(map(len, m.differing)) / 3 / length)
+    assert any(min(places, default=length) < length for m in found.measurements for places in m.differing or [])
+    # another length asks anew, the same one does not
+    before = out.read_text()
+    assert main([*typed, "--resume", "--generate", str(length)]) == 0
+    assert out.read_text() == before
+    assert main([*typed, "--resume", "--generate", "8"]) == 0
+    again = Evaluation.from_json(json.loads(out.read_text()))
+    assert again.continuations == [tokens[:8] for tokens in found.continuations]
+    assert [m.losses for m in again.measurements] == [m.losses for m in found.measurements]
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
