@@ -9,7 +9,7 @@ Likelihoods are those of `evaluation.scoring`; generation is `xquant_jax.generat
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,50 @@ class XQuantLM(TemplateLM):
             "stop": [until] if isinstance(until, str) else [stop for stop in until if stop],
             "sampling": Sampling(temperature=temperature, **(asked if temperature else {})),
         }
+
+
+Answers = dict[str, list[str | bool | int]]
+"""Of each task, the answer to each of its documents: a text, the number of a choice, or whether a text is the likeliest
+one. Tasks that only count likelihoods have none."""
+
+
+def answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Answers:
+    """What the samples that the harness logs say, in the order of their documents."""
+    found = {
+        task: [_answer(sample["filtered_resps"]) for sample in sorted(own, key=lambda sample: sample["doc_id"])]
+        for task, own in samples.items()
+    }
+    return {task: own for task, own in found.items() if None not in own}
+
+
+def _answer(responses: Sequence[Any]) -> str | bool | int | None:
+    if isinstance(responses[0], str):
+        return responses[0]
+    if not isinstance(responses[0], tuple | list):
+        return None
+    if len(responses) == 1:
+        return bool(responses[0][1])
+    return int(np.argmax([likelihood for likelihood, _ in responses]))
+
+
+def agreement(own: Answers, reference: Answers) -> dict[str, dict[str, float]]:
+    """Of each task, the share of documents whose answer is the reference's, and for texts the mean share of the
+    reference's characters before the first that differs. Says what a score does not where the model itself fails."""
+    table = {}
+    for task, others in reference.items():
+        pairs = list(zip(own[task], others, strict=True))
+        table[task] = {"same_answer": float(np.mean([a == b for a, b in pairs]))}
+        if isinstance(others[0], str):
+            table[task]["same_text"] = float(np.mean([_same_text(str(a), str(b)) for a, b in pairs]))
+    return table
+
+
+def _same_text(own: str, reference: str) -> float:
+    """The share of the reference before the first character that differs; 0 of an empty one that is not met."""
+    if own == reference:
+        return 1.0
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, reference, strict=False))
+    return sum(1 for _ in same) / max(1, len(reference))
 
 
 def _batches(numbers: Iterable[int], size: int) -> Iterable[list[int]]:

@@ -109,7 +109,12 @@ def test_command_runs_tasks_of_every_kind(
     exact, coarse = (row["results"] for row in json.loads(out.read_text())["rows"])
     assert exact["endings"]["acc,none"] == 1.0
     assert exact["whole"]["bits_per_byte,none"] < coarse["whole"]["bits_per_byte,none"]
+    same, agreed = (row["agreement"] for row in json.loads(out.read_text())["rows"])
+    assert same == {"endings": {"same_answer": 1}, "continued": {"same_answer": 1, "same_text": 1}}
+    assert agreed.keys() == same.keys()
+    assert 0 < agreed["continued"]["same_answer"] <= agreed["continued"]["same_text"] <= 1
     printed = capsys.readouterr()
+    assert "same answer" in printed.out
     for name in TASKS:
         assert name in printed.out
     lines = printed.err.splitlines()
@@ -164,6 +169,53 @@ def test_rolling_likelihood_counts_every_token_once() -> None:
     (total,) = lm.loglikelihood_rolling([request(text)])
     assert sum(seen) == count
     assert total < 0
+
+
+def test_agreement_is_of_texts_choices_and_likeliest_continuations() -> None:
+    def logged(*responses: list) -> list[dict]:
+        numbered = [{"doc_id": i, "filtered_resps": own} for i, own in enumerate(responses)]
+        return numbered[::-1]  # in whatever order
+
+    reference = {
+        "texts": logged(["abcd"], [""], ["x"]),
+        "choices": logged([(-1.0, True), (-3.0, False)], [(-2.0, False), (-1.0, False)]),
+        "continuations": logged([(-1.0, True)], [(-3.0, False)]),
+        "rolling": logged([-7.0], [-8.0]),
+    }
+    other = {
+        "texts": logged(["abxx"], [""], [""]),
+        "choices": logged([(-9.0, False), (-3.0, False)], [(-2.0, False), (-1.0, False)]),
+        "continuations": logged([(-1.5, True)], [(-2.0, False)]),
+        "rolling": logged([-7.5], [-8.0]),
+    }
+    assert lm_eval.agreement(lm_eval.answers(other), lm_eval.answers(reference)) == {
+        "texts": {"same_answer": pytest.approx(1 / 3), "same_text": pytest.approx(0.5)},
+        "choices": {"same_answer": 0.5},
+        "continuations": {"same_answer": 1.0},
+    }
+
+
+GENERATED = """
+import datasets
+
+def documents(max_seq_lengths, tokenizer, **others):
+    rows = [{"start": f"import {tokenizer[-4:]} " * (n // 64), "said": "x"} for n in max_seq_lengths]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+
+
+def test_tasks_that_generate_their_documents_are_told_lengths_and_tokenizer(tasks: Path, tmp_path: Path) -> None:
+    """As RULER's are, which need more packages."""
+    (tasks / "generated.py").write_text(GENERATED)
+    task = TASKS["continued"].replace("continued", "generated").replace("dataset_path: json", "dataset_path: ''")
+    task = "\n".join(line for line in task.splitlines() if not line.startswith("dataset_kwargs"))
+    (tasks / "generated.yaml").write_text(f"{task}\ncustom_dataset: !function generated.documents\n")
+    out = tmp_path / "out.json"
+    typed = ["lm-eval", "demo", "--include-path", str(tasks), "--json", str(out), "--tasks", "generated"]
+    typed += ["--cache", "bf16", "--max-length", "128", "--batch-size", "3", "--metadata"]
+    assert main([*typed, '{"max_seq_lengths": [64, 64, 128]}']) == 0
+    assert json.loads(out.read_text())["rows"][0]["results"]["generated"]["sample_len"] == 3
+    assert main([*typed, "[64]"]) == 2
 
 
 def test_start_token_is_not_set_twice() -> None:
