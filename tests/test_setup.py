@@ -200,7 +200,7 @@ class TestPins:
             assert [specifier.operator for specifier in requirement.specifier] == ["=="]
         assert len(PINS) == len(CONSTRAINTS)
 
-    @pytest.mark.parametrize("extra", ["", "plot", "lm-eval", "train", "test", "dev"])
+    @pytest.mark.parametrize("extra", ["", "plot", "lm-eval", "ruler", "train", "test", "dev"])
     def test_every_requirement_has_a_pin_that_satisfies_it(self, extra):
         lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
         for requirement in map(Requirement, lines):

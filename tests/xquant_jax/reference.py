@@ -34,7 +34,7 @@ def fake_quantize(group: np.ndarray, bits: int, clip: bool = False) -> np.ndarra
     group = group.astype(np.float32)
     low, high = group.min(), group.max()
     if clip:
-        part = np.float32(high - low) / np.float32(2 ** (bits + 2))
+        part = np.float32(high - low) / np.float32(4**bits)
         low, high = np.float32(low + 2 * part) + part, np.float32(high - 2 * part) - part
     zero = directed(low, up=False)
     scale = directed(np.float32(high - zero) / np.float32(2**bits - 1), up=True)

@@ -214,8 +214,7 @@ def with_bits(cache: CacheConfig, bits: Sequence[int], config: ModelConfig) -> C
 
 def _of_bits(cache: CacheConfig, bits: int) -> CacheConfig:
     """With other bits for all layers that the options leave open."""
-    method: Any = cache.method
-    return dataclasses.replace(cache, method=dataclasses.replace(method, bits=bits), layer_bits=())
+    return CacheConfig(cache.method.with_bits(bits))
 
 
 def _methods(cache: CacheConfig, config: ModelConfig) -> list[Any]:

@@ -192,11 +192,13 @@ one. Tasks that only count likelihoods have none."""
 
 def answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Answers:
     """What the samples that the harness logs say, in the order of their documents."""
-    found = {
-        task: [_answer(sample["filtered_resps"]) for sample in sorted(own, key=lambda sample: sample["doc_id"])]
-        for task, own in samples.items()
-    }
-    return {task: own for task, own in found.items() if None not in own}
+    found: Answers = {}
+    for task, logged in samples.items():
+        own = [_answer(sample["filtered_resps"]) for sample in sorted(logged, key=lambda sample: sample["doc_id"])]
+        told = [answer for answer in own if answer is not None]
+        if len(told) == len(own):
+            found[task] = told
+    return found
 
 
 def _answer(responses: Sequence[Any]) -> str | bool | int | None:

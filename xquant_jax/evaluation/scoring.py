@@ -244,4 +244,7 @@ def _scores(
         return loss, likeliest == targets, divergence, likeliest == log_p.argmax(axis=-1)
 
     scores = lax.map(score, jax.tree.map(cut, (h, targets, exact)))
-    return Scores(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, :count], scores), h)
+    loss, greedy, divergence, agrees = jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, :count], scores
+    )
+    return Scores(loss, greedy, divergence, agrees, h)

@@ -216,5 +216,5 @@ def _at_four_bits(cache_config: CacheConfig) -> CacheConfig:
     method: Any = cache_config.method
     if "bits" not in {field.name for field in dataclasses.fields(method)}:
         return cache_config
-    first = {"first": (method.first[0], 4)} if hasattr(method, "first") else {}
+    first = {"first": (method.plain[0], 4)} if hasattr(method, "plain") else {}
     return CacheConfig(dataclasses.replace(method, bits=4, **first))

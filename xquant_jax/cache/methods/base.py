@@ -68,7 +68,7 @@ def check_sink(sink: int) -> None:
 
 
 def clips(method: Any) -> bool:
-    """Whether the method's `bits` are clipped where it clips at all: the ends of finer ranges stay where they are."""
+    """Whether the method's `bits` are clipped where it clips at all: 8 bits are not."""
     return method.clip and method.bits < 8
 
 
@@ -94,6 +94,11 @@ class Method(abc.ABC):
     def layers(self, config: ModelConfig) -> list[tuple["Method", int]]:
         """The method of each run of layers: (method, number of layers)."""
         return [(self, config.num_layers)]
+
+    def with_bits(self, bits: int) -> "Method":
+        """The same with other bits, wherever its options do not name any; for methods that have bits."""
+        changes: dict[str, Any] = {"bits": bits}
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     def by_head(self, config: ModelConfig) -> bool:
         """Whether all streams are the kv heads' own parts side by side, so that a device can hold some heads alone.

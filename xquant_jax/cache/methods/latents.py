@@ -50,7 +50,7 @@ def latents(
     predict = tuple(part.astype(jnp.float32) for part in predict)
     if variance is None:
         return basis.astype(jnp.float32), predict, back
-    gain = sum(jnp.square(matrix).sum(axis=-1) for matrix in back.values())
+    gain = jnp.stack([jnp.square(matrix).sum(axis=-1) for matrix in back.values()]).sum(axis=0)
     weight = bases.balance(gain, variance)
     below = jnp.concatenate([weight[:1], weight[:-1]])
     first = lax.map(lambda own: bases.inverse(*own), (predict[0], below))

@@ -61,7 +61,8 @@ class XQuantCL(Method):
 
     input: which X: after the norm (`post_norm`), after the norm without its weight, which is folded into the
         projections (`unit_norm`), or before the norm (`residual`, K = H only)
-    first: (layers, bits): the layers below the differences and the bits of their streams, typed as 3@4
+    first: (layers, bits): the layers below the differences and the bits of their streams, typed as 3@4; without it 3@4
+        for 2 bits, as in the paper, and one layer of at least 4 bits for more: see `plain`
     predict: K < H only, see above: `learned` by default, or `latent`, or `paper`
     basis, rank: of `predict=latent`, see above; rank=0: all directions, without calibration
     accumulator: how the running sum of the history is held: `bf16` or `int8`
@@ -73,7 +74,7 @@ class XQuantCL(Method):
     has_running_sum: ClassVar[bool] = True
     bits: int = 2
     input: str = "unit_norm"
-    first: tuple[int, int] = (3, 4)
+    first: tuple[int, int] | None = None
     predict: str | None = None  # None: learned where K < H, or latent with an option of it
     basis: str | None = None  # None: joint
     rank: int = 0
@@ -107,9 +108,19 @@ class XQuantCL(Method):
         if self.rank < 0:
             raise ConfigError(f"rank={self.rank} is not possible; choose 1 or more, or 0 for all directions")
 
+    @property
+    def plain(self) -> tuple[int, int]:
+        """How many layers lie below the differences, and their bits. Errors of plain layers add up, and those of
+        differences do not: with as many bits, a second plain layer is worse than a difference."""
+        return self.first or ((3, 4) if self.bits == 2 else (1, max(4, self.bits)))
+
+    def with_bits(self, bits: int) -> "XQuantCL":
+        other = dataclasses.replace(self, bits=bits)
+        return other if other.plain == self.plain else dataclasses.replace(other, first=self.plain)
+
     def layers(self, config: ModelConfig) -> list[tuple[Method, int]]:
         """Plain layers, the base of the running sum, and the differences."""
-        plain, bits = self.first
+        plain, bits = self.plain
         if not 0 < plain < config.num_layers:
             raise ConfigError(
                 f"first={plain}@{bits}: the model has {config.num_layers} layers, and xquant-cl needs one for its base "
