@@ -175,7 +175,7 @@ class Reference:
         if "project" in f["key"]:
             vectors = {s: x @ f[s]["project"].reshape(len(x), -1) for s in ("key", "value")}
         else:
-            vectors = {"x": rotated(x) if self.method.rotate else x}
+            vectors = {"x": rotated(x) if self.method.rotate is not False else x}
         for name, vector in vectors.items():
             self.stored[i].setdefault(name, []).append(vector)
 
@@ -199,7 +199,8 @@ class Reference:
     def quantized(self, block: np.ndarray, name: str, method: Any) -> np.ndarray:
         group = max(g for g in range(1, 129) if block.shape[1] % g == 0)
         axis = "channel" if name == "key" else "token"
-        return fake_quantize_block(block, method.bits, axis, group, method.clip and method.bits < 8)
+        clip = method.rotates(self.c) if method.clip is None else method.clip
+        return fake_quantize_block(block, method.bits, axis, group, clip and method.bits < 8)
 
     def levels(self, i: int, name: str) -> np.ndarray | None:
         """Those of a stream that has a codebook."""

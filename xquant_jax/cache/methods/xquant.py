@@ -18,7 +18,7 @@ from jaxtyping import Array
 from pallas_kernels import KeyRebuild
 from pallas_kernels.eight_bits import TYPES, quantize_matrix
 from pallas_kernels.operands import expand
-from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens, check_sink, clips
+from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens, check_sink
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.bases import rotate, rotated_rows
@@ -26,6 +26,11 @@ from xquant_jax.numerics.quantization import StreamSpec, check_bits, default_gro
 
 BASES = ("joint", "per_head")
 REBUILD_DTYPES = ("bf16", *TYPES)
+
+
+NARROW = 16
+"""Latents of fewer directions are not rotated: the first few of them hold most, and rotated none is small. Of heads of
+dimension 8 keys lose (docs/accuracy.md, stories260K); of 64 all gain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +44,8 @@ class XQuant(Method):
     group: int = 0  # 0: the largest divisor of the width that is not above 128
     input: str = "post_norm"  # or unit_norm: X without the norm's weight, which is folded into the projections
     rebuild_dtype: str = "bf16"  # of the matrix that keys are rebuilt with: bf16 (as the weights are), int8 or fp8
-    rotate: bool = True
-    clip: bool = True  # codes of 2 to 4 bits
+    rotate: bool | None = None  # None: unless latents are narrower than `NARROW`
+    clip: bool | None = None  # codes of 2 to 4 bits; None: as `rotate`
     sink: int = 4  # first tokens of a sequence that are kept as they are
 
     def __post_init__(self) -> None:
@@ -67,7 +72,7 @@ class XQuant(Method):
                     "basis applies to grouped-query models; this one has a key/value head per query head, "
                     "and xquant stores X itself: leave basis out"
                 )
-            return {"x": StreamSpec(config.width, self.bits, "token", self.group, clip=clips(self))}
+            return {"x": StreamSpec(config.width, self.bits, "token", self.group, clip=self.clips(config))}
         if self.rebuild_dtype != "bf16":
             raise ConfigError(
                 f"rebuild_dtype={self.rebuild_dtype} applies to keys that are stored along the token; those of "
@@ -76,9 +81,19 @@ class XQuant(Method):
             )
         key, value = (_latent_width(config, basis) for basis in self._bases())
         return {
-            "key": StreamSpec(key, self.bits, "channel", clip=clips(self)),
-            "value": StreamSpec(value, self.bits, "token", self.group, clip=clips(self)),
+            "key": StreamSpec(key, self.bits, "channel", clip=self.clips(config)),
+            "value": StreamSpec(value, self.bits, "token", self.group, clip=self.clips(config)),
         }
+
+    def rotates(self, config: ModelConfig) -> bool:
+        """Whether what is stored is rotated."""
+        if self.rotate is not None:
+            return self.rotate
+        return config.is_multi_head or min(_directions(config, basis) for basis in self._bases()) >= NARROW
+
+    def clips(self, config: ModelConfig) -> bool:
+        """Whether ranges are clipped: extremes of what is not rotated matter more than a finer grid."""
+        return self.bits < 8 and (self.rotates(config) if self.clip is None else self.clip)
 
     def by_head(self, config: ModelConfig) -> bool:
         return not config.is_multi_head and self._bases() == ("per_head", "per_head")
@@ -88,14 +103,15 @@ class XQuant(Method):
         folded = self.input == "unit_norm"
         if source.config.is_multi_head:
             weights, group = projections(params, folded, number), self.streams(source.config)["x"].group
-            if self.rotate:
+            if self.rotates(source.config):
                 weights = {side: rotated_rows(weight[:number], group) for side, weight in weights.items()}
             method_params = {side: {"rebuild": weight} for side, weight in weights.items()}
             if self.rebuild_dtype != "bf16":
                 method_params["key"] = key_factors(method_params["key"]["rebuild"][:number], self.rebuild_dtype, group)
         else:
             key, value = (
-                source.svd(basis, folded=folded, number=number, balanced=self.rotate) for basis in self._bases()
+                source.svd(basis, folded=folded, number=number, balanced=self.rotates(source.config))
+                for basis in self._bases()
             )
             method_params = {"key": dict(key["key"]), "value": dict(value["value"])}
         for side in ("key", "value"):
@@ -108,7 +124,7 @@ class XQuant(Method):
     def encode(self, method_params: Any, new: NewTokens) -> dict[str, Array]:
         x = new.x if self.input == "post_norm" else unit_norm(new.h, new.norm_eps)
         if "project" not in method_params["key"]:
-            return {"x": rotate(x, self.group or default_group(x.shape[-1])) if self.rotate else x}
+            return {"x": rotate(x, self.group or default_group(x.shape[-1])) if self.rotate is not False else x}
         down = {side: method_params[side]["project"].reshape(x.shape[-1], -1) for side in ("key", "value")}
         return {side: x @ matrix for side, matrix in down.items()}
 
@@ -178,9 +194,12 @@ def projections(params: dict[str, Any], folded: bool, number: int) -> dict[str, 
 
 def _latent_width(config: ModelConfig, basis: str) -> int:
     """R, or less where the model is narrower than its keys and the SVD has fewer directions."""
-    if basis == "joint":
-        return min(config.width, config.kv_width)
-    return config.num_kv_heads * min(config.width, config.head_dim)
+    return _directions(config, basis) * (1 if basis == "joint" else config.num_kv_heads)
+
+
+def _directions(config: ModelConfig, basis: str) -> int:
+    """Of one SVD: of all heads' keys, or of one head's."""
+    return min(config.width, config.kv_width if basis == "joint" else config.head_dim)
 
 
 def split_bias(bias: Array, config: ModelConfig) -> Array:

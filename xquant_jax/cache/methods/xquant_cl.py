@@ -105,6 +105,8 @@ class XQuantCL(Method):
                     f"rebuild_dtype={self.rebuild_dtype} multiplies the codes of the running sum with one dense "
                     f"matrix, which {option}={value} does not; choose {option}={instead}, or leave one of them out"
                 )
+        if self.first == _first(self.bits):
+            object.__setattr__(self, "first", None)  # one way to say it
         if self.rank < 0:
             raise ConfigError(f"rank={self.rank} is not possible; choose 1 or more, or 0 for all directions")
 
@@ -112,11 +114,10 @@ class XQuantCL(Method):
     def plain(self) -> tuple[int, int]:
         """How many layers lie below the differences, and their bits. Errors of plain layers add up, and those of
         differences do not: with as many bits, a second plain layer is worse than a difference."""
-        return self.first or ((3, 4) if self.bits == 2 else (1, max(4, self.bits)))
+        return self.first or _first(self.bits)
 
     def with_bits(self, bits: int) -> "XQuantCL":
-        other = dataclasses.replace(self, bits=bits)
-        return other if other.plain == self.plain else dataclasses.replace(other, first=self.plain)
+        return dataclasses.replace(self, bits=bits, first=self.plain)
 
     def layers(self, config: ModelConfig) -> list[tuple[Method, int]]:
         """Plain layers, the base of the running sum, and the differences."""
@@ -302,6 +303,10 @@ class Base(XQuantCL):
 
     def accumulation(self, method_params: Any) -> Accumulation:
         return Accumulation(None, self._lift(method_params))
+
+
+def _first(bits: int) -> tuple[int, int]:
+    return (3, 4) if bits == 2 else (1, max(4, bits))
 
 
 def _options(method: XQuantCL) -> dict[str, Any]:

@@ -53,16 +53,16 @@ def run_library(
     ("kind", "spec"),
     [
         ("K=H", "xquant:2"),
-        ("K<H", "xquant:3"),
+        ("K<H", "xquant:3,rotate=true"),
         *(pytest.param(kind, "xquant:4", marks=pytest.mark.optimized) for kind in ("K=H", "K<H")),
         *(("K=H", f"xquant:4,rebuild_dtype={dtype}") for dtype in ("int8", "fp8")),
         ("K<H", "xquant:8,basis=joint"),
         ("K=H", "xquant:2,rotate=false,clip=false,sink=0"),
-        ("K<H", "xquant:2,rotate=false,sink=0"),
-        ("K<H", "xquant:2,clip=false,sink=127"),
+        ("K<H", "xquant:2,clip=true,sink=0"),
+        ("K<H", "xquant:2,rotate=true,clip=false,sink=127"),
         ("K<H", "xquant:3,key_basis=joint"),
-        ("K<H, wide keys", "xquant:3,basis=joint"),
-        ("K<H, wide keys", "xquant:3"),
+        ("K<H, wide keys", "xquant:3,basis=joint,rotate=true"),
+        ("K<H, wide keys", "xquant:3,rotate=true"),
     ],
 )
 def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
