@@ -1,10 +1,13 @@
-"""The paper's perplexities, measured with your weights: `python scripts/reproduce_paper.py MODEL --text FILE`.
+"""The paper's tables, measured with your weights: `python scripts/reproduce_paper.py MODEL --text FILE`.
 
 MODEL is Llama-2-7B or Llama-3.1-8B (a converted or Hugging Face directory), FILE the raw test split of WikiText-2.
 Runs the rows of Tables 1 and 4 (Tomar et al. 2025, arXiv 2508.10395): windows of 2048 tokens, every cached token
-quantized, the first three layers at 4 bits except for KVQuant; prints measured beside published. KVQuant is left out
-unless `xquant calibrate MODEL --text TRAINING_TEXT --cache kvquant:2` was run. Any other model is measured too, without
-published figures beside it. Takes hours on a CPU; `--json OUT --resume` goes on after a break.
+quantized as published, the first three layers at 4 bits except for KVQuant; prints measured beside published. KVQuant
+is left out unless `xquant calibrate MODEL --text TRAINING_TEXT --cache kvquant:2` was run. Any other model is measured
+too, without published figures beside it. Takes hours on a CPU; `--json OUT --resume` goes on after a break.
+
+`--tables 2 3` runs the same caches through LongBench (Table 2) and GSM8K with chain of thought (Table 3) instead, with
+lm-evaluation-harness and the data that it downloads; no published figures stand beside those.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import xquant_jax as xq
+from xquant_jax import cli
 from xquant_jax.config import ModelConfig
 from xquant_jax.evaluation import evaluate
 from xquant_jax.evaluation.results import Evaluation
@@ -23,21 +27,25 @@ from xquant_jax.evaluation.windows import cut, read_text
 from xquant_jax.json_file import check_folder, read_json, write_json
 from xquant_jax.model.loading import DTYPES
 
+PUBLISHED = "rotate=false,clip=false,sink=0,"
 # name in the paper, cache, and size and perplexity of Llama-2-7B and of Llama-3.1-8B
 TABLE_1 = (
     ("KIVI*-4", "kivi:4,first=3@4", (0.27, 5.49), (0.27, 6.30)),
     ("KIVI*-2", "kivi:2,first=3@4", (0.15, 6.20), (0.15, 8.72)),
     ("KVQuant-2-1%", "kvquant:2", (0.15, 5.99), (0.15, 7.45)),
-    ("XQuant-4", "xquant:4,{basis}first=3@4", (0.13, 5.54), (0.27, 6.31)),
-    ("XQuant-3", "xquant:3,{basis}first=3@4", (0.10, 6.10), (0.21, 6.43)),
-    ("XQuant-2", "xquant:2,{basis}first=3@4", (0.08, 11.21), (0.15, 7.38)),
+    ("XQuant-4", f"xquant:4,{{basis}}{PUBLISHED}first=3@4", (0.13, 5.54), (0.27, 6.31)),
+    ("XQuant-3", f"xquant:3,{{basis}}{PUBLISHED}first=3@4", (0.10, 6.10), (0.21, 6.43)),
+    ("XQuant-2", f"xquant:2,{{basis}}{PUBLISHED}first=3@4", (0.08, 11.21), (0.15, 7.38)),
 )
-PAPER_CL = "input=post_norm,{predict}accumulator=bf16,"
+PAPER_CL = f"input=post_norm,{{predict}}accumulator=bf16,{PUBLISHED}"
 TABLE_4 = (
     ("XQuant-CL-4", f"xquant-cl:4,{PAPER_CL}first=3@4", (0.13, 5.48), (0.27, 6.29)),
     ("XQuant-CL-3", f"xquant-cl:3,{PAPER_CL}first=3@4", (0.10, 5.48), (0.21, 6.32)),
     ("XQuant-CL-2", f"xquant-cl:2,{PAPER_CL}first=3@4", (0.08, 5.57), (0.15, 6.60)),
 )
+TASKS = {2: "longbench", 3: "gsm8k_cot"}
+"""What lm-evaluation-harness calls the data of the tables that are no perplexities."""
+
 EXACT = (5.47, 6.24)
 """Perplexity at 16 bits."""
 
@@ -45,7 +53,9 @@ EXACT = (5.47, 6.24)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="converted or Hugging Face directory")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="WikiText-2, raw, test split")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="WikiText-2, raw, test split: for Tables 1 and 4")
+    parser.add_argument("--tables", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 4], help="default: 1 4")
+    parser.add_argument("--limit", type=int, help="documents of each task of Tables 2 and 3; the paper takes all")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--limit-windows", type=int, help="for a quick look; the paper takes all")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="for KVQuant (default: the model's own)")
@@ -53,8 +63,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, as they come")
     parser.add_argument("--resume", action="store_true", help="go on from what the file of --json holds")
     arguments = parser.parse_args()
+    if arguments.text is None and {1, 4} & {*arguments.tables}:
+        parser.error("Tables 1 and 4 are perplexities of a text: name it with --text")
     try:
-        reproduce(arguments)
+        if {1, 4} & {*arguments.tables}:
+            reproduce(arguments)
+        for table in sorted({*TASKS} & {*arguments.tables}):
+            if code := harness(arguments, table):
+                return code
     except (xq.XQuantError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,6 +103,18 @@ def reproduce(arguments: argparse.Namespace) -> None:
             write_json(arguments.json, evaluation.to_json())
         print(f"{measurement.cache}: {len(measurement.losses)}/{len(windows.tokens)} windows", file=sys.stderr)
     show(console, evaluation, ready, published(model.config))
+
+
+def harness(arguments: argparse.Namespace, table: int) -> int:
+    """A table of tasks, through `xquant lm-eval`."""
+    config = xq.load(arguments.model, dtype=arguments.dtype).config
+    typed = ["lm-eval", arguments.model, "--tasks", TASKS[table], "--cache", "bf16"]
+    typed += [fill(spec, config) for _, spec, *_ in TABLE_1 + TABLE_4 if not spec.startswith("kvquant")]
+    given = {"limit": arguments.limit, "dtype": arguments.dtype, "calibration": arguments.calibration}
+    typed += [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    if arguments.json:
+        typed += ["--json", str(arguments.json.with_stem(f"{arguments.json.stem}-table{table}"))]
+    return cli.main(typed)
 
 
 def fill(spec: str, config: ModelConfig) -> str:
