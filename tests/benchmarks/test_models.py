@@ -29,7 +29,7 @@ def test_streams_are_those_that_a_cache_is_allocated_with(model: str, cache: str
 
 
 @pytest.mark.parametrize("model", TINY)
-@pytest.mark.parametrize("cache", ["xquant-cl:2", "xquant-cl:3,accumulator=bf16"])
+@pytest.mark.parametrize("cache", ["xquant-cl:2", "xquant-cl:3,first=3@4,accumulator=bf16"])
 def test_sums_are_those_that_a_cache_is_allocated_with(model: str, cache: str) -> None:
     config, shape = config_of(model), sum_shape(model, cache)
     whole = jax.eval_shape(lambda: allocate(CacheConfig.parse(cache), config, batch=2, tokens=256))

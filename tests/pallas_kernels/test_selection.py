@@ -173,11 +173,11 @@ def test_two_threads_do_not_record_each_others_backends() -> None:
 def test_generate_says_which_implementation_ran() -> None:
     """With plain layers and with running sums, whose kernels agree with XLA."""
     prompt = [5 + i % 250 for i in range(140)]  # one block of history
-    reference = xq.generate(xq.load("demo"), [prompt], cache="xquant-cl:4", max_new_tokens=2)
+    reference = xq.generate(xq.load("demo"), [prompt], cache="xquant-cl:2,first=2@4", max_new_tokens=2)
     assert reference.implementation == "xla"
     with target.interpreted():
         model = xq.load("demo", implementation="pallas_tpu")
-        result = xq.generate(model, [prompt], cache="xquant-cl:4", max_new_tokens=2)
+        result = xq.generate(model, [prompt], cache="xquant-cl:2,first=2@4", max_new_tokens=2)
     assert result.implementation == "pallas_tpu"
     assert result.results[0].tokens == reference.results[0].tokens
 

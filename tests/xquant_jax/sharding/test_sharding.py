@@ -30,19 +30,19 @@ from xquant_jax.model.loading import Model
 from xquant_jax.model.transformer import forward
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-BY_HEAD = ["bf16", "int8,group=8", "fp8", "kivi:2,group=8,rope=post", "xquant:4,group=8"]
+BY_HEAD = ["bf16", "int8,group=8", "fp8", "kivi:2,group=8,rope=post", "xquant:4,group=8,rotate=true"]
 WHOLE = ["kivi:4", "fp8,scale=token", "xquant:4,basis=joint", "xquant:8,value_basis=joint", "kvquant:3"]
 ACROSS_LAYERS = ["xquant-cl:2,first=1@4,predict=latent", "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16"]
 MULTI_HEAD = ["xquant:4", "xquant:3,rebuild_dtype=int8", "xquant-cl:4,first=1@4,input=residual"]
 EVERY = [(spec, False) for spec in BY_HEAD + WHOLE + ACROSS_LAYERS] + [(spec, True) for spec in MULTI_HEAD]
-QUICK = ["xquant:4,group=8", "kivi:4", "xquant-cl:2,first=1@4,predict=latent"]
+QUICK = ["xquant:4,group=8,rotate=true", "kivi:4", "xquant-cl:2,first=1@4,predict=latent"]
 """One that lies by head, one that lies whole, one with a running sum."""
 ANSWERED = [  # how it is quantized is nothing to a mesh, only how it lies: by head, whole, in latents, with sums
     *((spec, False, SHAPES[3]) for spec in QUICK),
     *((spec, False, SHAPES[3]) for spec in ("xquant:8,value_basis=joint", "kvquant:3")),
     (ACROSS_LAYERS[1], False, SHAPES[3]),
     *((spec, True, SHAPES[3]) for spec in MULTI_HEAD[1:]),
-    ("xquant:4,group=8", False, SHAPES[0]),
+    ("xquant:4,group=8,rotate=true", False, SHAPES[0]),
     ("xquant-cl:2,first=1@4,predict=latent", False, SHAPES[1]),
     ("kivi:4", False, SHAPES[2]),  # what cannot be split by head is split by block instead
 ]
@@ -207,7 +207,7 @@ def test_every_device_holds_its_share(
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("spec", ["xquant:4,group=8", "xquant:4,basis=joint", "kvquant:3"])
+@pytest.mark.parametrize("spec", ["xquant:4,group=8,rotate=true", "xquant:4,basis=joint", "kvquant:3"])
 def test_history_never_travels(models: dict[bool, xq.Model], spec: str) -> None:
     """The compiled step copies nothing that is as large as a layer's history, and exchanges nothing of the kind."""
     mesh, cache_config = xq.make_mesh(2, 2, 2), CacheConfig.parse(spec)
@@ -263,7 +263,7 @@ def test_weights_are_read_shard_by_shard(
         for mine, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(expected.params), strict=True):
             assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
             np.testing.assert_array_equal(mine, theirs)
-        for spec in ("xquant:4,group=8", "xquant-cl:2,first=1@4,predict=latent"):
+        for spec in ("xquant:4,group=8,rotate=true", "xquant-cl:2,first=1@4,predict=latent"):
             method_params = model.method_params(CacheConfig.parse(spec))
             alone = models[False].method_params(CacheConfig.parse(spec))
             jax.tree.map(np.testing.assert_array_equal, method_params, alone)
