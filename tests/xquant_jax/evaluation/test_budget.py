@@ -45,12 +45,10 @@ def divergence(model: RandomModel, spec: str, tokens: np.ndarray) -> float:
     ("changes", "spec"),
     [
         (FOUR, "xquant"),
-        (MULTI_HEAD, "xquant"),
         (FOUR, "kvquant"),
-        (FOUR, "xquant-cl:2,first=2@4"),
-        (MULTI_HEAD, "xquant-cl:2,first=1@8"),
+        (MULTI_HEAD, "xquant-cl:2,first=2@4"),
     ],
-    ids=["grouped", "multi-head", "codebooks", "differences", "differences-multi-head"],
+    ids=["grouped", "codebooks", "differences"],
 )
 def test_divergences_are_those_of_the_specs_own_programs(
     changes: dict, spec: str, monkeypatch: pytest.MonkeyPatch
