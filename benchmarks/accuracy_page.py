@@ -136,12 +136,12 @@ def retrieval() -> str:
     lines = [
         "## Retrieval",
         "",
-        "The six tasks of RULER that are generated from code, 1,024 tokens, 8 documents each, on the real model. "
+        "The six tasks of RULER that are generated from code, 1,024 tokens, 4 documents each, on the real model. "
         f"Score; in brackets how often the answer is exactly that through `{rows[0]['cache']}`, and the mean share of "
         "its text before the first difference: where the model itself fails, the score says nothing.",
         "",
         f"    xquant lm-eval {result['model']} --tasks {' '.join(rows[0]['results'])} "
-        f"""--metadata '{{"max_seq_lengths": [1024]}}' --limit 8 --max-length 1152 --dtype float32 --cache {specs}""",
+        f"""--metadata '{{"max_seq_lengths": [1024]}}' --limit 4 --max-length 1152 --dtype float32 --cache {specs}""",
         "",
         f"| task | {' | '.join(f'`{row["cache"]}`' for row in rows)} |",
         "|---" * (1 + len(rows)) + "|",

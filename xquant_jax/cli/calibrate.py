@@ -38,8 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--cache",
         nargs="+",
         metavar="SPEC",
-        help="caches to find it for (default: kvquant at 2, 3 and 4 bits and, where keys are shared, xquant-cl as it is "
-        "and with a quarter of the directions); with --budget the one whose bits are found (default: xquant)",
+        help="caches to find it for (default: kvquant at 2, 3 and 4 bits and, where keys are shared, xquant-cl as it "
+        "is and with a quarter of the directions); with --budget the one whose bits are found (default: xquant)",
     )
     parser.add_argument(
         "--budget",
