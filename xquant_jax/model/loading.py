@@ -108,9 +108,15 @@ class Model:
         return self._kept.get("fingerprint", lambda: fingerprint(layer, self.config.num_layers))
 
     def calibration_hash(self, cache_config: CacheConfig) -> str | None:
-        """Of the calibration file, if it is there and the cache takes something from it."""
-        calibrated = any(method.needs(self.config) for method, _ in cache_config.segments(self.config))
-        return sha256(self.calibration.read_bytes()).hexdigest() if calibrated and self.calibration.exists() else None
+        """Of the calibration file, if it is there and the cache takes something from it.
+
+        Raises `ConfigError` if the file lacks what the cache cannot do without.
+        """
+        needs = [need for method, _ in cache_config.segments(self.config) for need in method.needs(self.config)]
+        for need in needs:
+            if not isinstance(need, Prediction):
+                self.calibrated(need)
+        return sha256(self.calibration.read_bytes()).hexdigest() if needs and self.calibration.exists() else None
 
     def calibrated(self, need: Need) -> dict[str, Array]:
         """What `xquant calibrate` found on text. Raises `ConfigError` if it was not run, or with other weights.

@@ -367,6 +367,7 @@ class TestCommand:
             ("--cache bf16 --batch 0", "--batch 0"),
             ("--cache bf16 --chunk 0", "chunk=0"),
             ("--cache bf16 --generate 0", "--generate 0"),
+            ("--cache bf16 kvquant:2,sink=3", "cache kvquant:2,outliers=0.01,sink=3 needs calibration on text"),
             ("--cache nonsense", "cache method 'nonsense' is not known"),
             ("--cache xquant:4,first=13@4", "the model has 12 layers"),
             pytest.param("--cache bf16 --plot out.xyz", ".xyz is not a picture", marks=NEEDS_MATPLOTLIB),
