@@ -45,6 +45,8 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         axes.axhline(exact, color="gray", linestyle="--", linewidth=1, label=f"16 bit, no cache: {exact:.3f}")
         if rows and max(row["perplexity"] for row in rows) > 2 * exact:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
     sizes = [100 * row["paper_ratio"] for row in rows]
     if sizes and max(sizes) > 3 * min(sizes):
         axes.set_xscale("log")
@@ -62,7 +64,9 @@ def draw(evaluation: Evaluation, path: Path) -> None:
     )
     axes.margins(x=0.08)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", markerscale=0.7)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * (1 + len(series)))  # the legend has a line per method, below
+    figure.legend(fontsize="small", markerscale=0.7, loc="outside lower center")
     figure.savefig(path, dpi=150)
 
 
@@ -73,4 +77,5 @@ def _head(spec: str) -> tuple[str, str]:
 
 
 def _options(spec: str) -> list[str]:
-    return spec.split(",")[1:]
+    """Those that tell methods apart: the bits of the first layers do not."""
+    return [option for option in spec.split(",")[1:] if not option.startswith("first=")]
