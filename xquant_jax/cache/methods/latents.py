@@ -10,11 +10,21 @@ from jaxtyping import Array, Float, Float64
 from threadpoolctl import threadpool_limits
 
 from xquant_jax.cache.methods.base import FactorSource
+from xquant_jax.config import ModelConfig
 from xquant_jax.numerics import bases
 
 WEAKEST = 0.1
 """Singular values of per-head bases, relative to the largest, below which their pseudoinverse leaves them out: they
 would amplify what quantization added (measured: docs/accuracy.md)."""
+
+
+def stored_width(config: ModelConfig, basis: str | None) -> int:
+    """Of X where K = H, or of the latents: at most as many as X has channels."""
+    if config.is_multi_head:
+        return config.width
+    if basis == "per_head":
+        return 2 * config.num_kv_heads * min(config.width, config.head_dim)
+    return min(config.width, 2 * config.kv_width)
 
 
 def latent_basis(source: FactorSource, basis: str, *, folded: bool, number: int | None = None) -> Float[Array, "L D C"]:

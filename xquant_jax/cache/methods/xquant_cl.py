@@ -27,7 +27,7 @@ from jaxtyping import Array
 from pallas_kernels import Accumulation
 from pallas_kernels.operands import expand, times
 from xquant_jax.cache.methods.base import Absorbed, FactorSource, Method, NewTokens, check_sink, clips
-from xquant_jax.cache.methods.latents import latent_basis, latents, prediction
+from xquant_jax.cache.methods.latents import latent_basis, latents, prediction, stored_width
 from xquant_jax.cache.methods.learned import Directions, Need, Prediction
 from xquant_jax.cache.methods.xquant import (
     XQuant,
@@ -88,10 +88,7 @@ class XQuantCL(Method):
         check_bits(self.bits)
         check_sink(self.sink)
         if self.rebuild_dtype == "fp8":
-            raise ConfigError(
-                "rebuild_dtype=fp8 takes codes of up to 4 bits, which e4m3 holds exactly, and those of the running sum "
-                "have 8; choose int8 or bf16"
-            )
+            raise ConfigError("rebuild_dtype=fp8 takes codes of up to 4 bits, a running sum has 8; choose int8 or bf16")
         for option, choices in CHOICES.items():
             value = getattr(self, option)
             if value not in choices and not (option in ("predict", "basis") and value is None):
@@ -128,17 +125,17 @@ class XQuantCL(Method):
                 f"and at least one above"
             )
         basis = None if config.is_multi_head else "joint"
-        base = Base(**{**_options(self), "bits": bits})
+        base = Base(**{**vars(self), "bits": bits})
         folded = "post_norm" if self.input == "post_norm" else "unit_norm"
         rebuild = self.rebuild_dtype if config.is_multi_head else "bf16"  # latents' keys lie along the channel
-        shared = {"rotate": self.rotate, "clip": self.clip, "sink": self.sink}
-        plainly = XQuant(bits, basis, basis, input=folded, rebuild_dtype=rebuild, **shared)
+        shared = {"input": folded, "rotate": self.rotate, "clip": self.clip, "sink": self.sink}
+        plainly = XQuant(bits, basis, basis, rebuild_dtype=rebuild, **shared)
         below = [(plainly, plain - 1)] if plain > 1 else []
         return [*below, (base, 1), (self, config.num_layers - plain)]
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         self._check(config)
-        return {"delta": StreamSpec(self._stored_width(config), self.bits, "token", clip=clips(self))}
+        return {"delta": StreamSpec(stored_width(config, self.basis), self.bits, "token", clip=clips(self))}
 
     def window(self, config: ModelConfig) -> dict[str, tuple[int, str]]:
         return {"x": (self._running_width(config), "bfloat16")}
@@ -163,7 +160,7 @@ class XQuantCL(Method):
             if not config.is_multi_head:
                 method_params["basis"] = source.svd("kv", folded=folded, number=number)["basis"]
                 if self.rotate:
-                    width = self._stored_width(config)
+                    width = stored_width(config, self.basis)
                     method_params["basis"] = lax.map(lambda own: rotate(own, width), method_params["basis"][:number])
             elif self.rotate:
                 group = self.running_sum(config).group
@@ -260,18 +257,11 @@ class XQuantCL(Method):
             raise ConfigError(f"{given[0]} applies to grouped-query models; leave it out for this one")
         if not config.is_multi_head and self.input == "residual":
             raise ConfigError("input=residual applies to models with a key/value head per query head only (K = H)")
-        if self.rank > self._stored_width(config):
-            raise ConfigError(f"rank={self.rank}: the latent has {self._stored_width(config)} directions")
-
-    def _stored_width(self, config: ModelConfig) -> int:
-        if config.is_multi_head:
-            return config.width
-        if self.basis == "per_head":
-            return 2 * config.num_kv_heads * min(config.width, config.head_dim)
-        return min(config.width, 2 * config.kv_width)
+        if self.rank > stored_width(config, self.basis):
+            raise ConfigError(f"rank={self.rank}: the latent has {stored_width(config, self.basis)} directions")
 
     def _running_width(self, config: ModelConfig) -> int:
-        return self._stored_width(config) if self._latent(config) else config.width
+        return stored_width(config, self.basis) if self._latent(config) else config.width
 
     def _learned(self, config: ModelConfig) -> bool:
         return self._latent(config) and self.predict != "latent" and not (self.basis or self.rank)
@@ -296,7 +286,7 @@ class Base(XQuantCL):
 
     def streams(self, config: ModelConfig) -> dict[str, StreamSpec]:
         self._check(config)
-        return {"base": StreamSpec(self._stored_width(config), self.bits, "token", clip=clips(self))}
+        return {"base": StreamSpec(stored_width(config, self.basis), self.bits, "token", clip=clips(self))}
 
     def store(self, method_params: Any, window: dict[str, Array], predicted: Array | None) -> dict[str, Array]:
         return {"base": self._project(method_params, window["x"].astype(jnp.float32))}
@@ -307,7 +297,3 @@ class Base(XQuantCL):
 
 def _first(bits: int) -> tuple[int, int]:
     return (3, 4) if bits == 2 else (1, max(4, bits))
-
-
-def _options(method: XQuantCL) -> dict[str, Any]:
-    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}

@@ -241,7 +241,7 @@ def test_the_running_sum_is_counted_as_scratch() -> None:
         ("K<H", "xquant-cl:2,predict=paper,basis=per_head", "basis=per_head applies to predict=latent"),
         ("K<H", "xquant-cl:2,predict=latent,rank=33", "rank=33: the latent has 32 directions"),
         ("K<H", "xquant-cl:2,predict=latent,rank=-1", "rank=-1 is not possible"),
-        ("K=H", "xquant-cl:2,rebuild_dtype=fp8", "fp8 takes codes of up to 4 bits, .* running sum have 8; choose int8"),
+        ("K=H", "xquant-cl:2,rebuild_dtype=fp8", "fp8 takes codes of up to 4 bits, a running sum has 8; choose int8"),
         ("K=H", "xquant-cl:2,rebuild_dtype=int4", "rebuild_dtype=int4 is not supported; choose bf16 or int8"),
         (
             "K=H",
