@@ -147,9 +147,9 @@ def continued() -> str:
         f"The real model continues {len(result['continuations'])} windows of {result['seq_len']} tokens by {length} of "
         "its likeliest tokens, without a cache. Each cache sees window and continuation as in generation. *First*: "
         "after how many tokens its likeliest one is another for the first time, the median over windows; there its own "
-        "greedy text parts. *Same*: the share of tokens at which it is the same, and of each quarter of the text. A model of "
-        "this size soon repeats itself, greedily (26 to 132 different tokens in 1,000), which any cache can follow: the "
-        "first quarter says most.",
+        "greedy text parts. *Same*: the share of tokens at which it is the same, and of each quarter of the text. A "
+        "model of this size soon repeats itself, greedily (26 to 132 different tokens in 1,000), which any cache can "
+        "follow: the first quarter says most.",
         "",
         command(result, f"--calibration {REAL}.safetensors "),
         "",
