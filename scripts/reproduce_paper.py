@@ -6,8 +6,8 @@ quantized as published, the first three layers at 4 bits except for KVQuant; pri
 is left out unless `xquant calibrate MODEL --text TRAINING_TEXT --cache kvquant:2` was run. Any other model is measured
 too, without published figures beside it. Takes hours on a CPU; `--json OUT --resume` goes on after a break.
 
-`--tables 2 3` runs the same caches through LongBench (Table 2) and GSM8K with chain of thought (Table 3) instead, with
-lm-evaluation-harness and the data that it downloads; no published figures stand beside those.
+`--tables 2 3` runs the same caches but KVQuant through LongBench (Table 2) and GSM8K with chain of thought (Table 3)
+instead, with lm-evaluation-harness and the data that it downloads; no published figures stand beside those.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from xquant_jax.evaluation.results import Evaluation
 from xquant_jax.evaluation.windows import cut, read_text
 from xquant_jax.json_file import check_folder, read_json, write_json
 from xquant_jax.model.loading import DTYPES
+from xquant_jax.planning.plan import read_config
 
 PUBLISHED = "rotate=false,clip=false,sink=0,"
 # name in the paper, cache, and size and perplexity of Llama-2-7B and of Llama-3.1-8B
@@ -65,6 +66,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.text is None and {1, 4} & {*arguments.tables}:
         parser.error("Tables 1 and 4 are perplexities of a text: name it with --text")
+    if arguments.resume and {*TASKS} & {*arguments.tables}:
+        parser.error("--resume goes on with Tables 1 and 4 only: leave it out, or 2 and 3 out of --tables")
     try:
         if {1, 4} & {*arguments.tables}:
             reproduce(arguments)
@@ -107,7 +110,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
 def harness(arguments: argparse.Namespace, table: int) -> int:
     """A table of tasks, through `xquant lm-eval`."""
-    config = xq.load(arguments.model, dtype=arguments.dtype).config
+    config = read_config(arguments.model)
     typed = ["lm-eval", arguments.model, "--tasks", TASKS[table], "--cache", "bf16"]
     typed += [fill(spec, config) for _, spec, *_ in TABLE_1 + TABLE_4 if not spec.startswith("kvquant")]
     given = {"limit": arguments.limit, "dtype": arguments.dtype, "calibration": arguments.calibration}

@@ -82,15 +82,21 @@ def run(arguments: argparse.Namespace) -> None:
                 calibration=str(arguments.calibration) if arguments.calibration else None,
                 report=lambda done, total, kind, spec=spec: report(done, total, f"{spec}: {kind}"),
             )
-            outcome: Any = simple_evaluate(
-                model=model,
-                tasks=arguments.tasks,
-                num_fewshot=arguments.num_fewshot,
-                limit=arguments.limit,
-                task_manager=tasks,
-                metadata=metadata,
-                log_samples=len(arguments.cache) > 1,
-            )
+            try:
+                outcome: Any = simple_evaluate(
+                    model=model,
+                    tasks=arguments.tasks,
+                    num_fewshot=arguments.num_fewshot,
+                    limit=arguments.limit,
+                    task_manager=tasks,
+                    metadata=metadata,
+                    log_samples=len(arguments.cache) > 1,
+                )
+            except ImportError as error:
+                raise ConfigError(
+                    f"a task needs a package that is not installed ({error}); those of RULER come with "
+                    f"pip install 'xquant-jax[ruler]'"
+                ) from error
         found = answers(outcome.get("samples", {}))
         reference = reference or found
         rows.append({"cache": spec, "results": outcome["results"], "agreement": agreement(found, reference)})

@@ -25,7 +25,7 @@ def write(model: Model, windows: Windows, length: int) -> list[list[int]]:
     if length < 1:
         raise ConfigError(f"generate={length} leaves no token to compare; choose 1 or more")
     prompts = [window.tolist() for window in windows.tokens]
-    cache = "bf16,dtype=float32" if model.dtype == "float32" else "bf16"
+    cache = "bf16" if model.dtype == "bfloat16" else "bf16,dtype=float32"  # rounds nothing
     results = generate(model, prompts, cache=cache, max_new_tokens=length, stop_ids=[]).results
     return [result.tokens for result in results]
 

@@ -218,6 +218,15 @@ def test_tasks_that_generate_their_documents_are_told_lengths_and_tokenizer(task
     assert main([*typed, "[64]"]) == 2
 
 
+def test_a_task_that_lacks_a_package_says_what_to_install(tasks: Path, capsys: pytest.CaptureFixture) -> None:
+    (tasks / "lacking.py").write_text("import a_package_that_there_is_not")
+    task = TASKS["continued"].replace("continued", "lacking")
+    (tasks / "lacking.yaml").write_text(f"{task}\ncustom_dataset: !function lacking.documents\n")
+    typed = ["lm-eval", "demo", "--include-path", str(tasks), "--cache", "bf16", "--tasks", "lacking"]
+    assert main(typed) == 2
+    assert "pip install 'xquant-jax[ruler]'" in capsys.readouterr().err
+
+
 def test_start_token_is_not_set_twice() -> None:
     """With a tokenizer that sets one, where the text begins with one too."""
     lm = make()
