@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from xquant_jax.cli import terminal
 from xquant_jax.cli.options import add_batch_arguments, options_of
 from xquant_jax.cli.progress import progress
 from xquant_jax.generation.batch import Batch, prepare
@@ -51,7 +52,7 @@ def answer_lines(prepared: Batch, lines: list[Line], results: Results) -> None:
         for record in records(prepared, pending):
             results.write(record)
             report(record)
-    show(Console(stderr=True), results.path, lines, results)
+    show(terminal.console(stderr=True), results.path, lines, results)
 
 
 def records(prepared: Batch, lines: list[Line]) -> Iterator[dict[str, Any]]:
@@ -68,13 +69,11 @@ def show(console: Console, path: Path, lines: list[Line], results: Results) -> N
     failed = [record for record in done if "error" in record]
     new = sum(len(record.get("tokens", ())) for record in done)
     answered = len(done) - len(failed)
-    console.print(f"{path}: {answered} answers, {new} tokens", highlight=False, markup=False, soft_wrap=True)
+    terminal.write(console, f"{path}: {answered} answers, {new} tokens")
     for record in failed[:SHOWN]:
-        message = f"line {record['line']}: {record['error']}"
-        console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+        terminal.write(console, f"line {record['line']}: {record['error']}", style="red")
     if failed:
         console.print(
             f"{len(failed)} of {len(done)} lines could not be answered; their results have an error",
             style="bold red",
-            highlight=False,
         )

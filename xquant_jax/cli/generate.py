@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from xquant_jax.cli import terminal
 from xquant_jax.cli.options import MODEL, add_options, options_of
 from xquant_jax.errors import ConfigError, PromptError
 from xquant_jax.generation.generate import Generation, generate_requests, stream_requests
@@ -38,18 +38,18 @@ def run(arguments: argparse.Namespace) -> None:
     request, options = options_of(arguments)
     model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
+    console = terminal.console()
     if arguments.stream:
         tokens = stream_requests(model, requests, options)
-        sys.stdout.write(prompts[0])
+        terminal.write(console, prompts[0], style="dim", end="")
         for token in tokens:
-            sys.stdout.write(token.text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            terminal.write(console, token.text, end="")
+        terminal.write(console, "")
         return
     generation = generate_requests(model, requests, options)
     if arguments.json:
         write_json(arguments.json, generation.to_json())
-    _show(Console(), prompts, generation)
+    _show(console, prompts, generation)
 
 
 def _read(path: Path) -> str:
@@ -61,9 +61,9 @@ def _read(path: Path) -> str:
 
 def _show(console: Console, prompts: Sequence[str], generation: Generation) -> None:
     for prompt, result in zip(prompts, generation.results, strict=True):
-        console.print(prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
-        console.print(result.text, highlight=False, markup=False, soft_wrap=True)
-        console.print(f"({len(result.tokens)} tokens, {result.finish_reason})\n", style="dim", highlight=False)
+        terminal.write(console, prompt, style="dim", end="")
+        terminal.write(console, result.text)
+        console.print(f"({len(result.tokens)} tokens, {result.finish_reason})\n", style="dim")
     size = generation.cache_bytes
     new = sum(len(result.tokens) for result in generation.results)
     table = Table("codes", "scales", "window", "scratch", "total", title="cache bytes")
@@ -72,6 +72,5 @@ def _show(console: Console, prompts: Sequence[str], generation: Generation) -> N
     rate = f"{new / generation.decode_s:,.0f} tokens/s" if generation.decode_s > 0.001 else "one step"
     console.print(
         f"compile {generation.compile_s:.1f} s, prefill {generation.prefill_s:.3f} s, "
-        f"decode {generation.decode_s:.3f} s ({rate}), kernels {generation.implementation}",
-        highlight=False,
+        f"decode {generation.decode_s:.3f} s ({rate}), kernels {generation.implementation}"
     )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cli import terminal
 from xquant_jax.cli.progress import reported
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation.scoring import PROTOCOLS
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.json:
             document = {"model": arguments.model, "protocol": arguments.protocol, "rows": rows}
             write_json(arguments.json, document)
-    show(Console(), rows)
+    show(terminal.console(), rows)
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -123,7 +124,6 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             f"same answer: share of documents that are answered as through {rows[0]['cache']}; same text: mean share of"
             " a generated answer's text before it differs from that one",
             style="dim",
-            highlight=False,
         )
 
 
