@@ -8,10 +8,10 @@ import inspect
 import textwrap
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 import xquant_jax as xq
+from xquant_jax.cli import terminal
 from xquant_jax.numerics.packing import BLOCK
 
 SAMPLING = xq.Sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.1)
@@ -42,30 +42,26 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    console = Console()
+    console = terminal.console()
     model = xq.load("demo")
     c = model.config
     console.print(
         f"demo model: {c.num_layers} layers, width {c.width}, {c.num_heads} query heads on {c.num_kv_heads} "
-        f"key/value heads, trained on Python's standard library; device: {jax.devices()[0].platform}\n",
-        highlight=False,
+        f"key/value heads, trained on Python's standard library; device: {jax.devices()[0].platform}\n"
     )
     prompt = PROMPT + TASK
     length = len(model.tokenizer.encode(PROMPT)) if model.tokenizer else 0
     table = Table("cache", "tokens/s", "bytes per token", "of bf16", "allocated", title="the same prompt, four caches")
     baseline = None
-    console.print(
-        f"[dim]... {length} tokens of the standard library, then:[/]",
-        highlight=False,
-    )
-    console.print(TASK.strip("\n"), style="dim", highlight=False, markup=False)
+    console.print(f"... {length} tokens of the standard library, then:", style="dim")
+    terminal.write(console, TASK.strip("\n"), style="dim")
     for spec in arguments.cache:
         result = xq.generate(
             model, prompt, cache=spec, max_new_tokens=arguments.max_new_tokens, sampling=SAMPLING, seed=arguments.seed
         )
         answer = result.results[0]
         console.rule(spec, align="left")
-        console.print(answer.text, highlight=False, markup=False)
+        terminal.write(console, answer.text)
         per_token = history_bytes_per_token(model, spec)
         baseline = baseline or per_token
         table.add_row(
@@ -78,8 +74,7 @@ def main() -> None:
     console.print(table)
     console.print(
         f"bytes per token: of all {c.num_layers} layers, once {BLOCK} tokens are quantized; "
-        "allocated: with the window of the newest tokens in bfloat16.",
-        highlight=False,
+        "allocated: with the window of the newest tokens in bfloat16."
     )
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 import xquant_jax as xq
 from xquant_jax import cli
+from xquant_jax.cli import terminal
 from xquant_jax.config import ModelConfig
 from xquant_jax.evaluation import evaluate
 from xquant_jax.evaluation.results import Evaluation
@@ -75,14 +76,14 @@ def main() -> int:
             if code := harness(arguments, table):
                 return code
     except (xq.XQuantError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        terminal.write(terminal.console(stderr=True), f"error: {error}")
         return 2
     return 0
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
     """Measures and prints; see the module's docstring."""
-    console = Console()
+    console = terminal.console()
     check_folder("--json", arguments.json)
     text = read_text(arguments.text)
     model = xq.load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
@@ -95,7 +96,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
             cache.segments(model.config)
             cache.method_params(model.source)
         except xq.ConfigError as error:
-            console.print(f"{name} is left out: {error}", markup=False, highlight=False)
+            terminal.write(console, f"{name} is left out: {error}")
         else:
             ready[name] = spec
     evaluation = evaluate.prepare(model, windows, list(ready.values()), name=arguments.model, text=str(arguments.text))
@@ -104,7 +105,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
     for measurement in evaluate.run(evaluation, model, windows):
         if arguments.json:
             write_json(arguments.json, evaluation.to_json())
-        print(f"{measurement.cache}: {len(measurement.losses)}/{len(windows.tokens)} windows", file=sys.stderr)
+        line = f"{measurement.cache}: {len(measurement.losses)}/{len(windows.tokens)} windows"
+        terminal.write(terminal.console(stderr=True), line)
     show(console, evaluation, ready, published(model.config))
 
 
@@ -139,7 +141,7 @@ def show(console: Console, evaluation: Evaluation, specs: dict[str, str], column
     exact = evaluation.row(evaluation.baseline)["perplexity"]
     for title, table_rows in (("Table 1", TABLE_1), ("Table 4", TABLE_4)):
         windows = f"{len(evaluation.predicted_bytes)} windows of {evaluation.seq_len} tokens"
-        table = Table(title=f"{title}: {evaluation.model}\n{windows}")
+        table = Table(title=f"{title}: {terminal.visible(evaluation.model)}\n{windows}")
         for heading in ("method", "cache", "size", "paper", "perplexity", "paper", "difference"):
             named = heading in ("method", "cache")
             table.add_column(heading, justify="left" if named else "right", no_wrap=heading != "cache", overflow="fold")

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from rich.console import Console
 
-from xquant_jax.cli import batch, calibrate, convert, evaluate, generate, lm_eval, plan
+from xquant_jax.cli import batch, calibrate, convert, evaluate, generate, lm_eval, plan, terminal
 from xquant_jax.errors import XQuantError
 
 COMMANDS = (convert, generate, batch, evaluate, plan, calibrate, lm_eval)
@@ -30,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (XQuantError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _complain(str(error))
         return 2
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        _complain(f"out of memory: {str(error).splitlines()[0]}")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -43,5 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _complain(message: str) -> None:
+    console = terminal.console(stderr=True)
+    terminal.write(console, "error: ", style="bold red", end="")
+    terminal.write(console, message)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax.cache.config import CacheConfig
+from xquant_jax.cli import terminal
 from xquant_jax.cli.progress import reported
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation.budget import Budget, Found, find
@@ -42,14 +43,15 @@ def search(arguments: argparse.Namespace, budget: Budget, model: Model, windows:
     sizes = {cache: paper_ratio(cache, model.config) for cache in found.measured}
     if arguments.json:
         write_json(arguments.json, _document(arguments, model, budget, found, sizes, source))
-    show(Console(), found, sizes, f"{arguments.model} on {source}")
+    console = terminal.console()
+    show(console, found, sizes, f"{arguments.model} on {source}")
     command = f"xquant eval {shlex.quote(arguments.model)} --text OTHER_FILE --cache {shlex.quote(str(found.cache))}"
-    Console().print(command, highlight=False, markup=False, soft_wrap=True)
+    terminal.write(console, command)
 
 
 def show(console: Console, found: Found, sizes: dict[CacheConfig, float], title: str) -> None:
     """What was found, beside the same bits for all layers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    table = Table(title=terminal.visible(title), box=box.SIMPLE_HEAD, padding=0)
     table.add_column("cache", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("divergence\nin nats", justify="right", no_wrap=True)
@@ -61,7 +63,6 @@ def show(console: Console, found: Found, sizes: dict[CacheConfig, float], title:
         "size: codes and scales of a token, relative to keys and values of 16 bits; divergence: of the next token's "
         "distribution from the model's without a cache (Kullback-Leibler), on the text that bits were found on",
         style="dim",
-        highlight=False,
     )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from xquant_jax.calibration.calibrate import calibrate, needs_of
+from xquant_jax.cli import terminal
 from xquant_jax.cli.budget import budget_of, search
 from xquant_jax.cli.progress import Report, reported
 from xquant_jax.config import ModelConfig
@@ -91,9 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
     for need, arrays in zip(needs, found, strict=True):
         before = before.add(need, arrays, f"{windows.size} tokens of {names}")
     before.write(path)
-    Console().print(f"wrote {path}, for:", highlight=False, soft_wrap=True)
+    console = terminal.console()
+    terminal.write(console, f"wrote {path}, for:")
     for need in needs:
-        Console().print(f"  {need.cache}", highlight=False, markup=False, soft_wrap=True)
+        terminal.write(console, f"  {need.cache}")
 
 
 def _counted(windows: np.ndarray, report: Report) -> Iterator[np.ndarray]:

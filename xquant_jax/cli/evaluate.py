@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax import figures
+from xquant_jax.cli import terminal
 from xquant_jax.cli.progress import reported
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation import continuations, evaluate, plot
@@ -114,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     keep()
     if arguments.plot:
         plot.draw(evaluation, arguments.plot)
-    show(Console(), evaluation)
+    show(terminal.console(), evaluation)
 
 
 def _name(m: Measurement, evaluation: Evaluation) -> str:
@@ -123,9 +124,10 @@ def _name(m: Measurement, evaluation: Evaluation) -> str:
 
 def show(console: Console, evaluation: Evaluation) -> None:
     """The table of results."""
+    names = terminal.visible(f"{evaluation.model} on {evaluation.text}")
     table = Table(
-        title=f"{evaluation.model} on {evaluation.text}\n{len(evaluation.predicted_bytes)} windows of "
-        f"{evaluation.seq_len} tokens, protocol {evaluation.protocol}",
+        title=f"{names}\n{len(evaluation.predicted_bytes)} windows of {evaluation.seq_len} tokens, "
+        f"protocol {evaluation.protocol}",
         box=box.SIMPLE_HEAD,
         padding=0,
     )
@@ -160,7 +162,6 @@ def show(console: Console, evaluation: Evaluation) -> None:
         "token and its share of first tokens that are kept, relative to keys and values of 16 bits; allocated: bytes "
         f"of a cache for one sequence of {evaluation.seq_len} tokens, with window and scratch",
         style="dim",
-        highlight=False,
     )
     if evaluation.continuations:
         _show_continuations(console, evaluation)
@@ -195,7 +196,6 @@ def _show_continuations(console: Console, evaluation: Evaluation) -> None:
         f"differs: after how many tokens its likeliest one is another, the median over windows ({length}: never); same:"
         " tokens at which it is the same, and of each quarter of the text",
         style="dim",
-        highlight=False,
     )
 
 

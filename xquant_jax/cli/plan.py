@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax import figures
+from xquant_jax.cli import terminal
 from xquant_jax.json_file import check_folder, write_json
 from xquant_jax.planning import plot
 from xquant_jax.planning.costs import CHUNK, Row
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         drawn = planned if arguments.cache else dataclasses.replace(planned, rows=[*filter(_plotted, planned.rows)])
         plot.draw(drawn, config, arguments.plot)
-    show(Console(), planned)
+    show(terminal.console(), planned)
 
 
 def _plotted(row: Row) -> bool:
@@ -80,7 +81,7 @@ def show(console: Console, planned: Plan) -> None:
     """The table, and what it says about speed in words."""
     device, weights = planned.device, planned.baseline.memory["weights"]
     table = Table(
-        title=f"{planned.model} on {device.name}: {planned.batch} x {planned.context:,} tokens",
+        title=terminal.visible(f"{planned.model} on {device.name}: {planned.batch} x {planned.context:,} tokens"),
         box=box.SIMPLE_HEAD,
         padding=0,
         collapse_padding=True,
@@ -105,16 +106,16 @@ def show(console: Console, planned: Plan) -> None:
             style=None if row.fits else "dim",
         )
     needed = console.measure(table, options=console.options.update(width=WIDEST)).maximum
-    Console(file=console.file, width=max(needed, console.width)).print(table)
+    console.width = max(needed, console.width)  # what follows is not wrapped
+    console.print(table)
     console.print(
         f"{planned.parameters / 1e9:.2f} G parameters, {gib(weights)} in bf16; {device.flops / 1e12:g} TFLOP/s, "
         f"{device.bandwidth / 1e9:g} GB/s, ridge {device.ridge:.0f} FLOP/byte; {gib(planned.usable)} of "
         f"{gib(device.memory)} usable",
-        highlight=False,
         soft_wrap=True,
     )
     for line in remarks(planned):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        terminal.write(console, line)
 
 
 def remarks(planned: Plan) -> list[str]:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from xquant_jax.cli import terminal
 
 QUIET_SECONDS = 10.0
 """Where there is no terminal, a line more is printed about a piece of work whenever so much time has passed."""
@@ -22,13 +23,12 @@ def reported() -> Iterator[Report]:
     A line is printed for the first report of every piece of work, for its last one, and for those between that come
     `QUIET_SECONDS` after the line before.
     """
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
+        with Progress(*_columns(), console=console) as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total, name: bar.update(
-                task, completed=done, total=total, description=name.replace("[", r"\[")
+                task, completed=done, total=total, description=terminal.visible(name)
             )
         return
     shown, since = "", 0.0
@@ -37,7 +37,7 @@ def reported() -> Iterator[Report]:
         nonlocal shown, since
         now = time.monotonic()
         if name != shown or done == total or now - since >= QUIET_SECONDS:
-            console.print(f"{done}/{total} {name}", highlight=False, markup=False, soft_wrap=True)
+            terminal.write(console, f"{done}/{total} {name}")
             shown, since = name, now
 
     yield line
@@ -46,9 +46,9 @@ def reported() -> Iterator[Report]:
 @contextmanager
 def progress(total: int, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar on a terminal, a plain line at every tenth of the prompts elsewhere; on stderr."""
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     if done:
-        console.print(f"{done} of {total} lines have their results already", highlight=False)
+        console.print(f"{done} of {total} lines have their results already")
     if not console.is_terminal:
         finished = done
 
@@ -56,12 +56,11 @@ def progress(total: int, done: int) -> Iterator[Callable[[dict[str, Any]], None]
             nonlocal finished
             finished += 1
             if finished * 10 // total > (finished - 1) * 10 // total:
-                console.print(f"{finished}/{total}", highlight=False)
+                console.print(f"{finished}/{total}")
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(*_columns(), console=console) as bar:
         task = bar.add_task("compiling", total=total, completed=done)
         new = 0
 
@@ -73,3 +72,8 @@ def progress(total: int, done: int) -> Iterator[Callable[[dict[str, Any]], None]
             bar.update(task, advance=1, description=rate)
 
         yield advance
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    name = TextColumn("{task.description}", markup=False)
+    return name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

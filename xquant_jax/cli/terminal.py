@@ -5,7 +5,6 @@ words.
 """
 
 import re
-from typing import IO
 
 from rich.console import Console
 from rich.segment import Segment, Segments
@@ -14,9 +13,9 @@ UNSAFE = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e
 """Control characters but tab and the ends of lines, and those that change the direction in which text is shown."""
 
 
-def console(*, stderr: bool = False, file: IO[str] | None = None, width: int | None = None) -> Console:
-    """A console on stdout, stderr or a file that takes brackets, colons and numbers for what they are."""
-    return Console(stderr=stderr, file=file, width=width, emoji=False, markup=False, highlight=False)
+def console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr that takes brackets, colons and numbers for what they are."""
+    return Console(stderr=stderr, emoji=False, markup=False, highlight=False)
 
 
 def write(console: Console, text: str, *, style: str | None = None, end: str = "\n") -> None:
