@@ -47,6 +47,7 @@ benchmark: $(VENV)/installed-plot
 
 golden: .venv-golden/installed
 	@$(GOLDEN_PYTHON) scripts/write_golden.py tests/golden $(if $(MODELS),--models $(MODELS))
+	@$(GOLDEN_PYTHON) scripts/write_golden_chat.py tests/golden/chat
 
 clean:
 	rm -rf .venv* build dist .hypothesis .pytest_cache .ruff_cache
