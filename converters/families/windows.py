@@ -7,9 +7,16 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def no_windows(fields: Fields) -> Windows:
-    """Every layer sees everything (Llama); `layer_types` that say otherwise are an error."""
+    """Every layer sees everything (Llama); `layer_types` that say otherwise are an error.
+
+    So is a `sliding_window`, which transformers would ignore, unless `use_sliding_window` is there and false.
+    """
     num_layers = fields.integer("num_hidden_layers")
     _require(fields, ["full_attention"] * num_layers)
+    if fields.flag("use_sliding_window", False):
+        raise fields.error("use_sliding_window", "this architecture has no sliding windows; it must be absent or false")
+    if fields.raw("use_sliding_window") is False:
+        fields.raw("sliding_window")  # of any size: it is off
     return (None,) * num_layers
 
 

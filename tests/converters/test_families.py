@@ -244,6 +244,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
         ),
         ("qwen3", {"sliding_window": None, "layer_types": [FULL, FULL]}, (None, None)),
         ("llama", {"layer_types": [FULL, FULL], "sliding_window": None}, (None, None)),
+        ("llama", {"use_sliding_window": False, "sliding_window": 16}, (None, None)),
     ],
 )
 def test_windows(tiny_config, family, changes, windows):
@@ -255,6 +256,8 @@ def test_windows(tiny_config, family, changes, windows):
     [
         ("llama", {"layer_types": [SLIDING, FULL]}, "layer_types=.*only full_attention"),
         ("llama", {"sliding_window": 16}, "sliding_window=16"),
+        ("llama", {"sliding_window": 16, "use_sliding_window": None}, "sliding_window=16"),
+        ("llama", {"sliding_window": 16, "use_sliding_window": True}, "use_sliding_window=True.*no sliding windows"),
         ("mistral", {"sliding_window": 16, "layer_types": [SLIDING, FULL]}, "only sliding_attention"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0.*at least 1"),
         ("qwen2", {"layer_types": [SLIDING, FULL]}, "needs use_sliding_window=true"),
