@@ -116,7 +116,7 @@ class HuggingFaceCheckpoint:
         if head is not None:
             untied = outer_parameters(dataclasses.replace(config, tied_embeddings=False))
             _check(head, next(parameter for parameter in untied if parameter.path == "head.kernel"))
-        unexpected = sorted(name for name in left if not name.endswith(_HARMLESS) and name != head_name)
+        unexpected = sorted(name for name in left if not f".{name}".endswith(_HARMLESS) and name != head_name)
         if unexpected:
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
             raise CheckpointError(f"{tensors[unexpected[0]]}{more}: a model of this config.json has no such tensor")

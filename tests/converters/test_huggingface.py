@@ -96,7 +96,8 @@ def test_names_without_the_leading_model(checkpoint, tiny_config, tiny_tensors):
 
 
 def test_stored_rotary_frequencies_are_ignored(checkpoint, tiny_config, tiny_tensors):
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+    extra = {name: np.ones(3, np.float32) for name in names}
     opened = HuggingFaceCheckpoint(checkpoint(tensors=tiny_tensors(tiny_config("llama")) | extra))
     assert "query" in opened.layer(0)
 
