@@ -39,6 +39,26 @@ LENGTHS = (40, 29, 17)  # tokens of each golden row; all longer than every slidi
 NEW_TOKENS = 60  # of a greedy continuation
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+LONG_SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def longrope(original: int) -> dict[str, Any]:
+    """LongRoPE for heads of 12, of a model whose context in pretraining had `original` tokens."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1_000.0,
+        "short_factor": [1.0, 1.05, 1.25, 1.5, 2.0, 3.0],
+        "long_factor": [1.1, 1.6, 2.75, 4.5, 8.0, 12.0],
+        "original_max_position_embeddings": original,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +143,26 @@ CASES = (
             },
         },
         unlike={"rope_parameters": DEFAULT_ROPE | {"rope_theta": 100.0}},
+    ),
+    Case(  # rows of up to 128 tokens have the default frequencies; 40 tokens of a model for 16 would have others
+        "llama-dynamic",
+        LlamaForCausalLM,
+        LONG_SIZES | {"rope_parameters": DEFAULT_ROPE | {"rope_type": "dynamic", "factor": 4.0}},
+        unlike={"max_position_embeddings": 16},
+    ),
+    Case(  # no row is longer than 64 tokens; the attention factor is sqrt(1 + ln 2 / ln 64), 128 positions over 64
+        "llama-longrope-short",
+        LlamaForCausalLM,
+        LONG_SIZES | {"rope_parameters": longrope(original=64)},
+        unlike={"rope_parameters": longrope(original=64) | {"short_factor": [1.0] * 6}},
+    ),
+    Case(  # every row is longer than 16 tokens; with an attention factor from `factor`
+        "llama-longrope-long",
+        LlamaForCausalLM,
+        LONG_SIZES | {"rope_parameters": longrope(original=16) | {"factor": 4.0}},
+        unlike={
+            "rope_parameters": longrope(original=16) | {"factor": 4.0, "long_factor": longrope(16)["short_factor"]}
+        },
     ),
     Case(
         "mistral-window",

@@ -7,7 +7,7 @@ A family is one file; a new one is a new file and its name in `FAMILIES`.
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.family import Family
+from converters.families.family import Family, read_dtype
 from converters.families.fields import Fields
 from converters.families.llama import LLAMA
 from converters.families.mistral import MISTRAL
@@ -51,8 +51,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
     """What the model computes, from the dict of a `config.json` as transformers 4 or 5 wrote it.
 
-    Fields that are absent get transformers' default for the family. `dtype` is what the config says; a
-    checkpoint replaces it by what its tensors are.
+    Fields that are absent get transformers' default for the family. `dtype` is what the config says, bfloat16
+    where it says nothing; a checkpoint then replaces it by what its tensors are.
 
     Raises:
         ConfigError: an architecture, RoPE scaling or field that changes the mathematics and is not supported;
@@ -63,3 +63,8 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     result = family.read(fields)
     refuse_unsupported(fields)
     return result
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """The type of the weights that a `config.json` names; None where it names none."""
+    return read_dtype(Fields(config))

@@ -76,6 +76,7 @@ def read_model(
     width, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if fields.raw("head_dim") is None and default_head_dim is None and width % num_heads:
         raise fields.error("hidden_size", f"without head_dim it must be a multiple of num_attention_heads={num_heads}")
+    head_dim = fields.integer("head_dim", default_head_dim or width // num_heads)
     fields.choice("hidden_act", "silu", ("silu", "swish"))
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
@@ -83,27 +84,27 @@ def read_model(
         num_layers=fields.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.integer_or_null("num_key_value_heads", default_kv_heads) or num_heads,
-        head_dim=fields.integer("head_dim", default_head_dim or width // num_heads),
+        head_dim=head_dim,
         mlp_width=fields.integer("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=read_rope(fields, default_positions),
+        rope=read_rope(fields, head_dim, default_positions),
         sliding_windows=sliding_windows,
         tied_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
-        dtype=_dtype(fields),
+        dtype=read_dtype(fields) or "bfloat16",
     )
 
 
-def _dtype(fields: Fields) -> str:
-    """`dtype` (transformers 5) or `torch_dtype` (4); bfloat16 where neither is said."""
+def read_dtype(fields: Fields) -> str | None:
+    """`dtype` (transformers 5) or `torch_dtype` (4); None where neither is said, or `auto`."""
     name = "dtype" if fields.raw("dtype") is not None else "torch_dtype"
     value = fields.raw(name)
     stem = value.removeprefix("torch.") if isinstance(value, str) else value
     if stem in (None, "auto"):
-        return "bfloat16"
+        return None
     if stem not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"{name}={value!r} is not supported; supported: bfloat16, float16, float32")
     return stem

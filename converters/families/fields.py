@@ -53,6 +53,16 @@ class Fields:
             raise self.error(name, "it must be finite and above zero")
         return float(value)
 
+    def numbers(self, name: str, count: int, what: str) -> tuple[float, ...]:
+        """A list of `count` finite numbers above zero, required; `what` says in errors why there are so many."""
+        values = self._present(name, None)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error(name, f"it must be a list of {count} numbers, {what}")
+        wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < math.inf]
+        if wrong:
+            raise self.error(name, f"{wrong[0]!r} in it is not a finite number above zero")
+        return tuple(map(float, values))
+
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""
         value = self._present(name, default)

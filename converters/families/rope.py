@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from converters.families.fields import Fields
 from xquant_jax.errors import ConfigError
-from xquant_jax.numerics.rope import Rope
+from xquant_jax.numerics.rope import SCALINGS, Rope
 
 _KNOWN = {
     *(
@@ -21,16 +21,17 @@ _KNOWN = {
     ),
     *("low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    *("short_factor", "long_factor"),
     "finetuned",  # a remark that the first YaRN checkpoints carry
 }
-_SUPPORTED = ("default", "linear", "llama3", "yarn")
 
 
-def read_rope(fields: Fields, default_positions: int) -> Rope:
+def read_rope(fields: Fields, head_dim: int, default_positions: int) -> Rope:
     """The rotary embedding that the config describes.
 
     Args:
         fields: the whole config.
+        head_dim: of the model; LongRoPE has a factor for each of its pairs.
         default_positions: `max_position_embeddings` of the family, in tokens, where the config has none.
 
     Raises:
@@ -43,20 +44,21 @@ def read_rope(fields: Fields, default_positions: int) -> Rope:
     _refuse_unknown(scaling, values)
 
     kind = scaling.raw("rope_type") or scaling.raw("type") or "default"
-    if kind not in _SUPPORTED:
-        raise ConfigError(f"rope_type={kind!r} in {where} is not supported; supported: {', '.join(_SUPPORTED)}")
+    if kind not in SCALINGS:
+        raise ConfigError(f"rope_type={kind!r} in {where} is not supported; supported: {', '.join(SCALINGS)}")
     theta = scaling.number("rope_theta", theta)
     if kind == "default":
         return Rope(theta=theta)
+    if kind == "longrope":
+        return _longrope(scaling, theta, head_dim, positions, _original_positions(fields, scaling, positions))
 
     factor = scaling.number("factor")
     if kind == "linear":
         return Rope(theta=theta, scaling=kind, factor=factor)
+    if kind == "dynamic":  # transformers looks at no other context length
+        return Rope(theta, kind, factor, original_positions=positions)
 
-    if fields.raw("original_max_position_embeddings") is not None:  # beats the one among the RoPE parameters
-        original = fields.integer("original_max_position_embeddings")
-    else:
-        original = scaling.integer("original_max_position_embeddings", positions)
+    original = _original_positions(fields, scaling, positions)
     if kind == "llama3":
         low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
         if high <= low:
@@ -72,6 +74,31 @@ def read_rope(fields: Fields, default_positions: int) -> Rope:
         truncate=scaling.flag("truncate", True),
         attention_factor=_yarn_attention_factor(scaling, factor),
     )
+
+
+def _longrope(scaling: Fields, theta: float, head_dim: int, positions: int, original: int) -> Rope:
+    """LongRoPE; its attention factor, unless given, is that of transformers, for long and short sequences alike."""
+    factor = scaling.number("factor", positions / original)
+    if scaling.raw("attention_factor") is not None:
+        attention_factor = scaling.number("attention_factor")
+    else:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    pairs = f"one for each of the head_dim/2={head_dim // 2} pairs that rotate"
+    return Rope(
+        theta,
+        "longrope",
+        original_positions=original,
+        attention_factor=attention_factor,
+        short_factors=scaling.numbers("short_factor", head_dim // 2, pairs),
+        long_factors=scaling.numbers("long_factor", head_dim // 2, pairs),
+    )
+
+
+def _original_positions(fields: Fields, scaling: Fields, positions: int) -> int:
+    """The context length of pretraining: what stands beside the RoPE parameters beats what stands among them."""
+    if fields.raw("original_max_position_embeddings") is not None:
+        return fields.integer("original_max_position_embeddings", least=2)
+    return scaling.integer("original_max_position_embeddings", positions, least=2)
 
 
 def _scaling(fields: Fields) -> tuple[str, Mapping]:

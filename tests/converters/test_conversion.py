@@ -193,13 +193,13 @@ def test_a_source_that_is_damaged_or_missing(checkpoint, tiny_config, tiny_tenso
         convert(source, tmp_path / "out", progress=False)
     with pytest.raises(CheckpointError, match="absent is not a directory"):
         convert(tmp_path / "absent", tmp_path / "out", progress=False)
-    with pytest.raises(ConfigError, match="rope_type='dynamic'"):
+    with pytest.raises(ConfigError, match="rope_type='su'"):
         convert(
-            checkpoint(tiny_config("llama", rope_scaling={"type": "dynamic"}), name="dynamic"),
+            checkpoint(tiny_config("llama", rope_scaling={"type": "su"}), name="unknown"),
             tmp_path / "out",
             progress=False,
         )
-    assert {file.name for file in tmp_path.iterdir()} == {"source", "dynamic"}
+    assert {file.name for file in tmp_path.iterdir()} == {"source", "unknown"}
 
 
 @pytest.mark.usefixtures("nothing_written")

@@ -196,12 +196,58 @@ def test_yarn_details(tiny_config):
     )
 
 
+def test_dynamic_scaling_begins_beyond_the_models_positions(tiny_config):
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
+    rope = model_config(tiny_config("llama", rope_scaling=scaling, max_position_embeddings=512)).rope
+    assert rope == Rope(10_000.0, "dynamic", 2.0, 512)
+    assert model_config(tiny_config("llama", rope_scaling=scaling)).rope.longest == 2048  # Llama's default
+
+
+def longrope(**changes):
+    """For heads of 6."""
+    scaling = {"rope_type": "longrope", "short_factor": [1, 1.5, 2.0], "long_factor": [1.0, 4.0, 9.0]}
+    return scaling | {"original_max_position_embeddings": 64} | changes
+
+
+def test_longrope(tiny_config):
+    def rope(scaling, **changes):
+        return model_config(tiny_config("llama", rope_scaling=scaling, max_position_embeddings=256, **changes)).rope
+
+    ratio = math.sqrt(1 + math.log(4) / math.log(64))  # 256 positions over 64
+    expected = Rope(
+        scaling="longrope",
+        original_positions=64,
+        attention_factor=ratio,
+        short_factors=(1.0, 1.5, 2.0),
+        long_factors=(1.0, 4.0, 9.0),
+    )
+    assert rope(longrope()) == expected
+    beside = rope(longrope(original_max_position_embeddings=2), original_max_position_embeddings=64)
+    assert beside == expected  # as Phi-3 has it
+    for changes, factor in [
+        ({"factor": 8.0}, math.sqrt(1 + math.log(8) / math.log(64))),
+        ({"factor": 1.0}, 1.0),
+        ({"factor": 8.0, "attention_factor": 1.25}, 1.25),
+        ({"original_max_position_embeddings": None}, 1.0),
+    ]:
+        assert rope(longrope(**changes)).attention_factor == pytest.approx(factor, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type='dynamic'.*default, linear, llama3, yarn"),
-        ({"type": "longrope", "short_factor": [1.0]}, "short_factor=.*known RoPE parameters"),
-        ({"type": "su"}, "rope_type='su'"),
+        ({"type": "su"}, "rope_type='su'.*default, linear, dynamic, llama3, yarn, longrope"),
+        ({"rope_type": "dynamic"}, "rope_scaling.factor is missing"),
+        ({"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0}, "alpha=1000.0.*known RoPE parameters"),
+        ({"rope_type": "longrope", "long_factor": [1.0] * 3}, "short_factor is missing"),
+        (longrope(short_factor=[1.0] * 2), r"short_factor=\[1.0, 1.0\].*list of 3 numbers.*head_dim/2=3 pairs"),
+        (longrope(long_factor=2.0), "long_factor=2.0.*list of 3 numbers"),
+        (longrope(long_factor=[1.0, 0.0, 1.0]), "long_factor=.*; 0.0 in it is not a finite number above zero"),
+        (longrope(long_factor=[1.0, "2", 1.0]), "long_factor=.*; '2' in it"),
+        (longrope(short_factor=[True, 1.0, 1.0]), "short_factor=.*; True in it"),
+        (longrope(short_factor=[1.0, 1.0, math.inf]), "short_factor=.*; inf in it"),
+        (longrope(original_max_position_embeddings=1), "original_max_position_embeddings=1.*at least 2"),
+        (longrope(factor=-2.0), "rope_scaling.factor=-2.0.*above zero"),
         ({"rope_type": "linear"}, "rope_scaling.factor is missing"),
         ({"rope_type": "linear", "factor": "2"}, "rope_scaling.factor='2'.*number"),
         ({"rope_type": "linear", "factor": -1}, "rope_scaling.factor=-1.*above zero"),

@@ -13,29 +13,62 @@ from jaxtyping import Array, Float, Int
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.broadcast import along_last
 
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """RoPE of a model: base `theta` and the scaling that stretches it to longer contexts.
 
-    `scaling` is `default`, `linear` (Chen et al. 2023, arXiv 2306.15595), `llama3` (Llama 3.1) or
-    `yarn` (Peng et al. 2023, arXiv 2309.00071); the fields below it belong to the scalings named.
+    `scaling` is `default`, `linear` (Chen et al. 2023, arXiv 2306.15595), `dynamic` (NTK-aware, growing with the
+    sequence), `llama3` (Llama 3.1), `yarn` (Peng et al. 2023, arXiv 2309.00071) or `longrope` (Ding et al. 2024,
+    arXiv 2402.13753); the fields below it belong to the scalings named.
+
+    `dynamic` and `longrope` depend on the length of the sequence: `longest` says how far these frequencies hold, and
+    `for_length` gives those of longer sequences where they are supported. Up to `original_positions` those of
+    `dynamic` are the default ones; beyond, they would change with every token, which is not supported.
     """
 
     theta: float = 10_000.0
     scaling: str = "default"
-    factor: float = 1.0  # linear, llama3, yarn
-    original_positions: int = 0  # llama3, yarn: the context length of pretraining, in tokens
+    factor: float = 1.0  # linear, dynamic, llama3, yarn
+    original_positions: int = 0  # dynamic, llama3, yarn, longrope: the context length of pretraining, in tokens
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: correction range in whole dimensions
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
+    short_factors: tuple[float, ...] = ()  # longrope: what each pair's frequency is divided by ...
+    long_factors: tuple[float, ...] = ()  # longrope: ... and in sequences longer than original_positions
+    long: bool = False  # longrope: whether the sequences are longer than original_positions
 
     def __post_init__(self) -> None:
-        if self.scaling not in ("default", "linear", "llama3", "yarn"):
-            raise ConfigError(f"rope_type={self.scaling!r} is not supported; supported: default, linear, llama3, yarn")
+        if self.scaling not in SCALINGS:
+            raise ConfigError(f"rope_type={self.scaling!r} is not supported; supported: {', '.join(SCALINGS)}")
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence that these frequencies are right for, in tokens; None where there is no limit."""
+        limited = self.scaling == "dynamic" or (self.scaling == "longrope" and not self.long)
+        return self.original_positions if limited else None
+
+    def for_length(self, tokens: int) -> "Rope":
+        """The RoPE of sequences of up to `tokens` tokens, prompt and answer together.
+
+        One whose sequences grow from short to long must be asked for the longest at the start: LongRoPE's frequencies
+        are those of the whole sequence, and what was rotated by others does not fit.
+
+        Raises `ConfigError` for `dynamic` beyond `longest`.
+        """
+        if self.scaling == "longrope":
+            return dataclasses.replace(self, long=tokens > self.original_positions)
+        if self.longest is not None and tokens > self.longest:
+            raise ConfigError(
+                f"{tokens} tokens are more than max_position_embeddings={self.longest}, up to which rope_type="
+                f"{self.scaling!r} is supported; prompt and new tokens together must be at most {self.longest}"
+            )
+        return self
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each of the head_dim/2 pairs, in radians, float32."""
@@ -48,6 +81,8 @@ class Rope:
                 base = self._llama3(base)
             case "yarn":
                 base = self._yarn(base, head_dim)
+            case "longrope":
+                base = base / np.array(self.long_factors if self.long else self.short_factors, np.float32)
         return base.astype(np.float32)
 
     def _llama3(self, base: np.ndarray) -> np.ndarray:

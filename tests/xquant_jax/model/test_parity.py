@@ -1,5 +1,6 @@
 """Logits against Hugging Face transformers, on checkpoints and outputs that `make golden` wrote."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,19 @@ import xquant_jax as xq
 from tests.conftest import GOLDEN
 from xquant_jax.cache.flush import flush, flush_when_due
 from xquant_jax.cache.state import allocate
+from xquant_jax.model.transformer import Transformer
 
 CASES = sorted(path.parent for path in GOLDEN.glob("*/golden.npz"))
 TOLERANCE = 1e-4  # of the logits' range: float32 rounding through the layers
 
 
 def load_case(directory: Path) -> tuple[xq.Model, np.ndarray, np.ndarray, np.ndarray]:
+    """The model, with the RoPE of its longest row; tokens, lengths and logits."""
     with np.load(directory / "golden.npz") as golden:
-        return xq.load(directory), golden["tokens"], golden["lengths"], golden["logits"]
+        tokens, lengths, logits = (golden[name] for name in ("tokens", "lengths", "logits"))
+    model = xq.load(directory)
+    config = dataclasses.replace(model.config, rope=model.config.rope.for_length(int(lengths.max())))
+    return dataclasses.replace(model, transformer=Transformer(config)), tokens, lengths, logits
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, scale: float) -> None:
