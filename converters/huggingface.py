@@ -13,15 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from converters.families import family_of, model_config
-from converters.finite import all_finite
+from converters.dtypes import DTYPES, cast, is_matrix, model_dtype, unchecked_cast, warn_of_casts, wide_vectors
+from converters.families import declared_dtype, family_of, model_config
 from converters.shards import Tensor, read_headers, read_json
 from converters.svd import FactorKind, factor_kinds
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
 from xquant_jax.parameters import Parameter, Tree, build_tree, layer_parameters, leaves_of, outer_parameters
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _HARMLESS = (".rotary_emb.inv_freq",)  # a constant that old versions of transformers stored
 
 
@@ -29,7 +28,8 @@ class HuggingFaceCheckpoint:
     """The weights of a Hugging Face directory in our parameter tree, as numpy arrays.
 
     Kernels are views of [in, out]; nothing stays in memory between two calls. `layer` and `outer` take `sharding`, a
-    tree like theirs, to read straight to devices instead.
+    tree like theirs, to read straight to devices instead. What is stored in another type than the model's is cast when
+    it is read (see `converters.dtypes`); opening such a checkpoint warns of it.
 
     Raises on construction:
         CheckpointError: config.json or a shard is missing or unreadable; a tensor is missing, unexpected, of
@@ -48,7 +48,8 @@ class HuggingFaceCheckpoint:
         tensors = read_headers(self.path)
         self._names = _Names(self.config, bare="embed_tokens.weight" in tensors)
         self._tensors, self._tied_head = self._matched(declared, tensors)
-        self.model_config: ModelConfig = dataclasses.replace(declared, dtype=self._dtype(declared))
+        self._wide = wide_vectors((path, tensor) for (path, _), tensor in self._tensors.items())
+        self.model_config: ModelConfig = dataclasses.replace(declared, dtype=self._chosen_dtype())
 
     @property
     def factor_kinds(self) -> tuple[FactorKind, ...]:
@@ -81,7 +82,7 @@ class HuggingFaceCheckpoint:
 
     def _read(self, parameter: Parameter, layer: int | None) -> np.ndarray:
         tensor = self._tensors[parameter.path, layer]
-        values = _finite(tensor.read(), tensor)
+        values = cast(tensor.read(), tensor, self._dtype_of(parameter.path))
         return values.T if parameter.is_kernel else values
 
     def _read_shards(self, parameter: Parameter, layer: int | None, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -92,7 +93,7 @@ class HuggingFaceCheckpoint:
             key = str(index)
             if key not in parts:
                 stored = index[::-1] if parameter.is_kernel else index
-                values = _finite(tensor.read_part(stored), tensor)
+                values = cast(tensor.read_part(stored), tensor, self._dtype_of(parameter.path))
                 parts[key] = values.T if parameter.is_kernel else values
             return parts[key]
 
@@ -122,27 +123,30 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{tensors[unexpected[0]]}{more}: a model of this config.json has no such tensor")
         return matched, head
 
-    def _dtype(self, declared: ModelConfig) -> str:
-        """The type of all matrices; vectors may be float32 beside it, but alike in all layers."""
-        expected = {"kernel": self._tensors["embed.embedding", None]}
-        for (path, _), tensor in self._tensors.items():
-            same = expected.setdefault("kernel" if path.endswith((".kernel", ".embedding")) else path, tensor)
-            if tensor.dtype != same.dtype:
-                raise CheckpointError(f"{tensor} is {tensor.dtype}, but {same} is {same.dtype}; they must be alike")
-        dtype = _DTYPES[expected["kernel"].dtype]
-        if (self.config.get("dtype") or self.config.get("torch_dtype")) and dtype != declared.dtype:
-            raise CheckpointError(
-                f"{expected['kernel']} is {dtype}, but config.json says {declared.dtype}; correct its dtype field"
-            )
+    def _chosen_dtype(self) -> str:
+        """The model's type; warns of tensors that are of another."""
+        declared = declared_dtype(self.config)
+        dtype = model_dtype(declared, (t for (path, _), t in self._tensors.items() if is_matrix(path)))
+        others = [t for (path, _), t in self._tensors.items() if path not in self._wide and DTYPES[t.dtype] != dtype]
+        if self._tied_head is not None and DTYPES[self._tied_head.dtype] != dtype:
+            others.append(self._tied_head)
+        warn_of_casts(self.path, others, dtype, declared)
         return dtype
 
+    def _dtype_of(self, path: str) -> str:
+        """The type that a parameter is read in."""
+        return "float32" if path in self._wide else self.model_config.dtype
+
     def _require_tied(self, head: Tensor) -> None:
+        """CheckpointError unless the head, as it is read, is the embedding."""
         embedding = self._tensors["embed.embedding", None]
         rows = max(1, (1 << 24) // embedding.shape[1])
         for start in range(0, embedding.shape[0], rows):
-            if not np.array_equal(
-                head.read_rows(start, start + rows), embedding.read_rows(start, start + rows), equal_nan=False
-            ):
+            ours, theirs = (
+                unchecked_cast(tensor.read_rows(start, start + rows), self.model_config.dtype)
+                for tensor in (head, embedding)
+            )
+            if not np.array_equal(ours, theirs, equal_nan=False):
                 raise CheckpointError(
                     f"{head} differs from {embedding.name}, but config.json ties them; "
                     f"set tie_word_embeddings to false to use both"
@@ -169,15 +173,9 @@ def _all_parameters(config: ModelConfig) -> Iterator[tuple[Parameter, int | None
         yield from ((parameter, layer) for parameter in layer_parameters(config))
 
 
-def _finite(values: np.ndarray, tensor: Tensor) -> np.ndarray:
-    if not all_finite(values):
-        raise CheckpointError(f"{tensor} has values that are not finite; the checkpoint is damaged")
-    return values
-
-
 def _check(tensor: Tensor, parameter: Parameter) -> None:
-    if tensor.dtype not in _DTYPES:
-        raise CheckpointError(f"{tensor} is {tensor.dtype}; supported: {', '.join(_DTYPES)}")
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"{tensor} is {tensor.dtype}; supported: {', '.join(DTYPES)}")
     axes = parameter.axes[::-1] if parameter.is_kernel else parameter.axes  # stored as [out, in]
     if tensor.shape != tuple(axis.size for axis in axes):
         raise CheckpointError(

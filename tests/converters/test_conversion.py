@@ -70,6 +70,18 @@ def test_every_type_keeps_its_bits(checkpoint, tiny_config, tiny_tensors, tmp_pa
     assert open_checkpoint(tmp_path / "out").model_config.dtype == dtype
 
 
+def test_what_is_stored_in_another_type_is_written_in_the_models(checkpoint, tiny_config, tiny_tensors, tmp_path):
+    config = tiny_config("llama", torch_dtype="bfloat16")
+    with pytest.warns(UserWarning, match="cast to bfloat16"):
+        convert(checkpoint(config, tiny_tensors(config, "float32")), tmp_path / "out", progress=False)
+    converted = open_checkpoint(tmp_path / "out")  # no warning: nothing is left to cast
+    with pytest.warns(UserWarning, match="cast to bfloat16"):
+        assert_same_model(converted, open_checkpoint(tmp_path / "source"))
+    assert converted.layer(0)["query"]["kernel"].dtype == converted.model_config.dtype == "bfloat16"
+    manifest = json.loads((tmp_path / "out" / "xquant.json").read_text())
+    assert (manifest["dtype"], manifest["source"]["lm_head.weight"]["dtype"]) == ("bfloat16", "F32")
+
+
 def test_the_layout(checkpoint, tmp_path):
     source = checkpoint()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):

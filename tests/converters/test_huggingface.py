@@ -84,7 +84,7 @@ def test_norms_may_be_float32_beside_bfloat16(checkpoint, tiny_config, tiny_tens
     tensors = tiny_tensors(tiny_config("llama"), "bfloat16")
     tensors = {name: t.astype(np.float32) if "norm" in name else t for name, t in tensors.items()}
     opened = HuggingFaceCheckpoint(checkpoint(tensors=tensors))
-    assert opened.model_config.dtype == "bfloat16"  # though config.json says float32
+    assert opened.model_config.dtype == "bfloat16"
     assert opened.layer(0)["attention_norm"]["scale"].dtype == np.float32
 
 
@@ -284,14 +284,6 @@ def test_types_that_are_not_supported(checkpoint, tiny_config, tiny_tensors, dty
     tensors = tiny_tensors(tiny_config("llama"))
     tensors[QUERY] = tensors[QUERY].astype(dtype)
     with pytest.raises(CheckpointError, match=f"{QUERY} in model.safetensors is {name}; supported: BF16, F16, F32"):
-        HuggingFaceCheckpoint(checkpoint(tensors=tensors))
-
-
-@pytest.mark.parametrize("name", [QUERY, "model.layers.1.input_layernorm.weight", "lm_head.weight"])
-def test_types_that_do_not_fit_each_other(checkpoint, tiny_config, tiny_tensors, name):
-    tensors = tiny_tensors(tiny_config("llama"))
-    tensors[name] = tensors[name].astype(np.float16)
-    with pytest.raises(CheckpointError, match=f"{name} in model.safetensors is F16, but .* is F32"):
         HuggingFaceCheckpoint(checkpoint(tensors=tensors))
 
 
