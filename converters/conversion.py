@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.converted import factor_item, layer_item, outer_item
+from converters.files import copied_files
 from converters.huggingface import HuggingFaceCheckpoint
 from converters.manifest import MANIFEST, Manifest, bytes_on_disk
 from converters.orbax_store import write_tree, writing
@@ -21,20 +22,15 @@ from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
 from xquant_jax.parameters import Tree, layer_parameters, outer_parameters
 
-COPIED_FILES = (
-    *("config.json", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    "calibration.safetensors",  # names its model by its weights, which stay the same
-)
 _ITEM_BYTES = 64 << 10  # what Orbax adds to a tree: a dozen files and directories, mostly of one 4 KB block
 
 
 def convert(source_dir: str | Path, out_dir: str | Path, *, progress: bool = True) -> Path:
     """Converts the checkpoint in `source_dir` to the new directory `out_dir`, and returns its path.
 
-    The weights keep their bits; kernels become [in, out]. Factors of all kinds are added for models with
-    fewer key/value heads than query heads. Files of the tokenizer are copied if there are any.
+    The weights keep their bits unless they are of another type than the model (`converters.dtypes`); kernels become
+    [in, out]. Factors of all kinds are added for models with fewer key/value heads than query heads. Files of the
+    tokenizer are copied if there are any.
 
     Args:
         source_dir: a Hugging Face directory: config.json and safetensors files.
@@ -44,8 +40,8 @@ def convert(source_dir: str | Path, out_dir: str | Path, *, progress: bool = Tru
         progress: whether to show the layers done, on stderr.
 
     Raises:
-        CheckpointError: the source is missing, damaged or does not fit its config; `out_dir` is not empty or
-            lies in the source; the disk has too little space or cannot be written.
+        CheckpointError: the source is missing, damaged or does not fit its config;
+            `out_dir` is not empty or lies in the source; the disk has too little space or cannot be written.
         ConfigError: the model is not supported.
     """
     source, out = Path(source_dir).resolve(), Path(out_dir).resolve()
@@ -55,14 +51,16 @@ def convert(source_dir: str | Path, out_dir: str | Path, *, progress: bool = Tru
         raise CheckpointError(f"{out} lies in the source {source}; choose a directory outside of it")
     require_free(out)
     checkpoint = HuggingFaceCheckpoint(source)
-    copied = [source / name for name in COPIED_FILES if (source / name).exists()]
+    copied = copied_files(source)
     with staged(out) as partial:
         needed = converted_bytes(checkpoint.model_config) + sum(file.stat().st_size for file in copied)
         _require_space(partial, needed)
         items = _write_items(checkpoint, partial, out, progress)
         with writing(out):
             for file in copied:
-                shutil.copyfile(file, partial / file.name)
+                target = partial / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
             _manifest(checkpoint, items).write(partial)
     return out
 

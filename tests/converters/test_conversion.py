@@ -86,15 +86,18 @@ def test_the_layout(checkpoint, tmp_path):
     source = checkpoint()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
         (source / name).write_text(f'{{"file": "{name}"}}')
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (source / "tokenizer.json").chmod(0o444)
     out = tmp_path / "out"
     out.mkdir()  # an empty directory is as good as none
     assert convert(str(source), str(out), progress=False) == out
     assert {file.name for file in out.iterdir()} == {
         *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("outer", "layers", "factors", "xquant.json"),
+        *("outer", "layers", "factors", "xquant.json", "additional_chat_templates"),
     }
     assert (out / "tokenizer.json").read_text() == '{"file": "tokenizer.json"}'
+    assert (out / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     assert {file.name for file in (out / "outer").iterdir()} == {"embed", "final_norm", "head"}
     assert {file.name for file in (out / "layers").iterdir()} == {"00000", "00001"}
     assert {file.name for file in (out / "factors" / "per_head").iterdir()} == {"00000", "00001"}
