@@ -4,6 +4,7 @@ from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.conversion import convert
 from converters.converted import ConvertedCheckpoint
 from converters.families import model_config
+from converters.hub import local_directory
 from converters.huggingface import HuggingFaceCheckpoint
 from converters.svd import FACTOR_KINDS, FOLDED, FactorKind, layer_factors
 
@@ -16,6 +17,7 @@ __all__ = [
     "HuggingFaceCheckpoint",
     "convert",
     "layer_factors",
+    "local_directory",
     "model_config",
     "open_checkpoint",
 ]

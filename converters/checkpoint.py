@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from converters.converted import ConvertedCheckpoint
+from converters.hub import local_directory
 from converters.huggingface import HuggingFaceCheckpoint
 from converters.manifest import MANIFEST
 from converters.shards import INDEX_FILE, SINGLE_FILE
@@ -17,7 +18,7 @@ from xquant_jax.parameters import Tree
 class Checkpoint(Protocol):
     """A model on disk, read one layer at a time as nested dicts of numpy arrays.
 
-    `layer` and `outer` hold the parameters in the type of the checkpoint (`model_config.dtype`; vectors may be
+    `layer` and `outer` hold the parameters in the type of the model (`model_config.dtype`; vectors may be
     float32). With `sharding`, a tree like theirs, they read straight to devices, each process its own shards.
     """
 
@@ -42,14 +43,14 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: str | Path) -> HuggingFaceCheckpoint | ConvertedCheckpoint:
     """Opens a converted directory (one with `xquant.json`) or a Hugging Face directory.
 
+    path: the directory, or a string that names a model of the Hub (see `local_directory`)
+
     Raises:
         CheckpointError: the path holds neither, or a conversion that was not finished, or a damaged
-            checkpoint.
+            checkpoint; or the model cannot be downloaded.
         ConfigError: the model is not supported.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; a model is a directory with config.json and weights")
+    directory = local_directory(path)
     if (directory / MANIFEST).exists():
         return ConvertedCheckpoint(directory)
     if (directory / "layers").is_dir() and not any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):

@@ -12,6 +12,7 @@ import numpy as np
 
 from converters.converted import factor_item, layer_item, outer_item
 from converters.files import copied_files
+from converters.hub import local_directory
 from converters.huggingface import HuggingFaceCheckpoint
 from converters.manifest import MANIFEST, Manifest, bytes_on_disk
 from converters.orbax_store import write_tree, writing
@@ -33,18 +34,19 @@ def convert(source_dir: str | Path, out_dir: str | Path, *, progress: bool = Tru
     tokenizer are copied if there are any.
 
     Args:
-        source_dir: a Hugging Face directory: config.json and safetensors files.
+        source_dir: a Hugging Face directory: config.json and safetensors files; or a string that names a model of
+            the Hub (see `local_directory`).
         out_dir: must not exist or be empty. On any failure or interrupt nothing is left of it; a killed
             process leaves a hidden `.{name}.partial-*` beside it, which the next conversion to `out_dir`
             removes.
         progress: whether to show the layers done, on stderr.
 
     Raises:
-        CheckpointError: the source is missing, damaged or does not fit its config;
+        CheckpointError: the source is missing, damaged, cannot be downloaded or does not fit its config;
             `out_dir` is not empty or lies in the source; the disk has too little space or cannot be written.
         ConfigError: the model is not supported.
     """
-    source, out = Path(source_dir).resolve(), Path(out_dir).resolve()
+    source, out = local_directory(source_dir).resolve(), Path(out_dir).resolve()
     if (source / MANIFEST).exists():
         raise CheckpointError(f"{source} is converted already")
     if out.is_relative_to(source):

@@ -59,20 +59,14 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
     """
     if (directory / SINGLE_FILE).exists():
         return _read_header(directory / SINGLE_FILE)
-    index_file = directory / INDEX_FILE
-    if not index_file.exists():
+    if not (directory / INDEX_FILE).exists():
         raise CheckpointError(
             f"{directory} has no weights: looked for {SINGLE_FILE} and {INDEX_FILE}; other formats are not read"
         )
-    index = read_json(index_file)
-    placed = index.get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(shard, str) for shard in placed.values()):
-        raise CheckpointError(f"{index_file} has no weight_map from tensor names to file names")
+    placed = _weight_map(directory)
 
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(placed.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index_file} names {shard!r}; a shard must be a file in the same directory")
+    for shard in shard_names(directory):
         file = directory / shard
         names = [name for name in placed if placed[name] == shard]
         if not file.exists():
@@ -83,6 +77,17 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"{file} has no tensor {name}, though {INDEX_FILE} places it there")
             tensors[name] = header[name]
     return tensors
+
+
+def shard_names(directory: Path) -> list[str]:
+    """The files that the index in `directory` places tensors in; CheckpointError if it cannot be read."""
+    names = sorted(set(_weight_map(directory).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{directory / INDEX_FILE} names {name!r}; a shard must be a file in the same directory"
+            )
+    return names
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -96,6 +101,15 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not valid: it must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """The file of every tensor, by its name."""
+    index_file = directory / INDEX_FILE
+    placed = read_json(index_file).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(shard, str) for shard in placed.values()):
+        raise CheckpointError(f"{index_file} has no weight_map from tensor names to file names")
+    return placed
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
