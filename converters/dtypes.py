@@ -14,7 +14,7 @@ import numpy as np
 
 from converters.finite import all_finite
 from converters.shards import Tensor
-from xquant_jax.errors import CheckpointError
+from xquant_jax.errors import CheckpointError, XQuantWarning
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """From safetensors' names of the supported types to ours."""
@@ -50,6 +50,7 @@ def warn_of_casts(directory: Path, others: Collection[Tensor], dtype: str, decla
     warnings.warn(
         f"{directory}: {first} is {DTYPES[first.dtype]}, but {reason} {dtype}; {which} cast to {dtype} as "
         f"transformers does, {loss}",
+        XQuantWarning,
         skip_file_prefixes=_PACKAGES,
     )
 

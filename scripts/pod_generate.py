@@ -15,36 +15,37 @@ import sys
 import jax
 
 from xquant_jax import sharding
-from xquant_jax.cli.batch import answer_lines, records
-from xquant_jax.cli.options import add_batch_arguments, options_of
+from xquant_jax.cli.batch import answer_lines, records, warn_of_columns
+from xquant_jax.cli.options import add_batch_arguments, load_model, options_of, settled
 from xquant_jax.errors import XQuantError
 from xquant_jax.generation.batch import prepare
-from xquant_jax.generation.batch_files import Results, parse_prompts, settings_of
-from xquant_jax.generation.request import check_wishes
+from xquant_jax.generation.batch_files import Results, recorded_seed, settings_of
+from xquant_jax.generation.batch_lines import parse_prompts
 from xquant_jax.json_file import check_folder
-from xquant_jax.model.loading import load
 from xquant_jax.sharding.hosts import check_same_options, join, on_process_0
 
 OWN = ("process", "coordinator", "model", "prompts", "results", "join_timeout", "heartbeat_timeout")
 """Options that may differ from host to host."""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     check_same_options({name: value for name, value in vars(arguments).items() if name not in OWN})
     request, options = options_of(arguments)
     sizes = sharding.parse_mesh(arguments.mesh) if arguments.mesh else {"data": jax.device_count()}
     mesh = sharding.make_mesh(**sizes)
 
-    def read() -> str:
+    def read() -> tuple[str, int | None]:
         check_folder("RESULTS", arguments.results)
-        return arguments.prompts.read_bytes().decode("latin-1")  # any bytes, as they are
+        text = arguments.prompts.read_bytes().decode("latin-1")  # any bytes, as they are
+        return text, recorded_seed(arguments.results)
 
-    raw = on_process_0(read).encode("latin-1")
+    text, seed = on_process_0(read)
+    raw, model = text.encode("latin-1"), load_model(arguments, mesh)
+    request = settled(request, arguments, model, seed)
     lines = parse_prompts(raw, request)
-    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration, mesh=mesh)
-    check_wishes(model, request)
+    warn_of_columns(lines, keep=arguments.keep)
     prepared = prepare(model, options)
-    settings = settings_of(model, raw, request, options)
+    settings = settings_of(model, raw, request, options, keep=arguments.keep)
     with contextlib.ExitStack() as stack:
         opened: list[Results] = []
 
@@ -52,12 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
             opened.append(stack.enter_context(Results.open(arguments.results, settings)))
             return list(opened[0].done)
 
-        done = set(on_process_0(open_results))
+        done, status = set(on_process_0(open_results)), 0
         if opened:
-            answer_lines(prepared, lines, opened[0])
+            status = answer_lines(prepared, lines, opened[0], keep=arguments.keep)
         else:
-            for _ in records(prepared, [line for line in lines if line.number not in done]):
+            for _ in records(prepared, lines, done, keep=arguments.keep):
                 pass
+        return on_process_0(lambda: status)
 
 
 def main() -> int:
@@ -73,11 +75,10 @@ def main() -> int:
     timeouts = {name: getattr(arguments, name) for name in ("join_timeout", "heartbeat_timeout")}
     try:
         join(arguments.coordinator, arguments.processes, arguments.process, **timeouts)
-        run(arguments)
+        return run(arguments)
     except (XQuantError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

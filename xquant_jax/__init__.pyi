@@ -14,10 +14,14 @@ from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import PromptError as PromptError
 from .errors import XQuantError as XQuantError
+from .errors import XQuantWarning as XQuantWarning
+from .generation.chat import Conversation as Conversation
+from .generation.chat import chat as chat
 from .generation.generate import Generation as Generation
 from .generation.generate import StreamedToken as StreamedToken
 from .generation.generate import generate as generate
 from .generation.generate import stream as stream
+from .generation.prompts import Chat as Chat
 from .generation.request import Completion as Completion
 from .generation.sampling import Sampling as Sampling
 from .model.loading import Model as Model

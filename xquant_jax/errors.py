@@ -19,3 +19,7 @@ class CacheFullError(XQuantError):
 
 class PromptError(XQuantError, ValueError):
     """A prompt that is empty or holds a token id outside the vocabulary."""
+
+
+class XQuantWarning(UserWarning):
+    """Something that works and may not be what is wanted; the command line prints it in one line."""

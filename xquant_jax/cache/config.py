@@ -78,6 +78,8 @@ class CacheConfig:
         """Raises `ConfigError` naming the part of the spec that cannot be honoured."""
         if isinstance(spec, CacheConfig):
             return spec
+        if not isinstance(spec, str):
+            raise ConfigError(f"cache={spec!r} is not possible; give a text such as xquant:4, or a CacheConfig")
         head, *options = spec.split(",")
         name, colon, bits = head.partition(":")
         if name not in METHODS:

@@ -1,13 +1,14 @@
 """Rows of a cache: a sequence each."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from xquant_jax import sharding
-from xquant_jax.cache.partition import cache_specs
+from xquant_jax.cache.partition import cache_specs, constrain_cache
 from xquant_jax.cache.state import Cache
 
 
@@ -36,4 +37,29 @@ def _copy_own_rows(cache: Cache, own: Cache, targets: Array) -> Cache:
         lost=put_number(cache.lost, own.lost),
         history_blocks=put_number(cache.history_blocks, own.history_blocks),
         segments=jax.tree.map(put, cache.segments, own.segments),
+    )
+
+
+@partial(jax.jit, donate_argnames="cache")
+def clear_rows(cache: Cache, rows: Bool[Array, " B"]) -> Cache:
+    """The cache with zeros for all that these rows have stored.
+
+    What lies beyond a sequence's length is never attended to, but with weight zero it is multiplied: numbers that are
+    not finite would reach the next sequence of the row.
+    """
+
+    def clear(whole: Array) -> Array:
+        """[L, B, ...]"""
+        return jnp.where(jnp.expand_dims(rows, (0, *range(2, whole.ndim))), jnp.zeros((), whole.dtype), whole)
+
+    def clear_sum(whole: Array) -> Array:
+        """[B, ...]"""
+        return jnp.where(jnp.expand_dims(rows, tuple(range(1, whole.ndim))), jnp.zeros((), whole.dtype), whole)
+
+    return constrain_cache(
+        dataclasses.replace(
+            cache,
+            segments=jax.tree.map(clear, cache.segments),
+            running_sum=jax.tree.map(clear_sum, cache.running_sum),
+        )
     )

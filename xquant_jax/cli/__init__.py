@@ -3,18 +3,21 @@
 import argparse
 import io
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
-from xquant_jax.cli import batch, calibrate, convert, evaluate, generate, lm_eval, plan, terminal
-from xquant_jax.errors import XQuantError
+from xquant_jax.cli import batch, calibrate, chat, convert, evaluate, generate, lm_eval, plan, terminal
+from xquant_jax.errors import XQuantError, XQuantWarning
 
-COMMANDS = (convert, generate, batch, evaluate, plan, calibrate, lm_eval)
+COMMANDS = (convert, generate, chat, batch, evaluate, plan, calibrate, lm_eval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for an error that the user can mend (printed in one line), 130 if interrupted."""
+    """Runs one command. Returns 0; 1 if some of its prompts could not be answered; 2 for an error that the user can
+    mend (printed in one line); 130 if interrupted."""
     parser = argparse.ArgumentParser(
         prog="xquant",
         description="Attention caches that store the quantized layer input (XQuant, arXiv 2508.10395).",
@@ -27,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its code
     try:
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", XQuantWarning)
+            warnings.showwarning = _once()
+            return arguments.run(arguments) or 0
     except (XQuantError, OSError) as error:
         _complain(str(error))
         return 2
@@ -39,7 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def _once() -> Callable[..., None]:
+    """Shows warnings: our own in one line, each text once."""
+    shown, others = set(), warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if not issubclass(category, XQuantWarning):
+            others(message, category, *rest)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            console = terminal.console(stderr=True)
+            terminal.write(console, "warning: ", style="bold yellow", end="")
+            terminal.write(console, str(message))
+
+    return show
 
 
 def _complain(message: str) -> None:

@@ -2,18 +2,21 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from xquant_jax.cli import terminal
-from xquant_jax.cli.options import MODEL, add_options, options_of
+from xquant_jax.cli.options import MODEL, add_options, load_model, options_of, settled, told
 from xquant_jax.errors import ConfigError, PromptError
 from xquant_jax.generation.generate import Generation, generate_requests, stream_requests
+from xquant_jax.generation.prompts import Chat
+from xquant_jax.generation.request import Request
 from xquant_jax.json_file import check_folder, write_json
-from xquant_jax.model.loading import load
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -22,7 +25,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", action="append", default=[], help="a text to continue; may be repeated")
-    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="a file whose text is a prompt")
+    parser.add_argument("--prompt-file", action="append", default=[], help="a file whose text is a prompt; -: stdin")
+    parser.add_argument("--chat", action="append", default=[], help="a message to answer, by the model's chat template")
+    parser.add_argument("--system", help="the system message before those of --chat")
+    parser.add_argument("-n", type=int, default=1, help="answers to every prompt")
     add_options(parser)
     parser.add_argument("--cache-tokens", type=int, help="tokens per sequence that the cache holds (default: enough)")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes (one prompt)")
@@ -30,40 +36,58 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    prompts = [*arguments.prompt, *map(_read, arguments.prompt_file)]
-    if arguments.stream and (len(prompts) != 1 or arguments.json):
-        raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt and no --json")
+def run(arguments: argparse.Namespace) -> int:
+    prompts = [*arguments.prompt, *map(_read, arguments.prompt_file), *_chats(arguments.chat, arguments.system)]
+    if arguments.stream and (len(prompts) != 1 or arguments.n != 1 or arguments.json):
+        raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt, no -n and no --json")
     check_folder("--json", arguments.json)
     request, options = options_of(arguments)
-    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
+    model = load_model(arguments)
+    request = settled(request, arguments, model)
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
     console = terminal.console()
     if arguments.stream:
         tokens = stream_requests(model, requests, options)
-        terminal.write(console, prompts[0], style="dim", end="")
+        if isinstance(prompts[0], str):
+            terminal.write(console, prompts[0], style="dim", end="")
+        error = None
         for token in tokens:
             terminal.write(console, token.text, end="")
+            error = token.error
         terminal.write(console, "")
-        return
+        if error:
+            terminal.write(terminal.console(stderr=True), f"error: {error}", style="red")
+        return int(error is not None)
     generation = generate_requests(model, requests, options)
     if arguments.json:
         write_json(arguments.json, generation.to_json())
-    _show(console, prompts, generation)
+    _show(console, [prompt for prompt in prompts for _ in range(arguments.n)], generation, request)
+    return int(any(result.error for result in generation.results))
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
+    """The text as it is; a byte order mark before it is dropped."""
     try:
-        return path.read_text(encoding="utf-8")
+        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _show(console: Console, prompts: Sequence[str], generation: Generation) -> None:
+def _chats(messages: Sequence[str], system: str | None) -> list[Chat]:
+    if system is not None and not messages:
+        raise ConfigError("--system goes before a message of --chat, and there is none")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [Chat([*first, {"role": "user", "content": message}]) for message in messages]
+
+
+def _show(console: Console, prompts: Sequence[Any], generation: Generation, request: Request) -> None:
     for prompt, result in zip(prompts, generation.results, strict=True):
-        terminal.write(console, prompt, style="dim", end="")
+        if isinstance(prompt, str):  # an answer to a message stands alone
+            terminal.write(console, prompt, style="dim", end="")
         terminal.write(console, result.text)
         console.print(f"({len(result.tokens)} tokens, {result.finish_reason})\n", style="dim")
+        if result.error is not None:
+            terminal.write(terminal.console(stderr=True), f"error: {result.error}", style="red")
     size = generation.cache_bytes
     new = sum(len(result.tokens) for result in generation.results)
     table = Table("codes", "scales", "window", "scratch", "total", title="cache bytes")
@@ -74,3 +98,4 @@ def _show(console: Console, prompts: Sequence[str], generation: Generation) -> N
         f"compile {generation.compile_s:.1f} s, prefill {generation.prefill_s:.3f} s, "
         f"decode {generation.decode_s:.3f} s ({rate}), kernels {generation.implementation}"
     )
+    console.print(f"sampling: {told(request)}")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cli import terminal
+from xquant_jax.cli.options import MODEL
 from xquant_jax.cli.progress import reported
 from xquant_jax.errors import ConfigError
 from xquant_jax.evaluation.scoring import PROTOCOLS
@@ -26,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="run tasks of lm-evaluation-harness",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help='converted or Hugging Face directory, or "demo"')
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of tasks, or their YAML files")
     parser.add_argument("--cache", nargs="+", required=True, metavar="SPEC", help="name[:bits][,option=value...]")
     parser.add_argument(
@@ -40,6 +41,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="of likelihoods, as in xquant eval")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
+    parser.add_argument(
+        "--apply-chat-template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="ask in the form of the model's chat template, of the one with this name if it has several",
+    )
+    parser.add_argument("--system-instruction", metavar="TEXT", help="stands before every question")
+    parser.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="examples as turns of the conversation (default: with a chat template), or all in one message",
+    )
+    parser.add_argument(
+        "--gen-kwargs",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="how texts are generated, over what tasks say: do_sample=true temperature=0.7 max_gen_toks=64, or JSON",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is sampled; examples are those of the harness")
     parser.add_argument("--limit", type=int, help="documents of each task (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at once")
     parser.add_argument("--max-length", type=int, help="tokens of context and answer (default: what the model allows)")
@@ -55,13 +77,22 @@ def run(arguments: argparse.Namespace) -> None:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("lm-eval needs lm-evaluation-harness; install: pip install 'xquant-jax[lm-eval]'") from None
-    from xquant_jax.evaluation.lm_eval import Answers, XQuantLM, agreement, answers
+    from xquant_jax.evaluation.lm_eval import XQuantLM
+    from xquant_jax.evaluation.lm_eval_agreement import Answers, agreement, answers
 
     check_folder("--json", arguments.json)
     for spec in arguments.cache:
         CacheConfig.parse(spec)
     if not isinstance(arguments.metadata, dict):
         raise ConfigError(f'--metadata {json.dumps(arguments.metadata)} is no JSON object; write {{"name": value}}')
+    if arguments.fewshot_as_multiturn and not arguments.apply_chat_template:
+        raise ConfigError("--fewshot-as-multiturn is about conversations; use it with --apply-chat-template")
+    asked = {
+        "apply_chat_template": arguments.apply_chat_template,
+        "system_instruction": arguments.system_instruction,
+        "fewshot_as_multiturn": bool(arguments.apply_chat_template) and arguments.fewshot_as_multiturn is not False,
+        "gen_kwargs": _generation_options(arguments.gen_kwargs or []),
+    }
     metadata = {"tokenizer": str(DEMO if arguments.model == "demo" else arguments.model)} | arguments.metadata
     folder = str(arguments.include_path) if arguments.include_path else None
     tasks = TaskManager(include_path=folder, metadata=metadata)
@@ -81,8 +112,10 @@ def run(arguments: argparse.Namespace) -> None:
                 batch_size=arguments.batch_size,
                 max_length=arguments.max_length,
                 calibration=str(arguments.calibration) if arguments.calibration else None,
+                seed=arguments.seed,
                 report=lambda done, total, kind, spec=spec: report(done, total, f"{spec}: {kind}"),
             )
+            model.chat_template(arguments.apply_chat_template)  # chooses it; the harness would not say which
             try:
                 outcome: Any = simple_evaluate(
                     model=model,
@@ -92,6 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
                     task_manager=tasks,
                     metadata=metadata,
                     log_samples=len(arguments.cache) > 1,
+                    **asked,
                 )
             except ImportError as error:
                 raise ConfigError(
@@ -102,9 +136,24 @@ def run(arguments: argparse.Namespace) -> None:
         reference = reference or found
         rows.append({"cache": spec, "results": outcome["results"], "agreement": agreement(found, reference)})
         if arguments.json:
-            document = {"model": arguments.model, "protocol": arguments.protocol, "rows": rows}
+            document = {"model": arguments.model, "protocol": arguments.protocol, "seed": arguments.seed, **asked}
+            document["rows"] = rows
             write_json(arguments.json, document)
     show(terminal.console(), rows)
+
+
+def _generation_options(words: list[str]) -> dict[str, Any]:
+    """The harness' own reading of its option: a JSON object, or pairs `name=value` set apart by spaces or commas."""
+    if not words:
+        return {}
+    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
+
+    try:
+        whole = try_parse_json(words[0])
+        parts = [whole] if isinstance(whole, dict) and len(words) == 1 else [key_val_to_dict(word) for word in words]
+    except ValueError as error:
+        raise ConfigError(f"--gen-kwargs {' '.join(words)} cannot be read: {error}") from error
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:

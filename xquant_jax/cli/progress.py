@@ -66,7 +66,7 @@ def progress(total: int, done: int) -> Iterator[Callable[[dict[str, Any]], None]
 
         def advance(record: dict[str, Any]) -> None:
             nonlocal new
-            new += len(record.get("tokens", ()))
+            new += sum(len(own.get("tokens", ())) for own in record.get("samples", [record]))
             elapsed = bar.tasks[task].elapsed or 0.0
             rate = f"{new / elapsed:,.0f} tokens/s" if elapsed else "answering"
             bar.update(task, advance=1, description=rate)

@@ -64,6 +64,7 @@ def prepare(
     Raises `ConfigError` for a cache that is not known or does not fit the model, before anything is computed.
     """
     seq_len = windows.tokens.shape[1]
+    model.config.rope.check(seq_len)
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol={protocol} is not known; choose {' or '.join(PROTOCOLS)}")
     if chunk < 1:

@@ -4,11 +4,15 @@ Importing this module registers the model type `xquant` with the harness:
 
     lm_eval.simple_evaluate(model="xquant", model_args={"model": "demo", "cache": "xquant:4"}, tasks=[...])
 
-Likelihoods are those of `evaluation.scoring`; generation is `xquant_jax.generate` through the same cache. Protocol
-"paper" sees every token quantized, however short the text; in "streaming" the newest 0 to 127 tokens are exact.
+Likelihoods are those of `evaluation.scoring`; texts are generated as by `xquant_jax.generate` through the same cache.
+Protocol "paper" sees every token quantized, however short the text; in "streaming" the newest 0 to 127 tokens are
+exact.
 """
 
+import dataclasses
+import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +22,27 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.errors import ConfigError
+from xquant_jax.errors import ConfigError, PromptError, XQuantError, XQuantWarning
+from xquant_jax.evaluation.lm_eval_options import request_for
 from xquant_jax.evaluation.scoring import Scorer
-from xquant_jax.generation.generate import generate
-from xquant_jax.generation.sampling import Sampling
+from xquant_jax.generation.batch import prepare
+from xquant_jax.generation.request import Options, Request, checked_seed
+from xquant_jax.model.chat_template import ChatTemplate
 from xquant_jax.model.loading import load
 
 SHORTEST = 32
 """Tokens that the shortest sequences are padded to."""
+
+POSITIONS = 2048
+"""Tokens of context and continuation where config.json does not say."""
+
+END = "END_OF_THE_LAST_MESSAGE "
+"""Marks where a chat template puts the end of the last message; templates may trim the space."""
+
+
+class Written(str):
+    """A text that a chat template wrote. It holds the special tokens that belong to it: its tokens get no others, as
+    in transformers' `apply_chat_template(tokenize=True)`."""
 
 
 @register_model("xquant")
@@ -37,6 +54,7 @@ class XQuantLM(TemplateLM):
     max_length: tokens of context and continuation; longer ones lose their start. By default what config.json allows
     max_gen_toks: new tokens where a task does not say
     calibration: file of xquant calibrate, by default the model's own
+    seed: of what is sampled
     report: called with how many of how many requests of a kind are answered, and the kind
     """
 
@@ -52,6 +70,7 @@ class XQuantLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         calibration: str | None = None,
+        seed: int = 0,
         report: Callable[[int, int, str], None] = lambda done, total, kind: None,
     ) -> None:
         super().__init__()
@@ -64,8 +83,10 @@ class XQuantLM(TemplateLM):
             raise ConfigError(f"{model} has no tokenizer.json, and tasks are texts")
         self.cache = CacheConfig.parse(cache)
         self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
-        self.max_length = max_length or self.model.checkpoint.config.get("max_position_embeddings", 2048)
+        self.max_length = max_length or self.model.checkpoint.config.get("max_position_embeddings") or POSITIONS
         self.max_gen_toks = max_gen_toks
+        self.seed = checked_seed(seed)
+        self._template_name = "default"
         self._report = report
         self._scorer = Scorer(self.model, self.cache, protocol)
 
@@ -83,13 +104,23 @@ class XQuantLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The harness keeps requests apart by it."""
-        return f"xquant-{self.model.config.vocab_size}"
+        """The harness keeps the texts of requests apart by it: of other tokens, or by another template."""
+        templates = self.model.chat_template.templates if self.model.chat_template else {}
+        source = templates[self._template_name].source if self._template_name in templates else ""
+        return f"xquant-{hashlib.sha256((self._tokenizer.backend.to_str() + source).encode()).hexdigest()[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        tokens = self._tokenizer.encode(string, special_tokens=add_special_tokens is not False)
-        twice = add_special_tokens is None and len(tokens) > 1 and tokens[0] == tokens[1] == self.prefix_token_id
-        return tokens[1:] if twice else tokens
+        """Token ids, with the special tokens that the tokenizer prescribes unless the text holds them, or has none by
+        its nature or by `add_special_tokens=False`."""
+        special = not isinstance(string, Written) if add_special_tokens is None else add_special_tokens
+        return self._tokenizer.encode(string, special_tokens=special)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Both as token ids. The continuation gets the spaces that the context ends with, as words are split so."""
+        special = not isinstance(context, Written)
+        start = self.tok_encode(context.rstrip(), special)
+        whole = self.tok_encode(context + continuation, special)
+        return start or [self.prefix_token_id], whole[len(start) :]
 
     @property
     def _tokenizer(self) -> Any:
@@ -145,90 +176,90 @@ class XQuantLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, a stop token or the number of tokens the task allows."""
-        answers: dict[int, str] = {}
+        """Continuations up to a stop string, a stop token or the number of tokens the task allows.
+
+        Requests that are the same, as a task's repeats are, have draws of their own; the same call draws the same.
+        """
+        asked = [self._request(*request.args[:2]) for request in requests]
+        batch = prepare(self.model, Options(cache=self.cache, slots=self.batch_size))
+        texts: dict[int, str] = {}
         self._report(0, len(requests), "continuations")
-        order = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
-        for _, alike in itertools.groupby(order, key=lambda i: repr(requests[i].args[1])):
-            for numbers in _batches(alike, self.batch_size):
-                wishes = requests[numbers[0]].args[1]
-                options = self._options(wishes)
-                room = self.max_length - options["max_new_tokens"]
-                if room < 1:
-                    raise ConfigError(
-                        f"max_gen_toks={options['max_new_tokens']} leaves no room for a context within "
-                        f"max_length={self.max_length}; lower it or raise max_length"
-                    )
-                prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in numbers]
-                results = generate(self.model, prompts, cache=self.cache, **options).results
-                for i, result in zip(numbers, results, strict=True):
-                    answers[i] = result.text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, result.text)
-                self._report(len(answers), len(requests), "continuations")
-        return [answers[i] for i in range(len(requests))]
+        for answer in batch.answers(asked):
+            completion = answer.completion
+            error = answer.error if completion is None else completion.error
+            if completion is None or error is not None:
+                raise XQuantError(f"continuation {answer.index + 1} of {len(requests)} cannot be generated: {error}")
+            texts[answer.index] = completion.text
+            self.cache_hook.add_partial("generate_until", requests[answer.index].args, completion.text)
+            self._report(len(texts), len(requests), "continuations")
+        return [texts[i] for i in range(len(requests))]
 
-    def _options(self, wishes: dict[str, Any]) -> dict[str, Any]:
-        """What `generate` is asked for, from the harness's words for it."""
-        wishes = dict(wishes)
-        until = wishes.pop("until", None) or []
-        new_tokens = int(wishes.pop("max_gen_toks", self.max_gen_toks))
-        temperature = float(wishes.pop("temperature", 0.0))
-        if not wishes.pop("do_sample", temperature > 0):
-            temperature = 0.0
-        asked = {name: wishes.pop(name) for name in ("top_k", "top_p", "min_p") if name in wishes}
-        if wishes:
-            raise ConfigError(f"generation options {', '.join(sorted(wishes))} are not supported; leave them out")
-        return {
-            "max_new_tokens": new_tokens,
-            "stop": [until] if isinstance(until, str) else [stop for stop in until if stop],
-            "sampling": Sampling(temperature=temperature, **(asked if temperature else {})),
-        }
+    def _request(self, context: str, wishes: Mapping[str, Any]) -> Request:
+        """What is asked, with as much of the context's end as there is room for."""
+        request = request_for(self.model, wishes, max_new_tokens=self.max_gen_toks, seed=self.seed)
+        room = self.max_length - int(request.max_new_tokens)
+        if room < 1:
+            raise ConfigError(
+                f"max_gen_toks={request.max_new_tokens} leaves no room for a context within "
+                f"max_length={self.max_length}; lower it or raise max_length"
+            )
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        return dataclasses.replace(request, prompt=tokens[-room:])
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the model's chat template. Chooses it where the model has several: True is the default one.
 
-Answers = dict[str, list[str | bool | int]]
-"""Of each task, the answer to each of its documents: a text, the number of a choice, or whether a text is the likeliest
-one. Tasks that only count likelihoods have none."""
+        Raises `ConfigError` for a model that has none, or none of this name.
+        """
+        if not chat_template:
+            return None
+        name = chat_template if isinstance(chat_template, str) else "default"
+        source = self._chosen(name).templates["default"].source
+        self._template_name = name
+        return source
 
+    def _chosen(self, name: str) -> ChatTemplate:
+        """The model's chat template of this name, as its only one."""
+        template = self.model.chat_template
+        if template is None:
+            raise ConfigError(
+                "this model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); ask "
+                "it without --apply-chat-template"
+            )
+        if name not in template.templates:
+            names = ", ".join(sorted(template.templates))
+            raise ConfigError(f"this model has no chat template {name!r}; choose {names}")
+        return dataclasses.replace(template, templates={"default": template.templates[name]})
 
-def answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Answers:
-    """What the samples that the harness logs say, in the order of their documents."""
-    found: Answers = {}
-    for task, logged in samples.items():
-        own = [_answer(sample["filtered_resps"]) for sample in sorted(logged, key=lambda sample: sample["doc_id"])]
-        told = [answer for answer in own if answer is not None]
-        if len(told) == len(own):
-            found[task] = told
-    return found
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation up to where the answer begins, or without `add_generation_prompt` to the end of
+        its last message, which the answer continues.
 
+        A template that refuses a system message gets the conversation without it, and a warning is given.
+        """
+        try:
+            return self._written(chat_history, add_generation_prompt)
+        except PromptError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) in (0, len(chat_history)):
+                raise
+            text = self._written(rest, add_generation_prompt)
+            warnings.warn(f"system messages are left out: {error}", XQuantWarning, stacklevel=2)
+            return text
 
-def _answer(responses: Sequence[Any]) -> str | bool | int | None:
-    if isinstance(responses[0], str):
-        return responses[0]
-    if not isinstance(responses[0], tuple | list):
-        return None
-    if len(responses) == 1:
-        return bool(responses[0][1])
-    return int(np.argmax([likelihood for likelihood, _ in responses]))
-
-
-def agreement(own: Answers, reference: Answers) -> dict[str, dict[str, float]]:
-    """Of each task, the share of documents whose answer is the reference's, and for texts the mean share of the
-    reference's characters before the first that differs. Says what a score does not where the model itself fails."""
-    table = {}
-    for task, others in reference.items():
-        pairs = list(zip(own[task], others, strict=True))
-        table[task] = {"same_answer": float(np.mean([a == b for a, b in pairs]))}
-        if isinstance(others[0], str):
-            table[task]["same_text"] = float(np.mean([_same_text(str(a), str(b)) for a, b in pairs]))
-    return table
-
-
-def _same_text(own: str, reference: str) -> float:
-    """The share of the reference before the first character that differs; 0 of an empty one that is not met."""
-    if own == reference:
-        return 1.0
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, reference, strict=False))
-    return sum(1 for _ in same) / max(1, len(reference))
+    def _written(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> Written:
+        template = self._chosen(self._template_name)
+        if add_generation_prompt:
+            return Written(template.render(messages))
+        *before, last = messages
+        marked = {**last, "content": last["content"] + END}
+        text = template.render([*before, marked], add_generation_prompt=False)
+        whole, found, _ = text.rpartition(END.strip())
+        if not found or last["content"].strip() not in whole:
+            raise PromptError(
+                "the chat template does not write the last message as it is, so no answer can continue it"
+            )
+        return Written(whole if text.startswith(whole + END) else whole.rstrip())  # trimmed by the template
 
 
 def _batches(numbers: Iterable[int], size: int) -> Iterable[list[int]]:

@@ -7,15 +7,16 @@ iterator requests are read as slots are freed. Files are the business of `xquant
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import jax
 
 from xquant_jax import sharding
 from xquant_jax.cache.state import allocate, cache_bytes, check_room
 from xquant_jax.errors import XQuantError
-from xquant_jax.generation.engine import Engine, rows_at_once
-from xquant_jax.generation.request import Answer, CheckedRequest, Options, Request, bucket_length, checked
+from xquant_jax.generation.buckets import bucket_length, rows_at_once
+from xquant_jax.generation.engine import Engine
+from xquant_jax.generation.request import Answer, CheckedRequest, Completion, Options, Repeats, Request, checked
 from xquant_jax.model.loading import Model
 
 DEFAULT_SLOTS = 8
@@ -46,8 +47,8 @@ class Batch:
     model: Model
     options: Options
 
-    def answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answers every request, in the order in which they finish.
+    def answers(self, requests: Iterable[Request], *, answered: Collection[int] = ()) -> Iterator[Answer]:
+        """Answers every request, in the order in which they finish, but for those `answered`, by their number from 0.
 
         An answer is the one that `generate` gives to the same request, whatever runs beside it (but for rounding: with
         a quantized cache a code on the edge can round otherwise). A request that cannot be honoured (an empty prompt, a
@@ -56,19 +57,21 @@ class Batch:
         Every process of a `jax.distributed` job may run this with the same arguments: what is admitted when depends on
         nothing else.
         """
-        return _Run(self.model, self.options, requests).answers()
+        return _Run(self.model, self.options, requests, answered).answers()
 
 
 class _Run:
     """The requests of one call: those that are still to be read, and those that wait for an engine."""
 
-    def __init__(self, model: Model, options: Options, requests: Iterable[Request]) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: Model, options: Options, requests: Iterable[Request], answered: Collection[int]) -> None:
+        self.model, self.options, self.answered = model, options, answered
         self.parts = sharding.batch_parts(model.mesh)
         self.slots = options.slots or sharding.round_up(DEFAULT_SLOTS, self.parts)
         self.source = enumerate(requests)
         self.reads_all = isinstance(requests, Sequence) or options.memory is not None
-        self.waiting: deque[tuple[int, CheckedRequest]] = deque()
+        self.waiting: deque[tuple[int, CheckedRequest]] = deque()  # one for every answer
+        self.repeats = Repeats()
+        self.open: dict[int, dict[int, Completion | None]] = {}  # of a request, by repeat
 
     def answers(self) -> Iterator[Answer]:
         while True:
@@ -98,9 +101,13 @@ class _Run:
                 checked_request, tokens = checked(self.model, request), self.options.cache_tokens
                 if tokens is not None:
                     check_room(tokens, checked_request.capacity)
-                self.waiting.append((index, checked_request))
+                several = self.repeats.of(checked_request)
+                if index not in self.answered:
+                    self.open[index] = dict.fromkeys(one.repeat for one in several)
+                    self.waiting += [(index, one) for one in several]
             except XQuantError as error:
-                yield Answer(index, None, str(error))
+                if index not in self.answered:
+                    yield Answer(index, error=str(error))
 
     def engine(self, slots: int, expected: Sequence[CheckedRequest]) -> Engine:
         """An engine that the expected requests fit, with its programs compiled."""
@@ -115,7 +122,7 @@ class _Run:
 
         Others are taken only to keep slots busy for as long as one of those is on its way.
         """
-        indices: dict[int, int] = {}
+        sent: dict[int, tuple[int, int]] = {}
         while True:
             while engine.free_slots > 0:
                 yield from self.read()
@@ -124,21 +131,30 @@ class _Run:
                 if self.waiting[0][1].capacity <= shorter >= max((r.capacity for r in engine.running()), default=0):
                     break
                 index, request = self.waiting.popleft()
-                indices[engine.submit(request)] = index
+                sent[engine.submit(request)] = index, request.repeat
             if not engine.busy:
                 return
             for progress in engine.step(hurry=bool(self.waiting)):
                 if progress.completion is not None:
-                    yield Answer(indices.pop(progress.id), progress.completion)
+                    yield from self.finished(*sent.pop(progress.id), progress.completion)
+
+    def finished(self, index: int, repeat: int, completion: Completion) -> Iterator[Answer]:
+        """Takes one completion; the answer to its request, once it has all of them."""
+        several = self.open[index]
+        several[repeat] = completion
+        whole = tuple(one for one in several.values() if one is not None)
+        if len(whole) == len(several):
+            del self.open[index]
+            yield Answer(index, whole)
 
     def too_large(self, expected: Sequence[CheckedRequest]) -> Answer:
         """The answer to the request at the front, which is taken away: no engine can be made for it."""
-        need, (index, request) = self.bytes_of(1, expected), self.waiting.popleft()
+        need, (index, request) = self.bytes_of(1, expected), self.waiting[0]
+        self.waiting = deque(entry for entry in self.waiting if entry[0] != index)
         return Answer(
             index,
-            None,
-            f"{request.capacity} tokens take a cache of {need} bytes, and memory={self.options.memory} is all there "
-            f"is; raise it, or shorten the prompt or max_new_tokens",
+            error=f"{request.capacity} tokens take a cache of {need} bytes, and memory={self.options.memory} is all "
+            f"there is; raise it, or shorten the prompt or max_new_tokens",
         )
 
     def slots_within(self, memory: int, expected: Sequence[CheckedRequest]) -> int:
@@ -151,7 +167,7 @@ class _Run:
         longest = max(request.capacity for request in expected)
         buckets = {bucket_length(len(request.tokens), self.options.prefill_chunk) for request in expected}
         feeding = max(
-            self.bytes_of_cache(rows_at_once(chunk, self.model), length if self.model.mesh is None else longest)
+            self.bytes_of_cache(rows_at_once(chunk, self.model.mesh), length if self.model.mesh is None else longest)
             for length, chunk in buckets
         )
         return feeding + self.bytes_of_cache(slots, longest)

@@ -14,49 +14,22 @@ import jax
 import numpy as np
 
 from xquant_jax import sharding
+from xquant_jax.cache.rows import clear_rows
 from xquant_jax.cache.state import allocate, check_room
+from xquant_jax.errors import ConfigError
+from xquant_jax.generation.buckets import bucket_length, rows_at_once
 from xquant_jax.generation.programs import STEPS, Arrivals, Slots, admit, advance
-from xquant_jax.generation.request import CheckedRequest, Completion, Options, Request, bucket_length, checked
+from xquant_jax.generation.request import CheckedRequest, Options, Request, checked
 from xquant_jax.generation.sampling import Chosen
+from xquant_jax.generation.sequence import Progress, Sequence
 from xquant_jax.generation.transcript import Transcript
 from xquant_jax.model.loading import Model
-from xquant_jax.numerics.packing import BLOCK
 
 STOP_STRING_STEPS = 16
 """Tokens decoded on the device between two looks for stop strings on the host."""
 
-PREFILL_TOKENS = 512
-"""Prompt tokens fed at once, padding included: several short prompts together, long ones alone."""
-
 STOP_IDS = 8
 """Stop ids come in multiples of so many, so that another number of them compiles nothing."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """What one step made for request `id`: new tokens, their log-probabilities, and the text that became certain.
-
-    `completion`: the whole answer, once there is no more to come.
-    """
-
-    id: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    text: str = ""
-    completion: Completion | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Sequence:
-    """A request on its way."""
-
-    id: int
-    request: CheckedRequest
-    transcript: Transcript
-
-    def completion(self) -> Completion:
-        t, top = self.transcript, self.transcript.top_logprobs if self.request.logprobs else None
-        return Completion(self.request.prompt, t.text, t.tokens, t.logprobs, t.finish_reason or "", top)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +39,8 @@ class _Run:
 
     chosen: Chosen
     made: Any  # int32 [B], tokens of every slot's sequence after it
-    columns: list[tuple[int, _Sequence, int, int]]  # slot, sequence, column, origin
+    failed: Any  # bool [B]
+    columns: list[tuple[int, Sequence, int, int]]  # slot, sequence, column, origin
 
 
 class Engine:
@@ -78,11 +52,15 @@ class Engine:
 
     in_place: prompts are fed straight into the rows of their slots, all that wait at once, in the program that decodes;
         else into a small cache of their own, which pays where slots are refilled one by one
+    keep: a prompt that begins with all that its slot still holds of the sequence before goes on from there, as the
+        turns of a conversation do; needs `in_place`
 
     Raises `ConfigError` for options that cannot be honoured.
     """
 
-    def __init__(self, model: Model, options: Options, *, slots: int, tokens: int, in_place: bool = False) -> None:
+    def __init__(
+        self, model: Model, options: Options, *, slots: int, tokens: int, in_place: bool = False, keep: bool = False
+    ) -> None:
         options = options.checked()
         self.model = model = model.on(options.mesh)
         self.cache_config, self.prefill_chunk, self.in_place = options.cache_config, options.prefill_chunk, in_place
@@ -96,8 +74,10 @@ class Engine:
         self.implementation = model.transformer.implementation_of(self.cache, self.method_params, model.dtype)
         self._stops = STOP_IDS
         self._slots = Slots.free(slots, model.config.vocab_size, self._stops)
-        self._rows: list[_Sequence | None] = [None] * slots
-        self._queue: deque[_Sequence] = deque()
+        self._rows: list[Sequence | None] = [None] * slots
+        self._queue: deque[Sequence] = deque()
+        self._keep = keep and in_place
+        self._kept: dict[int, list[int]] = {}  # slot -> tokens that its cache holds of a sequence that is finished
         self._buckets: dict[int, int] = {}  # prompt tokens per chunk -> padded length, a program for each
         self._run: _Run | None = None
         self._news: dict[int, Progress] = {}
@@ -134,24 +114,27 @@ class Engine:
         jax.block_until_ready(self.cache)
 
     def submit(self, request: Request | CheckedRequest) -> int:
-        """Queues a request; returns the id that its progress is told under, counting from 0.
+        """Queues a request for one answer; returns the id that its progress is told under, counting from 0.
 
         Raises `PromptError` or `ConfigError` for what cannot be honoured, `CacheFullError` for a sequence that the
         cache cannot hold.
         """
         if isinstance(request, Request):
             request = checked(self.model, request)
+        if request.n != 1:
+            raise ConfigError(f"n={request.n}: an engine gives one answer to a request; submit those of `Repeats.of`")
         check_room(self.cache.capacity, request.capacity)
-        sequence = _Sequence(next(self._ids), request, Transcript.of(self.model.tokenizer, request))
+        sequence = Sequence(next(self._ids), request, Transcript(self.model.tokenizer, request))
         self._queue.append(sequence)
         return sequence.id
 
     def cancel(self, id: int) -> bool:
         """Ends a request without an answer; its slot is free at the next step. False if it is not on its way."""
+        self._take_down()
         self._news.pop(id, None)
         for row, sequence in enumerate(self._rows):
             if sequence is not None and sequence.id == id:
-                self._rows[row] = None
+                self._free(row, sequence)
                 return True
         before = len(self._queue)
         self._queue = deque(sequence for sequence in self._queue if sequence.id != id)
@@ -196,10 +179,12 @@ class Engine:
         fitting = [c for c, length in self._buckets.items() if size <= (length if c == own else c)]
         return min(fitting, default=None)
 
-    def _reserve(self, request: CheckedRequest, *, own: bool = False) -> int:
-        """Sees to it that there is a program for a request, one for its own bucket if told so. Returns its chunk."""
-        length, bucket = bucket_length(len(request.tokens), self.prefill_chunk)
-        chunk = bucket if own else self._chunk_for(len(request.tokens))
+    def _reserve(self, request: CheckedRequest, *, kept: int = 0, own: bool = False) -> int:
+        """Sees to it that there is a program for a request less the tokens that are kept, one for its own bucket if
+        told so. Returns its chunk."""
+        size = len(request.tokens) - kept
+        length, bucket = bucket_length(size, self.prefill_chunk)
+        chunk = bucket if own else self._chunk_for(size)
         if chunk is None or own:
             chunk = bucket
             self._buckets[chunk] = max(length, self._buckets.get(chunk, 0))
@@ -210,21 +195,27 @@ class Engine:
             self._slots, self._stops = dataclasses.replace(self._slots, asked=wider), stops
         return chunk
 
-    def _next(self) -> tuple[list[tuple[int, _Sequence]], int]:
+    def _next(self) -> tuple[list[tuple[int, Sequence]], int]:
         """Who is fed next and into which slots, as many of the queue as one program takes; and its chunk."""
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         if not free or not self._queue:
             return [], self._idle_chunk
         waiting = list(itertools.islice(self._queue, len(free)))
         if self.in_place:
-            return list(zip(free, waiting, strict=False)), max(self._reserve(s.request) for s in waiting)
+            arrivals = list(zip(free, waiting, strict=False))
+            return arrivals, max(self._reserve(s.request, kept=self._kept_of(slot, s)) for slot, s in arrivals)
         chunk = self._reserve(waiting[0].request)
         alike = itertools.takewhile(lambda s: self._reserve(s.request) == chunk, waiting)
-        return list(zip(free, alike, strict=False))[: rows_at_once(chunk, self.model)], chunk
+        return list(zip(free, alike, strict=False))[: rows_at_once(chunk, self.model.mesh)], chunk
 
-    def _admit(self, arrivals: list[tuple[int, _Sequence]], chunk: int) -> None:
+    def _kept_of(self, slot: int, sequence: Sequence) -> int:
+        """Tokens of the prompt that a slot still holds: all that it holds, or none."""
+        kept, tokens = self._kept.get(slot, []), sequence.request.tokens
+        return len(kept) if len(kept) < len(tokens) and tokens[: len(kept)] == kept else 0
+
+    def _admit(self, arrivals: list[tuple[int, Sequence]], chunk: int) -> None:
         """Feeds them into a small cache, and puts them into their slots."""
-        targets = np.full(rows_at_once(chunk, self.model), len(self._rows), np.int32)
+        targets = np.full(rows_at_once(chunk, self.model.mesh), len(self._rows), np.int32)
         targets[: len(arrivals)] = [slot for slot, _ in arrivals]
         requests: list[CheckedRequest | None] = [sequence.request for _, sequence in arrivals]
         requests += [None] * (len(targets) - len(requests))
@@ -233,7 +224,7 @@ class Engine:
         columns = [(slot, sequence, column, 0) for column, (slot, sequence) in enumerate(arrivals)]
         self._launch(admit, inputs, sizes, columns)
 
-    def _advance(self, arrivals: list[tuple[int, _Sequence]], chunk: int, *, steps: int, hurry: bool = False) -> None:
+    def _advance(self, arrivals: list[tuple[int, Sequence]], chunk: int, *, steps: int, hurry: bool = False) -> None:
         """Moves all sequences on, after feeding those that arrive."""
         fed = dict(arrivals)
         rows = [fed.get(slot, row) for slot, row in enumerate(self._rows)]
@@ -241,7 +232,9 @@ class Engine:
         there = None
         if chunk:
             requests = [fed[slot].request if slot in fed else None for slot in range(len(rows))]
-            there = Arrivals.of(requests, self._buckets[chunk], self._stops)
+            kept = [self._kept_of(slot, fed[slot]) if slot in fed else 0 for slot in range(len(rows))]
+            there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept)
+            self._kept = {}
         columns = [
             (slot, row, slot, 0 if slot in fed else len(row.transcript.tokens) - 1)
             for slot, row in enumerate(rows)
@@ -256,16 +249,18 @@ class Engine:
         parts = (model.transformer, model.params, self.method_params)
         with sharding.using(model.mesh):
             self._slots, self.cache, chosen = program(*parts, slots, self.cache, *inputs_there, **sizes)
-        self._run = _Run(chosen, self._slots.made, columns)
+        self._run = _Run(chosen, self._slots.made, self._slots.failed, columns)
 
     def _take_down(self) -> None:
         """Takes down what the last program made. Done twice, or interrupted and done again, it changes nothing more."""
         if self._run is None:
             return
-        chosen, columns = self._run.chosen, self._run.columns
+        run, chosen, columns = self._run, self._run.chosen, self._run.columns
         top_asked = any(sequence.request.logprobs for _, sequence, *_ in columns)
         top = (chosen.top_tokens, chosen.top_logprobs) if top_asked else None
-        made, tokens, logprobs, top = jax.device_get((self._run.made, chosen.tokens, chosen.logprobs, top))
+        made, failed, tokens, logprobs, top = jax.device_get(
+            (run.made, run.failed, chosen.tokens, chosen.logprobs, top)
+        )
         for slot, sequence, column, origin in columns:
             if sequence in self._queue:
                 self._rows[slot] = sequence
@@ -280,10 +275,21 @@ class Engine:
                 news.logprobs.append(float(logprobs[at]))
                 if transcript.finish_reason is not None:  # a stop string; the device knows only of stop ids
                     break
+            if failed[slot] and transcript.finish_reason is None:
+                news.text += transcript.fail(sequence.not_finite(self.model.dtype))
             if transcript.finish_reason is not None:
                 news.completion = sequence.completion()
-                self._rows[slot] = None
+                self._free(slot, sequence, whole=bool(len(transcript.tokens) == made[slot] and not failed[slot]))
+        if failed.any():
+            with sharding.using(self.model.mesh):
+                self.cache = clear_rows(self.cache, sharding.place(failed, sharding.P(), self.model.mesh))
         self._run = None
+
+    def _free(self, slot: int, sequence: Sequence, *, whole: bool = True) -> None:
+        """Gives a slot up. `whole`: its cache holds what the sequence says, no less and no more."""
+        self._rows[slot] = None
+        if self._keep and whole and sequence.transcript.tokens:
+            self._kept[slot] = sequence.stored
 
 
 def _pairs(top: Any, at: tuple[int, int], request: CheckedRequest) -> list[tuple[int, float]] | None:
@@ -292,8 +298,3 @@ def _pairs(top: Any, at: tuple[int, int], request: CheckedRequest) -> list[tuple
         return None
     tokens, logprobs = (a[at][: request.logprobs].tolist() for a in top)
     return list(zip(tokens, logprobs, strict=True))
-
-
-def rows_at_once(chunk: int, model: Model) -> int:
-    """Prompts that are fed together into a cache of their own, where a row takes at least a block."""
-    return sharding.round_up(max(1, PREFILL_TOKENS // max(chunk, BLOCK)), sharding.batch_parts(model.mesh))

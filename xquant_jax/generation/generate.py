@@ -2,30 +2,22 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from jax.sharding import Mesh
 
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import CacheBytes, cache_bytes, check_room
-from xquant_jax.errors import PromptError
+from xquant_jax.errors import PromptError, XQuantWarning
+from xquant_jax.generation.buckets import answer_room, bucket_length
 from xquant_jax.generation.engine import Engine
-from xquant_jax.generation.request import (
-    CheckedRequest,
-    Completion,
-    Options,
-    Prompt,
-    Request,
-    Seed,
-    answer_room,
-    bucket_length,
-    checked,
-    one_by_one,
-    seeds_of,
-)
+from xquant_jax.generation.prompts import Prompt, one_by_one
+from xquant_jax.generation.request import CheckedRequest, Completion, Options, Repeats, Request, Seed, checked, seeds_of
 from xquant_jax.generation.sampling import Sampling
+from xquant_jax.generation.sequence import Progress
 from xquant_jax.model.loading import Model
 
 
@@ -51,13 +43,17 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedToken:
-    """One token of one prompt, `index` in the list of prompts. `text` is what became certain with it, often a word."""
+    """One token of one answer, `index` in the list of results. `text` is what became certain with it, often a word.
+
+    error: what ended the answer; there is no token then
+    """
 
     index: int
-    token: int
-    logprob: float
+    token: int | None
+    logprob: float | None
     text: str
     finish_reason: str | None
+    error: str | None = None
 
 
 def generate(
@@ -66,20 +62,29 @@ def generate(
     *,
     cache: str | CacheConfig = "xquant:4",
     max_new_tokens: SupportsIndex = 128,
-    sampling: Sampling = Sampling(),
-    seed: Seed = 0,
+    sampling: Sampling | Literal["model"] = Sampling(),
+    seed: Seed = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | np.ndarray | None = None,
+    min_tokens: SupportsIndex = 0,
+    n: SupportsIndex = 1,
+    add_special_tokens: bool = True,
     prefill_chunk: SupportsIndex | None = 512,
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
 ) -> Generation:
-    """Continues every prompt (a text, or token ids taken as they are).
+    """Continues every prompt: a text, token ids taken as they are, or a `Chat`.
 
     cache: how the cache is stored, see `CacheConfig.parse`
-    seed: one for all prompts, or one for each; an answer depends on its prompt and seed, not on the rest of the batch
-    stop: strings that end an answer; they are not part of its text
+    sampling: how tokens are chosen, greedy by default; "model": as the model's generation_config.json says
+    seed: one for all prompts, or one for each; an answer depends on its prompt and seed, and among answers to one
+        prompt on which it is, not on the rest of the batch. None draws one, which the results tell
+    stop: strings that end an answer; they are not part of its text. They may hold special tokens
     stop_ids: token ids that end an answer, by default the model's own; `[]` for none
+    min_tokens: tokens of an answer before any of these may end it
+    n: answers to every prompt; those of a prompt follow each other in the results
+    add_special_tokens: whether texts get the special tokens that the tokenizer prescribes, such as a BOS, unless they
+        begin with them
     prefill_chunk: prompt tokens processed at once. Tokens of a chunk see each other exactly and earlier chunks
         through the cache, as the new tokens will; None takes the whole prompt at once and exactly
     cache_tokens: tokens per sequence that the cache holds, by default as many as the longest prompt and answer of
@@ -87,11 +92,19 @@ def generate(
     mesh: devices to spread cache and work over (`make_mesh`), by default those that the model was loaded on; in a job
         of several processes each of them makes the same call and gets all results
 
+    An answer that cannot go on, because logits are not finite, ends with an `error`, and a warning is given; the others
+    go on.
+
     Raises `PromptError` for an empty prompt or a token id out of range, `CacheFullError` if `cache_tokens` is too
     small, `ConfigError` for an option that cannot be honoured.
     """
-    requests = _requests(prompts, Request("", max_new_tokens, 0, sampling, stop, stop_ids), seed)
-    return generate_requests(model, requests, Options(cache, prefill_chunk, cache_tokens, mesh=mesh))
+    request = Request("", max_new_tokens, 0, sampling, stop, stop_ids, min_tokens, 0, n, add_special_tokens)
+    options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh)
+    generation = generate_requests(model, _requests(prompts, request, seed), options)
+    for number, completion in enumerate(generation.results):
+        if completion.error is not None:
+            warnings.warn(f"result {number} ended early: {completion.error}", XQuantWarning, stacklevel=2)
+    return generation
 
 
 def stream(
@@ -100,17 +113,24 @@ def stream(
     *,
     cache: str | CacheConfig = "xquant:4",
     max_new_tokens: SupportsIndex = 128,
-    sampling: Sampling = Sampling(),
-    seed: Seed = 0,
+    sampling: Sampling | Literal["model"] = Sampling(),
+    seed: Seed = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | np.ndarray | None = None,
+    min_tokens: SupportsIndex = 0,
+    n: SupportsIndex = 1,
+    add_special_tokens: bool = True,
     prefill_chunk: SupportsIndex | None = 512,
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[StreamedToken]:
-    """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program."""
-    requests = _requests(prompts, Request("", max_new_tokens, 0, sampling, stop, stop_ids), seed)
-    return stream_requests(model, requests, Options(cache, prefill_chunk, cache_tokens, mesh=mesh))
+    """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program.
+
+    An answer that cannot go on raises nothing either: its last item has an `error`, and no token.
+    """
+    request = Request("", max_new_tokens, 0, sampling, stop, stop_ids, min_tokens, 0, n, add_special_tokens)
+    options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh)
+    return stream_requests(model, _requests(prompts, request, seed), options)
 
 
 def generate_requests(model: Model, requests: Sequence[Request], options: Options) -> Generation:
@@ -126,7 +146,7 @@ def generate_requests(model: Model, requests: Sequence[Request], options: Option
     decoded = time.perf_counter()
     completions = {progress.id: progress.completion for progress in news if progress.completion is not None}
     return Generation(
-        results=[completions[i] for i in range(len(requests))],
+        results=[completions[i] for i in range(len(expected))],
         cache_bytes=cache_bytes(engine.cache),
         implementation=engine.implementation,
         compile_s=compiled - start,
@@ -144,8 +164,20 @@ def _tokens(engine: Engine, expected: Sequence[CheckedRequest]) -> Iterator[Stre
     engine.compile(expected)
     while engine.busy:
         for progress in engine.step(limit=1):
-            reason = None if progress.completion is None else progress.completion.finish_reason
-            yield StreamedToken(progress.id, progress.tokens[0], progress.logprobs[0], progress.text, reason)
+            yield streamed(progress)
+
+
+def streamed(progress: Progress) -> StreamedToken:
+    """What a step that makes one token made."""
+    completion = progress.completion
+    return StreamedToken(
+        progress.id,
+        progress.tokens[0] if progress.tokens else None,
+        progress.logprobs[0] if progress.tokens else None,
+        progress.text,
+        None if completion is None else completion.finish_reason,
+        None if completion is None else completion.error,
+    )
 
 
 def _requests(prompts: Prompt | Sequence[Prompt], request: Request, seed: Seed) -> list[Request]:
@@ -158,11 +190,14 @@ def _requests(prompts: Prompt | Sequence[Prompt], request: Request, seed: Seed) 
 
 
 def _prepared(model: Model, requests: Sequence[Request], options: Options) -> tuple[Engine, list[CheckedRequest]]:
-    """An engine with these requests in its queue, and a slot for each."""
+    """An engine with these requests in its queue, and a slot for each answer."""
     options = options.checked()
     if not requests:
         raise PromptError("there is no prompt; give at least one")
-    expected = [checked(model, request, f"prompt {i}") for i, request in enumerate(requests)]
+    repeats = Repeats()
+    expected = [
+        answer for i, request in enumerate(requests) for answer in repeats.of(checked(model, request, f"prompt {i}"))
+    ]
     tokens = options.cache_tokens
     if tokens is None:
         longest, room = max(len(r.tokens) for r in expected), max(r.max_new_tokens for r in expected)

@@ -24,7 +24,7 @@ from xquant_jax.cache.partition import constrain_cache
 from xquant_jax.cache.rows import copy_rows
 from xquant_jax.cache.state import Cache, allocate
 from xquant_jax.generation.request import CheckedRequest
-from xquant_jax.generation.sampling import Chosen, Sampling, SamplingRows, sample
+from xquant_jax.generation.sampling import Chosen, Sampling, SamplingRows, Seen, sample
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.numerics.quantization import Leaf
 
@@ -34,10 +34,11 @@ STEPS = 64
 
 @struct.dataclass
 class Asked:
-    """What the requests of a batch ask for, a row each. Token i of an answer depends on its own `seed` and i only."""
+    """What the requests of a batch ask for, a row each. Token i of an answer depends on its own `key` and i only."""
 
     limit: Leaf  # int32 [B], new tokens at most
-    seed: Leaf  # int32 [B]
+    least: Leaf  # int32 [B], new tokens before a stop id may be chosen
+    key: Leaf  # uint32 [B, 2]
     sampling: SamplingRows
     stop_ids: Leaf  # int32 [B, n], padded with -1
     top: Leaf  # int32 [B], likeliest tokens told with every token
@@ -54,7 +55,9 @@ class Asked:
             return np.asarray([0 if request is None else getattr(request, name) for request in requests], np.int32)
 
         sampling = SamplingRows.of([Sampling() if request is None else request.sampling for request in requests])
-        return cls(column("max_new_tokens"), column("seed"), sampling, stop_ids, column("logprobs"))
+        keys = np.asarray([(0, 0) if request is None else request.key for request in requests], np.uint32)
+        limits = column("max_new_tokens"), column("min_tokens")
+        return cls(*limits, keys.reshape(-1, 2), sampling, stop_ids, column("logprobs"))
 
 
 @struct.dataclass
@@ -64,21 +67,23 @@ class Slots:
     last: its newest token, which the cache has not seen yet
     made: new tokens so far
     live: whether there is more to come; the slot of a sequence that is not live is free
-    seen: tokens of prompt and answer; means something only for those that have a repetition penalty
+    failed: whether it ended because its logits were not finite, after `made` tokens
+    seen: tokens of prompt and answer; means something only for those that have a penalty
     """
 
     asked: Asked
     last: Leaf  # int32 [B]
     made: Leaf  # int32 [B]
     live: Leaf  # bool [B]
-    seen: Leaf  # bool [B, V]
+    failed: Leaf  # bool [B]
+    seen: Seen
 
     @classmethod
     def free(cls, size: int, vocabulary: int, stops: int) -> "Slots":
         """`size` free slots, for stop ids up to `stops`."""
         none = np.zeros(size, np.int32)
-        asked = Asked.of([None] * size, stops)
-        return cls(asked, none, none.copy(), np.zeros(size, bool), np.zeros((size, vocabulary), bool))
+        asked, no = Asked.of([None] * size, stops), np.zeros(size, bool)
+        return cls(asked, none, none.copy(), no, no.copy(), Seen.nothing(size, vocabulary, np))
 
 
 @struct.dataclass
@@ -86,18 +91,23 @@ class Arrivals:
     """Requests that are to be fed. A row of length 0 holds none."""
 
     asked: Asked
-    prompts: Leaf  # int32 [R, P], padded on the right
+    prompts: Leaf  # int32 [R, P], what is to be fed, padded on the right
     lengths: Leaf  # int32 [R]
+    kept: Leaf  # int32 [R], tokens before it that the row's cache holds already
 
     @classmethod
-    def of(cls, requests: Sequence[CheckedRequest | None], length: int, stops: int) -> "Arrivals":
-        """One row for each of these, prompts padded to `length`."""
+    def of(
+        cls, requests: Sequence[CheckedRequest | None], length: int, stops: int, kept: Sequence[int] | None = None
+    ) -> "Arrivals":
+        """One row for each of these, prompts padded to `length`, each less its first tokens that are kept."""
         prompts, lengths = np.zeros((len(requests), length), np.int32), np.zeros(len(requests), np.int32)
+        before = np.zeros(len(requests), np.int32) if kept is None else np.asarray(kept, np.int32)
         for i, request in enumerate(requests):
             if request is not None:
-                lengths[i] = len(request.tokens)
-                prompts[i, : lengths[i]] = request.tokens
-        return cls(Asked.of(requests, stops), prompts, lengths)
+                new = request.tokens[before[i] :]
+                lengths[i] = len(new)
+                prompts[i, : lengths[i]] = new
+        return cls(Asked.of(requests, stops), prompts, lengths, before)
 
 
 @partial(jax.jit, static_argnames=("model", "cache_config", "chunk"), donate_argnames=("slots", "cache"))
@@ -122,7 +132,7 @@ def admit(
     tokens = cache.capacity if sharding.active() else min(length, cache.capacity)
     own = allocate(cache_config, model.config, batch=rows, tokens=tokens, implementation=cache.implementation)
     logits, own = _feed(model, params, method_params, arrivals, own, chunk=chunk)
-    new, chosen = _take(_begun(arrivals, logits.shape[1]), logits)
+    new, chosen = _take(_begun(arrivals, Seen.nothing(rows, logits.shape[1])), logits)
     slots = jax.tree.map(lambda whole, part: whole.at[targets].set(part, mode="drop"), slots, new)
     slots, chosen = sharding.constrain_as((slots, chosen), sharding.P())
     return slots, copy_rows(cache, own, targets), jax.tree.map(lambda a: a[None], chosen)
@@ -156,11 +166,12 @@ def advance(
     chosen = Chosen.nothing(1 + STEPS, len(live), vocabulary=vocabulary)
     fed = jnp.zeros_like(live) if arrivals is None else arrivals.lengths > 0
     slots = dataclasses.replace(slots, live=live & ~fed)
-    cache = _keep(cache, slots.live)
+    cache = _keep(cache, slots.live if arrivals is None else slots.live | (arrivals.kept > 0))
     if arrivals is not None:
 
         def begin(logits: Array, slots: Slots) -> tuple[Slots, Chosen]:
-            begun, first = _take(_begun(arrivals, vocabulary), logits)
+            kept = slots.seen.anywhere & (arrivals.kept > 0)[:, None]
+            begun, first = _take(_begun(arrivals, Seen(kept, jnp.zeros_like(slots.seen.answered))), logits)
 
             def pick(new: Array, old: Array) -> Array:
                 return jnp.where(jnp.expand_dims(fed, tuple(range(1, old.ndim))), new, old)
@@ -193,28 +204,32 @@ def _keep(cache: Cache, kept: Bool[Array, " B"]) -> Cache:
     return dataclasses.replace(cache, **{name: jnp.where(kept, getattr(cache, name), 0) for name in names})
 
 
-def _begun(arrivals: Arrivals, vocabulary: int) -> Slots:
-    """The slots of arrivals that have made no token yet."""
+def _begun(arrivals: Arrivals, kept: Seen) -> Slots:
+    """The slots of arrivals that have made no token yet. `kept`: what was seen in the tokens that are kept."""
     rows, length = arrivals.prompts.shape
 
-    def with_prompts(seen: Bool[Array, "R V"]) -> Bool[Array, "R V"]:
+    def with_prompts(seen: Seen) -> Seen:
         inside = jnp.arange(length)[None] < arrivals.lengths[:, None]
-        return seen.at[jnp.arange(rows)[:, None], arrivals.prompts].max(inside)
+        return dataclasses.replace(
+            seen, anywhere=seen.anywhere.at[jnp.arange(rows)[:, None], arrivals.prompts].max(inside)
+        )
 
-    seen = _if_penalized(arrivals.asked, with_prompts, jnp.zeros((rows, vocabulary), bool))
-    none = jnp.zeros(rows, jnp.int32)
-    return Slots(arrivals.asked, last=none, made=none, live=arrivals.lengths > 0, seen=seen)
+    seen = _if_penalized(arrivals.asked, with_prompts, kept)
+    none, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
+    return Slots(arrivals.asked, last=none, made=none, live=arrivals.lengths > 0, failed=no, seen=seen)
 
 
-def _if_penalized(asked: Asked, more: Callable[[Array], Array], seen: Bool[Array, "B V"]) -> Bool[Array, "B V"]:
-    """`more(seen)` if a sequence has a repetition penalty; else nobody asks what was seen."""
-    return lax.cond(jnp.any(asked.sampling.repetition_penalty != 1), more, lambda seen: seen, seen)
+def _if_penalized(asked: Asked, more: Callable[[Seen], Seen], seen: Seen) -> Seen:
+    """`more(seen)` if a sequence has a penalty; else nobody asks what was seen."""
+    return lax.cond(asked.sampling.counting, more, lambda seen: seen, seen)
 
 
 def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
-    """The next token of every live slot."""
-    asked, live = slots.asked, slots.live
-    chosen = sample(logits, asked.sampling, asked.seed, slots.made, slots.seen, asked.top)
+    """The next token of every live slot whose logits are finite; the others fail."""
+    asked, finite = slots.asked, jnp.isfinite(logits).all(axis=1)
+    live = slots.live & finite
+    forbidden = jnp.where((slots.made < asked.least)[:, None], asked.stop_ids, -1)
+    chosen = sample(logits, asked.sampling, asked.key, slots.made, slots.seen, forbidden, asked.top)
     made = slots.made + live.astype(jnp.int32)
     ended = (chosen.tokens[:, None] == asked.stop_ids).any(axis=1) | (made >= asked.limit)
     return Slots(
@@ -222,7 +237,8 @@ def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
         last=jnp.where(live, chosen.tokens, slots.last),
         made=made,
         live=live & ~ended,
-        seen=_if_penalized(asked, lambda seen: seen.at[jnp.arange(len(made)), chosen.tokens].max(live), slots.seen),
+        failed=slots.failed | (slots.live & ~finite),
+        seen=_if_penalized(asked, lambda seen: seen.with_answers(chosen.tokens, live), slots.seen),
     ), chosen
 
 

@@ -5,27 +5,28 @@ works with: plain numbers, token ids, nothing that can still be wrong. `Options`
 """
 
 import dataclasses
-import numbers
 import operator
+import secrets
+import warnings
+from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any, SupportsIndex
+from hashlib import sha256
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.errors import ConfigError, PromptError
-from xquant_jax.generation.sampling import MOST_LOGPROBS, Sampling
+from xquant_jax.errors import ConfigError, XQuantWarning
+from xquant_jax.generation.prompts import Prompt, prompt_tokens, token_ids
+from xquant_jax.generation.sampling import MOST_LOGPROBS, Sampling, recommended
 from xquant_jax.model.loading import Model
+from xquant_jax.sharding.hosts import from_process_0
 
-Prompt = str | Sequence[int] | np.ndarray | jax.Array
-Seed = int | np.integer | Sequence[int]
+Seed = SupportsIndex | Sequence[int] | np.ndarray | None
 Whole = Any
 """An `int`; until it was checked also an integer of numpy or JAX."""
-
-SMALLEST_BUCKET = 16
-"""Tokens that the shortest prompts are padded to."""
 
 LONGEST = 2**24
 """Tokens of a sequence: positions are exact in float32 up to here."""
@@ -33,72 +34,99 @@ LONGEST = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt (a text, or token ids taken as they are), and how it is to be answered.
+    """A prompt (a text, token ids taken as they are, or a `Chat`), and how it is to be answered.
 
     max_new_tokens: tokens of the answer at most
-    seed: of what is sampled; an answer depends on its request only, not on what runs beside it
-    sampling: how tokens are chosen, greedy by default
-    stop: strings that end the answer; they are not part of its text
+    seed: of what is sampled; None draws one, which the completion tells
+    sampling: how tokens are chosen, greedy by default; "model": as its generation_config.json says
+    stop: strings that end the answer; they are not part of its text. One that holds special tokens ends it there
     stop_ids: token ids that end it, by default the model's own; `[]` for none
+    min_tokens: tokens of the answer before any of these may end it
     logprobs: likeliest tokens that are told with every token of the answer, up to 20
+    n: answers to this prompt, each with draws of its own
+    add_special_tokens: whether a text gets the special tokens that the tokenizer prescribes, such as a BOS, unless it
+        begins with them
     """
 
     prompt: Prompt
     max_new_tokens: SupportsIndex = 128
-    seed: SupportsIndex = 0
-    sampling: Sampling = Sampling()
+    seed: SupportsIndex | None = None
+    sampling: Sampling | Literal["model"] = Sampling()
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] | np.ndarray | None = None
+    min_tokens: SupportsIndex = 0
     logprobs: SupportsIndex = 0
+    n: SupportsIndex = 1
+    add_special_tokens: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedRequest:
-    """A request that can be honoured. `prompt` is as it was asked, `tokens` are its ids; see `checked`."""
+    """A request that can be honoured. `prompt` is its text or ids, `tokens` are its ids; see `checked`.
+
+    repeat: how many earlier requests of the call have the same tokens and seed, see `Repeats`
+    """
 
     prompt: str | list[int]
     tokens: list[int]
-    max_new_tokens: int
-    seed: int
-    sampling: Sampling
-    stop: tuple[str, ...]
-    stop_ids: tuple[int, ...]
-    logprobs: int
+    max_new_tokens: int = 128
+    seed: int = 0
+    sampling: Sampling = Sampling(temperature=None)
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int = 0
+    n: int = 1
+    repeat: int = 0
 
     @property
     def capacity(self) -> int:
         """Tokens that its cache must hold: the last one of an answer is never stored."""
         return len(self.tokens) + self.max_new_tokens - 1
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What its draws depend on, 64 bits: seed, tokens, and which of several answers to them it is."""
+        own = sha256(f"{self.seed} {self.repeat} ".encode() + np.asarray(self.tokens, "<i4").tobytes()).digest()
+        return int.from_bytes(own[:4], "little"), int.from_bytes(own[4:8], "little")
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """One prompt's answer. `tokens` are the new ones, `logprobs` theirs under the model itself (natural log).
 
+    seed: that gives this answer again in the same call
     top_logprobs: if asked for, the likeliest (token id, log-probability) at every token, likeliest first
+    error: what ended it where it could not go on
     """
 
     prompt: str | list[int]
     text: str
     tokens: list[int]
     logprobs: list[float]
-    finish_reason: str  # "stop": a stop token or string; "length": max_new_tokens
+    finish_reason: str  # "stop": a stop token or string; "length": max_new_tokens; "error"
+    seed: int
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Its fields, without those that say nothing."""
         written = dataclasses.asdict(self)
-        if self.top_logprobs is None:
-            del written["top_logprobs"]
-        return written
+        return {name: value for name, value in written.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What became of request number `index`: a completion, or the error that a bad request is."""
+    """What became of request number `index`: its completions, or the error that a bad request is."""
 
     index: int
-    completion: Completion | None
+    completions: tuple[Completion, ...] = ()
     error: str | None = None
+
+    @property
+    def completion(self) -> Completion | None:
+        """The first one."""
+        return self.completions[0] if self.completions else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,42 +171,67 @@ class Options:
 def checked(model: Model, request: Request, name: str = "the prompt") -> CheckedRequest:
     """The request as the model can honour it. `name`: what errors call its prompt.
 
+    Warns if prompt and answer pass the positions that the model was made for.
+
     Raises `PromptError` for a prompt or a token id that the model cannot take, `ConfigError` for anything else.
     """
     asked = check_wishes(model, request)
-    tokens = _prompt_tokens(model, name, request.prompt)
-    if len(tokens) + asked["max_new_tokens"] > LONGEST:
-        needed = len(tokens) + asked["max_new_tokens"]
+    prompt, tokens = prompt_tokens(model, name, request.prompt, request.add_special_tokens)
+    needed = len(tokens) + asked["max_new_tokens"]
+    if needed > LONGEST:
         raise ConfigError(f"prompt and answer may take {needed:,} tokens; shorten them to {LONGEST:,}")
-    return CheckedRequest(request.prompt if isinstance(request.prompt, str) else tokens, tokens, **asked)
+    model.config.rope.check(needed)
+    if model.positions is not None and needed > model.positions:
+        warnings.warn(
+            f"prompt and answer may take more than the {model.positions:,} tokens that the model was made for "
+            f"(max_position_embeddings); what it says beyond them may be nonsense",
+            XQuantWarning,
+            stacklevel=2,
+        )
+    return CheckedRequest(prompt, tokens, **asked)
 
 
 def check_wishes(model: Model, request: Request) -> dict[str, Any]:
     """The fields of a `CheckedRequest` that are not about its prompt. Raises as `checked` does."""
-    max_new_tokens = whole_number("max_new_tokens", request.max_new_tokens)
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} is not possible; choose 1 or more")
+    numbers = {name: whole_number(name, getattr(request, name)) for name in ("max_new_tokens", "min_tokens", "n")}
+    for name, least in (("max_new_tokens", 1), ("min_tokens", 0), ("n", 1)):
+        if numbers[name] < least:
+            raise ConfigError(f"{name}={numbers[name]} is not possible; choose {least} or more")
+    if numbers["min_tokens"] > numbers["max_new_tokens"]:
+        raise ConfigError(
+            f"min_tokens={numbers['min_tokens']} is more than max_new_tokens={numbers['max_new_tokens']}; lower it"
+        )
     logprobs = whole_number("logprobs", request.logprobs)
     most = min(MOST_LOGPROBS, model.config.vocab_size)
     if not 0 <= logprobs <= most:
         raise ConfigError(f"logprobs={logprobs} is not possible; choose from 0 to {most}")
-    stop = request.stop
+    if not isinstance(request.add_special_tokens, bool):
+        raise ConfigError(f"add_special_tokens={request.add_special_tokens!r} is not possible; choose True or False")
+    stop, stop_ids = _stops(model, request)
+    sampling = recommended(model.generation_config) if request.sampling == "model" else request.sampling
+    if not isinstance(sampling, Sampling):
+        raise ConfigError(f'sampling={request.sampling!r} is not possible; give a Sampling, or "model"')
+    seed = fresh_seed() if request.seed is None else checked_seed(request.seed)
+    asked = {"seed": seed, "sampling": sampling.checked(), "stop": stop, "stop_ids": stop_ids, "logprobs": logprobs}
+    return numbers | asked
+
+
+def _stops(model: Model, request: Request) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings and stop ids; a string that is one special token is also an id."""
+    stop, ids, tokenizer = request.stop, request.stop_ids, model.tokenizer
     listed = isinstance(stop, Collection) and not isinstance(stop, str)
     if not listed or not all(isinstance(string, str) and string for string in stop):
-        raise ConfigError("stop must be a list of strings that are not empty")
-    if stop and model.tokenizer is None:
+        raise ConfigError(f"stop={stop!r} is not possible; give a list of strings that are not empty")
+    if stop and tokenizer is None:
         raise ConfigError("stop strings need a tokenizer, and this model has none; use stop_ids")
-    if not isinstance(request.sampling, Sampling):
-        raise ConfigError(f"sampling={request.sampling!r} is not possible; give a Sampling")
-    ids = request.stop_ids
-    return {
-        "max_new_tokens": max_new_tokens,
-        "seed": checked_seed(request.seed),
-        "sampling": request.sampling.checked(),
-        "stop": tuple(stop),
-        "stop_ids": model.stop_ids if ids is None else tuple(_token_ids(model, "stop_ids", ids)),
-        "logprobs": logprobs,
-    }
+    stop_ids = dict.fromkeys(model.stop_ids if ids is None else token_ids(model, "stop_ids", ids))
+    for id, special in tokenizer.special.items() if tokenizer else ():
+        for string in stop:
+            if special in string and id >= model.config.vocab_size:
+                raise ConfigError(f"stop {string!r} holds {special!r}, which this model never says; leave it out")
+            if special == string:
+                stop_ids[id] = None
+    return tuple(stop), tuple(stop_ids)
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -192,82 +245,44 @@ def whole_number(name: str, value: Any) -> int:
 def checked_seed(seed: Any) -> int:
     """A seed as a plain number. Raises `ConfigError` for one out of range."""
     number = whole_number("seed", seed)
-    if not -(2**31) <= number < 2**31:
-        raise ConfigError(f"seed={number} is not possible; choose from -2^31 to 2^31 - 1")
+    if not -(2**63) <= number < 2**63:
+        raise ConfigError(f"seed={number} is not possible; choose from -2^63 to 2^63 - 1")
     return number
 
 
+def fresh_seed() -> int:
+    """A seed that nobody chose, 31 bits. In a job of several processes all of them get that of process 0."""
+    seed = secrets.randbits(31)
+    return seed if jax.process_count() == 1 else int(from_process_0(seed))
+
+
 def seeds_of(seed: Seed, size: int) -> list[int]:
-    """One seed for each of `size` prompts. Raises `ConfigError` for another number of them, or one out of range."""
-    seeds = [seed] * size if np.ndim(seed) == 0 else list(seed)  # pyright: ignore[reportArgumentType]
+    """One seed for each of `size` prompts, a fresh one for all where there is none.
+
+    Raises `ConfigError` for another number of them, or one out of range.
+    """
+    if seed is None:
+        return [fresh_seed()] * size
+    seeds: Any = [seed] * size
+    if isinstance(seed, Sequence) or (isinstance(seed, np.ndarray | jax.Array) and seed.ndim > 0):
+        seeds = list(seed)
     if len(seeds) != size:
         raise ConfigError(f"{len(seeds)} seeds given for {size} prompts; give one for all or one for each")
     return [checked_seed(s) for s in seeds]
 
 
-def one_by_one(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """The prompts as a sequence, also where one stands alone."""
-    if isinstance(prompts, bytes):
-        raise PromptError("a prompt is bytes; decode it to text, or give token ids")
-    several: Any = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
-    if isinstance(several, str) or (len(several) > 0 and isinstance(several[0], numbers.Integral)):
-        several = [several]
-    return list(several)
+class Repeats:
+    """Tells the requests of one call apart that have the same tokens and seed: each gets the number of those before it.
 
-
-def _prompt_tokens(model: Model, name: str, prompt: Any) -> list[int]:
-    if isinstance(prompt, bytes):
-        raise PromptError(f"{name} is bytes; decode it to text, or give token ids")
-    ids = _encode(model, name, prompt) if isinstance(prompt, str) else _token_ids(model, name, prompt)
-    if not ids:
-        raise PromptError(f"{name} is empty; give at least one token")
-    return ids
-
-
-def _encode(model: Model, name: str, prompt: str) -> list[int]:
-    if model.tokenizer is None:
-        raise PromptError("this model has no tokenizer.json; give prompts as token ids")
-    if not prompt:
-        raise PromptError(f"{name} is empty; give at least one character")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"{name} is not valid Unicode: {error.reason}") from error
-    return _token_ids(model, name, model.tokenizer.encode(prompt))  # a tokenizer may have more tokens than the model
-
-
-def _token_ids(model: Model, what: str, ids: Any) -> list[int]:
-    """Plain numbers; PromptError for what is not a token id of the model."""
-    size, plain = model.config.vocab_size, []
-    try:
-        tokens = list(np.asarray(ids) if isinstance(ids, jax.Array) else ids)
-    except TypeError:
-        raise PromptError(f"{what} is {ids!r}; give a text, or a list of token ids") from None
-    for token in tokens:
-        try:
-            plain.append(operator.index(token))
-        except TypeError:
-            raise PromptError(f"{what} holds {token!r}, which is not a whole number") from None
-        if not 0 <= plain[-1] < size:
-            raise PromptError(f"{what} holds token id {token}; the model's ids are 0 to {size - 1}")
-    return plain
-
-
-def bucket_length(longest: int, prefill_chunk: int | None) -> tuple[int, int]:
-    """Length that prompts are padded to, and prompt tokens per chunk; the chunk divides the length.
-
-    Powers of two up to the chunk, then eight steps per doubling: few programs to compile, little cache wasted.
+    So several answers to one prompt differ, the same call gives the same answers, and no answer depends on requests of
+    other prompts.
     """
-    power = max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
-    if prefill_chunk is None or power <= prefill_chunk:
-        return power, power
-    chunks = -(-longest // prefill_chunk)
-    step = max(1, (1 << (chunks - 1).bit_length()) // 16)
-    return -(-chunks // step) * step * prefill_chunk, prefill_chunk
 
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[int, int]] = Counter()
 
-def answer_room(max_new_tokens: int) -> int:
-    """Places for new tokens: a power of two, at least 16, up to 512, then whole 512s."""
-    if max_new_tokens > 512:
-        return -(-max_new_tokens // 512) * 512
-    return max(16, 1 << (max_new_tokens - 1).bit_length())
+    def of(self, request: CheckedRequest) -> list[CheckedRequest]:
+        """A request for every answer that this one asks for."""
+        first = self._counts[request.key]
+        self._counts[request.key] += request.n
+        return [dataclasses.replace(request, n=1, repeat=first + i) for i in range(request.n)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
 import jax
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.quantization import Leaf
 
-LOWEST_TEMPERATURE = 1e-4
-"""Below it logits divided by the temperature overflow float32 sooner than they differ from greedy."""
+LOWEST_TEMPERATURE = 1e-6
+"""Below it nothing that float32 holds differs from greedy."""
 
 MOST_LOGPROBS = 20
 """Log-probabilities per token that a request may ask for."""
@@ -24,14 +24,17 @@ MOST_LOGPROBS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `None` leaves a step out; temperature 0 (the default) is greedy.
+    """How tokens are chosen. `None` leaves a step out, as does a value that changes nothing; temperature 0 (the
+    default) is greedy.
 
-    Applied in the order of the fields, as Hugging Face transformers does. Sequences with different options share a
-    batch, and no option compiles anything new.
+    Applied in the order in which they are listed here, as Hugging Face transformers does. Sequences with different
+    options share a batch, and no option compiles anything new.
 
     repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely (Keskar et al. 2019)
+    frequency_penalty: is taken from a token's logit as often as the answer holds it (OpenAI's API)
+    presence_penalty: is taken once from the logits of all tokens that the answer holds
     temperature: divides the logits
-    top_k: keeps the k likeliest tokens
+    top_k: keeps the k likeliest tokens; 0 and -1 keep all
     top_p: keeps the likeliest tokens that together reach probability p (Holtzman et al. 2020)
     min_p: keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024)
     """
@@ -41,40 +44,91 @@ class Sampling:
     top_k: SupportsIndex | None = None
     top_p: SupportsFloat | None = None
     min_p: SupportsFloat | None = None
+    frequency_penalty: SupportsFloat | None = None
+    presence_penalty: SupportsFloat | None = None
 
     def checked(self) -> "Sampling":
         """The same sampling in plain numbers, greedy written as `temperature=None`.
 
         Raises `ConfigError` for values out of range.
         """
-        penalty, temperature = _number("repetition_penalty", self.repetition_penalty), self.temperature
-        temperature, top_p, min_p = (_number(name, getattr(self, name)) for name in ("temperature", "top_p", "min_p"))
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            values[field.name] = _number(field.name, getattr(self, field.name))
+        temperature, top_p, min_p = values["temperature"], values["top_p"], values["min_p"]
         if temperature and not LOWEST_TEMPERATURE <= temperature < float("inf"):
             raise ConfigError(
                 f"temperature={temperature} is not possible; choose 0 (greedy) or {LOWEST_TEMPERATURE} and more"
             )
+        penalty = values["repetition_penalty"]
         if penalty is not None and not 0 < penalty < float("inf"):
             raise ConfigError(f"repetition_penalty={penalty} is not possible; choose more than 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if values[name] is not None and not -100 <= values[name] <= 100:
+                raise ConfigError(f"{name}={values[name]} is not possible; choose from -100 to 100, mostly -2 to 2")
         top_k = self.top_k
         try:
             top_k = None if top_k is None else operator.index(top_k)
         except TypeError:
-            top_k = 0
-        if top_k is not None and top_k < 1:
+            top_k = -2
+        if top_k is not None and top_k < -1:
             raise ConfigError(f"top_k={self.top_k} is not possible; choose a whole number from 1, or leave it out")
         if top_p is not None and not 0 < top_p <= 1:
             raise ConfigError(f"top_p={top_p} is not possible; choose more than 0 and at most 1")
         if min_p is not None and not 0 <= min_p <= 1:
             raise ConfigError(f"min_p={min_p} is not possible; choose 0 or more and at most 1")
-        filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-        given = [name for name, value in filters.items() if value is not None]
+        values["top_k"] = top_k if top_k and top_k > 0 else None
+        for name, neutral in NEUTRAL.items():
+            values[name] = None if values[name] == neutral else values[name]
+        given = [name for name in FILTERS if values[name] is not None]
         if given and not temperature:
             raise ConfigError(f"{', '.join(given)} has no effect at temperature 0 (greedy); set a temperature")
-        return Sampling(penalty, temperature or None, top_k, top_p, min_p)
+        return Sampling(**values)
+
+    def over(self, other: "Sampling") -> "Sampling":
+        """What this one says, and where it says nothing what the other does.
+
+        A temperature of 0 leaves out what the other says of which tokens may be drawn.
+        """
+        said = {name: value for name, value in vars(self).items() if value is not None}
+        merged = dataclasses.replace(other, **said)
+        return merged if merged.temperature else dataclasses.replace(merged, **{n: said.get(n) for n in FILTERS})
+
+    def told(self) -> str:
+        """What it does in words, for people: `temperature 0.7, top_p 0.9`."""
+        said = [f"{name} {value}" for name, value in dataclasses.asdict(self.checked()).items() if value is not None]
+        return ", ".join(said if any("temperature" in word for word in said) else ["greedy", *said])
+
+
+FILTERS = ("top_k", "top_p", "min_p")
+"""What says which tokens may be drawn: nothing where none is drawn."""
+
+NEUTRAL = {
+    "repetition_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "temperature": 0,
+    "top_p": 1,
+    "min_p": 0,
+}
+"""Values that change nothing."""
+
+
+def recommended(settings: Mapping[str, Any]) -> Sampling:
+    """The sampling that a generation_config.json asks for: greedy if `do_sample` is false or it says nothing of it.
+
+    Raises `ConfigError` for values out of range.
+    """
+    said = {name: settings[name] for name in ("repetition_penalty", "temperature", *FILTERS) if name in settings}
+    said = {name: value for name, value in said.items() if value is not None}
+    draws = settings.get("do_sample")
+    if draws is False or said.get("temperature") == 0 or (draws is None and not said.keys() - {"repetition_penalty"}):
+        return Sampling(said.get("repetition_penalty"))
+    return Sampling(**{"temperature": 1.0, **said})
 
 
 def _number(name: str, value: Any) -> float | None:
-    if value is None:
+    if value is None or name == "top_k":
         return None
     if not hasattr(value, "__float__"):
         raise ConfigError(f"{name}={value!r} is not a number; give one, or leave it out")
@@ -86,6 +140,8 @@ class SamplingRows:
     """The sampling of every sequence of a batch, as arrays; a neutral value means that a step is left out."""
 
     repetition_penalty: Leaf  # float32 [B], 1: none
+    frequency_penalty: Leaf  # float32 [B], 0: none
+    presence_penalty: Leaf  # float32 [B], 0: none
     temperature: Leaf  # float32 [B], 0: greedy
     top_k: Leaf  # int32 [B], 0: all tokens
     top_p: Leaf  # float32 [B], 1: all tokens
@@ -102,11 +158,37 @@ class SamplingRows:
 
         return cls(
             repetition_penalty=row("repetition_penalty", 1, np.float32),
+            frequency_penalty=row("frequency_penalty", 0, np.float32),
+            presence_penalty=row("presence_penalty", 0, np.float32),
             temperature=row("temperature", 0, np.float32),
             top_k=row("top_k", 0, np.int32),
             top_p=row("top_p", 1, np.float32),
             min_p=row("min_p", 0, np.float32),
         )
+
+    @property
+    def counting(self) -> Bool[Array, ""]:
+        """Whether a sequence of the batch asks which tokens there were before."""
+        return jnp.any((self.repetition_penalty != 1) | (self.frequency_penalty != 0) | (self.presence_penalty != 0))
+
+
+@struct.dataclass
+class Seen:
+    """The tokens that were before; means something only where a sequence of the batch has a penalty."""
+
+    anywhere: Leaf  # bool [B, V], in prompt or answer
+    answered: Leaf  # int32 [B, V], how often in the answer
+
+    @classmethod
+    def nothing(cls, size: int, vocabulary: int, xp: Any = jnp) -> "Seen":
+        """Of `size` sequences that begin; `xp` is jax.numpy or numpy."""
+        return cls(xp.zeros((size, vocabulary), bool), xp.zeros((size, vocabulary), xp.int32))
+
+    def with_answers(self, tokens: Int[Array, " B"], live: Bool[Array, " B"]) -> "Seen":
+        """With one token more in the answers that are live."""
+        rows = jnp.arange(len(tokens))
+        answered = self.answered.at[rows, tokens].add(live.astype(jnp.int32))
+        return Seen(self.anywhere.at[rows, tokens].max(live), answered)
 
 
 @struct.dataclass
@@ -129,26 +211,29 @@ class Chosen:
 def sample(
     logits: Float[Array, "B V"],
     rows: SamplingRows,
-    seeds: Int[Array, " B"],
+    keys: UInt32[Array, "B 2"],
     numbers: Int[Array, " B"],
-    seen: Bool[Array, "B V"],
+    seen: Seen,
+    forbidden: Int[Array, "B n"],
     top: Int[Array, " B"],
 ) -> Chosen:
     """The next token of every sequence. What is costly runs only if a sequence of the batch asks for it.
 
-    `seeds`, `numbers`: a token is drawn by its sequence's seed and its number in the answer, and nothing else.
-    `seen`: tokens that the repetition penalty is about. `top`: how many likeliest tokens are asked for.
+    keys, numbers: a token is drawn by the key of its request and its number in the answer, and nothing else
+    seen: what the penalties are about
+    forbidden: tokens that are not chosen now; -1: none
+    top: how many likeliest tokens are asked for
     """
     logits = logits.astype(jnp.float32)
     vocabulary = logits.shape[1]
+    held = jnp.any(forbidden >= 0)
 
     def choose() -> Int[Array, " B"]:
-        penalized = lax.cond(
-            jnp.any(rows.repetition_penalty != 1), lambda: _penalized(logits, rows, seen), lambda: logits
-        )
-        greedy = jnp.argmax(penalized, axis=-1)
+        allowed = lax.cond(rows.counting, lambda: _penalized(logits, rows, seen), lambda: logits)
+        allowed = lax.cond(held, lambda: _without(allowed, forbidden), lambda: allowed)
+        greedy = jnp.argmax(allowed, axis=-1)
         drawn = lax.cond(
-            jnp.any(rows.temperature > 0), lambda: _drawn(penalized, rows, token_keys(seeds, numbers)), lambda: greedy
+            jnp.any(rows.temperature > 0), lambda: _drawn(allowed, rows, token_keys(keys, numbers)), lambda: greedy
         )
         return jnp.where(rows.temperature > 0, drawn, greedy)
 
@@ -157,25 +242,37 @@ def sample(
         return tokens, logprobs
 
     nothing = Chosen.nothing(len(logits), vocabulary=vocabulary)
-    plain = jnp.all((rows.temperature == 0) & (rows.repetition_penalty == 1))
+    plain = jnp.all(rows.temperature == 0) & ~rows.counting & ~held
     tokens = lax.cond(plain, lambda: jnp.argmax(logits, axis=-1), choose).astype(jnp.int32)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
     top_of_all = lax.cond(jnp.any(top > 0), likeliest, lambda: (nothing.top_tokens, nothing.top_logprobs))
     return Chosen(tokens, logprobs, *top_of_all)
 
 
-def token_keys(seeds: Int[Array, " B"], numbers: Int[Array, " B"]) -> Any:
-    """The random key that token `numbers` of each answer is drawn with: it depends on seed and number only."""
-    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
+def token_keys(keys: UInt32[Array, "B 2"], numbers: Int[Array, " B"]) -> Any:
+    """The random key that token `numbers` of each answer is drawn with."""
+
+    def fold(key: Array, number: Array) -> Any:
+        return jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), number)
+
+    return jax.vmap(fold)(keys, numbers)
 
 
-def _penalized(logits: Float[Array, "B V"], rows: SamplingRows, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-    penalty = rows.repetition_penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+def _penalized(logits: Float[Array, "B V"], rows: SamplingRows, seen: Seen) -> Float[Array, "B V"]:
+    repeated = rows.repetition_penalty[:, None]
+    logits = jnp.where(seen.anywhere, jnp.where(logits > 0, logits / repeated, logits * repeated), logits)
+    times = seen.answered.astype(jnp.float32)
+    return logits - rows.frequency_penalty[:, None] * times - rows.presence_penalty[:, None] * jnp.sign(times)
+
+
+def _without(logits: Float[Array, "B V"], forbidden: Int[Array, "B n"]) -> Float[Array, "B V"]:
+    places = jnp.where(forbidden < 0, logits.shape[1], forbidden)
+    return logits.at[jnp.arange(len(logits))[:, None], places].set(-jnp.inf, mode="drop")
 
 
 def _drawn(logits: Float[Array, "B V"], rows: SamplingRows, keys: Any) -> Int[Array, " B"]:
     sampled = rows.temperature > 0
+    logits = logits - logits.max(axis=-1, keepdims=True)  # so that no temperature makes infinities of them
     logits = logits / jnp.where(sampled, rows.temperature, 1)[:, None]
     ranked = jnp.any(sampled & ((rows.top_k > 0) | (rows.top_p < 1)))
     logits = lax.cond(ranked, lambda: likely_by_rank(logits, rows), lambda: logits)

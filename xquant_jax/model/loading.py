@@ -1,6 +1,7 @@
 """From a checkpoint on disk to a model in memory."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from importlib.resources import files
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from converters import open_checkpoint
+from converters import local_directory, open_checkpoint
 from converters.shards import read_json
 from pallas_kernels import api
 from xquant_jax import sharding
@@ -23,6 +24,7 @@ from xquant_jax.calibration.calibrate import calibrate, drawn_tokens
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError, ConfigError
 from xquant_jax.model.calibration_file import FILE, Calibration, fingerprint
+from xquant_jax.model.chat_template import ChatTemplate
 from xquant_jax.model.factors import Kept, Origin, factor_source, layer_on_host, method_params
 from xquant_jax.model.tokenizer import Tokenizer
 from xquant_jax.model.transformer import Transformer
@@ -45,6 +47,8 @@ class Model:
     transformer: Transformer
     params: Any
     tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    generation_config: Mapping[str, Any]  # generation_config.json
     stop_ids: tuple[int, ...]
     dtype: str
     origin: Origin
@@ -61,6 +65,16 @@ class Model:
     def checkpoint(self) -> Any:
         """What the model was loaded from: a `converters.Checkpoint`."""
         return self.origin.checkpoint
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of a sequence that the model was made for: `max_position_embeddings`, or what its RoPE scaling makes
+        of the length of pretraining. None where config.json does not say."""
+        said = self.checkpoint.config.get("max_position_embeddings")
+        rope = self.config.rope
+        if rope.scaling == "dynamic":
+            return rope.longest
+        return max(said, int(rope.factor * rope.original_positions)) if isinstance(said, int) else None
 
     def on(self, mesh: Mesh | None) -> "Model":
         """The model spread over a mesh; itself if it is, or if `mesh` is None. `load(..., mesh=...)` spares the copy.
@@ -148,14 +162,19 @@ def load(
     dtype: str | None = None,
     implementation: str | None = None,
     calibration: str | Path | None = None,
+    context: int | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
     """Loads a converted directory, a Hugging Face directory, or `"demo"`, the model that ships with the package.
+
+    A name on the Hugging Face Hub, `"org/model"` or `"org/model@revision"`, is downloaded to its cache (extra `hub`).
 
     dtype: of parameters and activations; by default the checkpoint's own, but float32 on CPU, where narrower types
         are emulated and several times slower
     implementation: of the kernels, by default the best for the device
     calibration: file that `xquant calibrate` wrote, by default `calibration.safetensors` in the directory
+    context: tokens of the longest sequence that will be run, prompt and answer together, for models whose RoPE depends
+        on it (`longrope`); by default what such a model was first trained on
     mesh: devices to spread the weights over (`make_mesh`); every process reads its own devices' shards only
 
     Raises `CheckpointError` for files that are missing or inconsistent, `ConfigError` for a model that is not
@@ -166,21 +185,26 @@ def load(
     if calibration is not None and not Path(calibration).exists():
         raise ConfigError(f"calibration={calibration} does not exist; xquant calibrate writes one")
     api.check(implementation)  # raises here, not at the first step that would use it
-    directory = DEMO if str(path) == "demo" else Path(path)
+    directory = DEMO if str(path) == "demo" else local_directory(path)
     checkpoint = open_checkpoint(directory)
     config = checkpoint.model_config
+    if context is not None:
+        config = dataclasses.replace(config, rope=config.rope.for_length(context))
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
     if mesh is not None:
         mesh = sharding.checked(mesh)
         sharding.check_model(config, mesh)
-    tokenizer = directory / "tokenizer.json"
+    tokenizer, settings = directory / "tokenizer.json", directory / "generation_config.json"
+    generation_config = read_json(settings) if settings.exists() else {}
     params = read_parameters(checkpoint, dtype, mesh)
     return Model(
         transformer=Transformer(config),
         implementation=implementation,
         params=params,
         tokenizer=Tokenizer.from_file(tokenizer) if tokenizer.exists() else None,
-        stop_ids=_stop_ids(directory, checkpoint.config),
+        chat_template=ChatTemplate.from_directory(directory),
+        generation_config=generation_config,
+        stop_ids=_stop_ids(generation_config, checkpoint),
         dtype=dtype,
         origin=Origin.of(checkpoint, params["layers"]),
         calibration=Path(calibration) if calibration is not None else directory / FILE,
@@ -188,12 +212,11 @@ def load(
     )
 
 
-def _stop_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids: of generation_config.json where there is one, else of config.json."""
-    path = directory / "generation_config.json"
-    settings = read_json(path) if path.exists() else {}
-    ids = settings.get("eos_token_id", config.get("eos_token_id"))
+def _stop_ids(generation_config: dict[str, Any], checkpoint: Any) -> tuple[int, ...]:
+    """End-of-sequence ids: of generation_config.json where it names them, else of config.json."""
+    said = "generation_config.json" if "eos_token_id" in generation_config else "config.json"
+    ids = generation_config.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
-        raise CheckpointError(f"{path}: eos_token_id={ids} is neither a token id nor a list of them")
+        raise CheckpointError(f"{checkpoint.path / said}: eos_token_id={ids} is neither a token id nor a list of them")
     return tuple(ids)

@@ -70,6 +70,15 @@ class Rope:
             )
         return self
 
+    def check(self, tokens: int) -> None:
+        """Raises `ConfigError` if these frequencies are not right for sequences of so many tokens."""
+        if self.scaling == "longrope" and not self.long and tokens > self.original_positions:
+            raise ConfigError(
+                f"{tokens} tokens are more than original_max_position_embeddings={self.original_positions}, and beyond "
+                f"rope_type='longrope' rotates all tokens otherwise; load the model with context={tokens} (--context)"
+            )
+        self.for_length(tokens)
+
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each of the head_dim/2 pairs, in radians, float32."""
         exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)

@@ -21,6 +21,8 @@ from xquant_jax.model.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="needs the lm-eval extra")
 
+from lm_eval import tasks as harness
+
 from xquant_jax.evaluation import lm_eval
 
 # the harness and what it imports warn on their own account
@@ -61,6 +63,7 @@ generation_kwargs: {until: [":"], max_gen_toks: 16}
 metric_list: [{metric: exact_match}]
 """,
 }
+START = "<|endoftext|>"
 DOCUMENTS = [
     {"start": "for i in range(", "ends": ["10):", " the of and was"], "good": 0},
     {"start": "    def __init__(", "ends": [" tax of seven per", "self):"], "good": 1},
@@ -83,7 +86,9 @@ def tasks(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_once() -> Iterator[None]:
+    """The demo model; and the command reads no task files of the harness."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "TaskManager", functools.partial(harness.TaskManager, include_defaults=False))
         patch.setattr(lm_eval, "load", functools.cache(xq.load))
         yield
 
@@ -91,6 +96,14 @@ def _loaded_once() -> Iterator[None]:
 def make(**options: Any) -> Any:
     model: Any = lm_eval.XQuantLM
     return model("demo", dtype="float32", **options)
+
+
+def with_start(lm: Any) -> Any:
+    """With a tokenizer that puts the start token before every text."""
+    backend = Tokenizer.from_file(DEMO / "tokenizer.json").backend
+    backend.post_processor = TemplateProcessing(single=f"{START} $A", special_tokens=[(START, lm.prefix_token_id)])
+    lm.model = dataclasses.replace(lm.model, tokenizer=Tokenizer(backend))
+    return lm
 
 
 def request(*arguments: Any) -> SimpleNamespace:
@@ -142,17 +155,6 @@ def test_likelihoods_are_those_of_the_tokens(protocol: str) -> None:
         assert answer[1] == bool(scores.greedy[0, predicted].all())
 
 
-def test_what_is_generated_is_the_likeliest() -> None:
-    lm = make(cache="bf16,dtype=float32", batch_size=3)
-    start = "    def __init__("
-    whole, stopped = lm.generate_until(
-        [request(start, {"max_gen_toks": 4}), request(start, {"until": [":"], "max_gen_toks": 4})]
-    )
-    assert whole == f"{stopped}:"
-    (again,) = lm.loglikelihood([request(start, whole)])
-    assert again[1]
-
-
 def test_rolling_likelihood_counts_every_token_once() -> None:
     lm = make(cache="bf16,dtype=float32", max_length=32)
     text = "import os\nfor name in os.listdir():\n    print(name)\n" * 4
@@ -169,30 +171,6 @@ def test_rolling_likelihood_counts_every_token_once() -> None:
     (total,) = lm.loglikelihood_rolling([request(text)])
     assert sum(seen) == count
     assert total < 0
-
-
-def test_agreement_is_of_texts_choices_and_likeliest_continuations() -> None:
-    def logged(*responses: list) -> list[dict]:
-        numbered = [{"doc_id": i, "filtered_resps": own} for i, own in enumerate(responses)]
-        return numbered[::-1]  # in whatever order
-
-    reference = {
-        "texts": logged(["abcd"], [""], ["x"]),
-        "choices": logged([(-1.0, True), (-3.0, False)], [(-2.0, False), (-1.0, False)]),
-        "continuations": logged([(-1.0, True)], [(-3.0, False)]),
-        "rolling": logged([-7.0], [-8.0]),
-    }
-    other = {
-        "texts": logged(["abxx"], [""], [""]),
-        "choices": logged([(-9.0, False), (-3.0, False)], [(-2.0, False), (-1.0, False)]),
-        "continuations": logged([(-1.5, True)], [(-2.0, False)]),
-        "rolling": logged([-7.5], [-8.0]),
-    }
-    assert lm_eval.agreement(lm_eval.answers(other), lm_eval.answers(reference)) == {
-        "texts": {"same_answer": pytest.approx(1 / 3), "same_text": pytest.approx(0.5)},
-        "choices": {"same_answer": 0.5},
-        "continuations": {"same_answer": 1.0},
-    }
 
 
 GENERATED = """
@@ -229,13 +207,30 @@ def test_a_task_that_lacks_a_package_says_what_to_install(tasks: Path, capsys: p
 
 def test_start_token_is_not_set_twice() -> None:
     """With a tokenizer that sets one, where the text begins with one too."""
-    lm = make()
-    start = "<|endoftext|>"
-    backend = Tokenizer.from_file(DEMO / "tokenizer.json").backend
-    backend.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, lm.prefix_token_id)])
-    lm.model = dataclasses.replace(lm.model, tokenizer=Tokenizer(backend))
-    assert lm.tok_encode("import os") == lm.tok_encode(f"{start}import os")
-    assert lm.tok_encode("import os").count(lm.prefix_token_id) == 1
+    lm = with_start(make())
+    plain = lm.tok_encode("import os", add_special_tokens=False)
+    for add in (None, True):
+        assert lm.tok_encode("import os", add) == lm.tok_encode(f"{START}import os", add) == [0, *plain]
+    assert lm.tok_encode(f"{START}import os", add_special_tokens=False) == [0, *plain]
+    assert lm.tok_encode("", add_special_tokens=False) == []
+
+
+def test_likelihood_of_what_follows_nothing_but_spaces() -> None:
+    lm = make(cache="bf16,dtype=float32", batch_size=3)
+    (alone,) = lm.loglikelihood([request("", "\n\nimport os")])
+    assert lm.loglikelihood([request("\n\n", "import os")]) == [alone]
+
+
+@pytest.mark.parametrize("positions", [{}, {"max_position_embeddings": None}, {"max_position_embeddings": 77}])
+def test_context_is_what_config_says_or_2048(tmp_path: Path, positions: dict) -> None:
+    config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    del config["max_position_embeddings"]
+    for file in DEMO.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").write_text(json.dumps(config | positions))
+    model: Any = lm_eval.XQuantLM
+    assert model(str(tmp_path)).max_length == positions.get("max_position_embeddings") or 2048
 
 
 @pytest.mark.parametrize(
@@ -254,7 +249,7 @@ def test_options_that_cannot_be_honoured(options: dict, message: str) -> None:
 
 def test_requests_that_cannot_be_honoured() -> None:
     lm = make(max_length=8)
-    with pytest.raises(ConfigError, match="num_beams are not supported"):
+    with pytest.raises(ConfigError, match="num_beams=4 is not supported"):
         lm.generate_until([request("x", {"num_beams": 4})])
     with pytest.raises(ConfigError, match="max_gen_toks=8 leaves no room"):
         lm.generate_until([request("x", {"max_gen_toks": 8})])

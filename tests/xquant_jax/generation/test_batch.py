@@ -65,7 +65,7 @@ def assert_as_generated(
     """`generate` answers all prompts up to the longest limit; an answer is what it begins with."""
     limits, (one, *_) = [request.max_new_tokens for request in asked], asked
     alike = {"sampling": one.sampling, "stop": one.stop, "stop_ids": one.stop_ids}
-    prompts, seeds = [request.prompt for request in asked], [request.seed for request in asked]
+    prompts, seeds = [request.prompt for request in asked], [request.seed or 0 for request in asked]
     expected = xq.generate(model, prompts, max_new_tokens=max(limits), seed=seeds, **alike, **options).results
     assert sorted(answer.index for answer in answers) == list(range(len(asked)))
     for answer in answers:
@@ -187,10 +187,10 @@ def test_bad_requests_are_answered_with_an_error_and_the_rest_goes_on(model: xq.
         (b"x", {}, "the prompt is bytes"),
         ("Hi", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("Hi", {"max_new_tokens": "9"}, "max_new_tokens='9' is not a whole number"),
-        ("Hi", {"seed": 2**31}, "seed=2147483648"),
+        ("Hi", {"seed": 2**63}, "seed=9223372036854775808"),
         ("Hi", {"sampling": 0.5}, "sampling=0.5 is not possible"),
-        ("Hi", {"stop": "x"}, "stop must be a list"),
-        ("Hi", {"stop": 5}, "stop must be a list"),
+        ("Hi", {"stop": "x"}, "stop='x' is not possible"),
+        ("Hi", {"stop": 5}, "stop=5 is not possible"),
         ("Hi", {"stop_ids": 5}, "stop_ids is 5"),
         ("Hi", {"logprobs": 21}, "logprobs=21 is not possible; choose from 0 to 20"),
     ]

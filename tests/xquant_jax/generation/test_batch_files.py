@@ -18,8 +18,7 @@ import xquant_jax as xq
 from tests.checkpoints import write_checkpoint
 from xquant_jax.cli import main
 from xquant_jax.cli.options import parse_bytes
-from xquant_jax.generation.batch_files import Results, parse_prompts
-from xquant_jax.generation.request import Request
+from xquant_jax.generation.batch_files import Results
 from xquant_jax.model.loading import DEMO
 from xquant_jax.model.weights import weights_checksum
 
@@ -65,7 +64,7 @@ def test_every_prompt_gets_the_answer_of_generate(small: str, tmp_path: Path, ca
     ).results
     assert written.keys() == {1, 3, 4}
     assert written[1]["id"] == 7
-    assert set(written[3]) == {"line", "text", "tokens", "logprobs", "finish_reason"}
+    assert set(written[3]) == {"line", "text", "tokens", "logprobs", "finish_reason", "seed"}
     assert [written[n]["tokens"] for n in (1, 3, 4)] == [
         expected[0].tokens,
         expected[1].tokens[:3],
@@ -112,11 +111,11 @@ def test_malformed_lines_are_reported_with_their_number_and_the_rest_is_done(
     errors = {
         1: (b'{"prompt": "cut of', "not JSON"),
         2: (b'["a list"]', "must be an object"),
-        4: (b'{"id": "a"}', "either prompt or tokens"),
-        5: (b'{"prompt": "x", "tokens": [1]}', "either prompt or tokens"),
+        4: (b'{"id": "a"}', "one of prompt, tokens and messages"),
+        5: (b'{"prompt": "x", "tokens": [1]}', "one of prompt, tokens and messages"),
         6: (b'{"prompt": 5}', "it must be a string"),
         7: (b'{"tokens": [1, "2"]}', "list of whole numbers"),
-        8: (b'{"prompt": "x", "max_tokens": 5}', "'max_tokens' is not known; known: id, prompt"),
+        8: (b'{"prompt": "x", "max_tokens": 5, "max_new_tokens": 6}', "max_new_tokens is given twice, as 5 and as 6"),
         9: (b'{"prompt": "x", "seed": true}', "seed=True is not a whole number"),
         10: (b'{"prompt": "\xff"}', "not UTF-8 text"),
         11: (b'{"prompt": "x", "id": "good"}', "id 'good' is that of line 3 too"),
@@ -125,12 +124,12 @@ def test_malformed_lines_are_reported_with_their_number_and_the_rest_is_done(
         14: (b'{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens=0"),
         15: (b"[" * 100_000, "not JSON"),
         16: (b'{"prompt": "a \\ud800 b"}', "not valid Unicode"),
-        17: (b'{"prompt": "x", "id": NaN}', "its id holds a number that JSON does not have"),
-        18: (b'{"prompt": "x", "id": "\\ud800"}', "its id is not valid Unicode"),
+        17: (b'{"prompt": "x", "id": NaN}', "another of its columns holds a number that JSON does not have"),
+        18: (b'{"prompt": "x", "id": "\\ud800"}', "another of its columns is not valid Unicode"),
         20: (b'{"prompt": "x", "temperature": "hot"}', "temperature='hot' is not a number"),
         21: (b'{"prompt": "x", "temperature": -1}', "temperature=-1.0 is not possible"),
         22: (b'{"prompt": "x", "top_k": 5}', "top_k has no effect at temperature 0"),
-        23: (b'{"prompt": "x", "stop": "a"}', "stop must be a list of strings"),
+        23: (b'{"prompt": "x", "stop": 5}', "stop must be a string or a list of strings"),
         24: (b'{"prompt": "x", "stop_ids": [1.5]}', "stop_ids must be a list of whole numbers"),
         25: (b'{"prompt": "x", "stop_ids": [6000]}', "stop_ids holds token id 6000"),
         26: (b'{"prompt": "x", "logprobs": 21}', "logprobs=21 is not possible; choose from 0 to 20"),
@@ -139,7 +138,7 @@ def test_malformed_lines_are_reported_with_their_number_and_the_rest_is_done(
     good = b'{"prompt": "Tom", "id": "good", "max_new_tokens": 3}'
     asked.write_bytes(b"\n".join(errors[n][0] if n in errors else good for n in range(1, 27)))
     for _ in range(2):  # the second run finds nothing to do and says the same
-        assert main(["batch", small, str(asked), str(results), "--cache", "bf16"]) == 0
+        assert main(["batch", small, str(asked), str(results), "--cache", "bf16"]) == 1
         reported = capsys.readouterr().err
         written = {record["line"]: record for record in read(results)}
         assert written.keys() == set(range(1, 27))
@@ -280,9 +279,3 @@ def test_the_checksum_of_weights_sees_one_bit_and_two_numbers_in_the_wrong_order
     ]
     assert len({weights_checksum(tree) for tree in [params, *others]}) == 5
     assert weights_checksum(params) == weights_checksum(dict(params))
-
-
-def test_blank_lines_count_but_ask_for_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(b'\r\n{"prompt": "a"}\r\n\n  \n{"prompt": "b"}\n')
-    assert [line.number for line in parse_prompts(path.read_bytes(), Request(""))] == [2, 5]

@@ -14,7 +14,7 @@ import xquant_jax as xq
 from tests.checkpoints import write_checkpoint
 from tests.conftest import counted_compilations
 from tests.xquant_jax.generation.conftest import EXACT, STARTS
-from xquant_jax.generation.request import bucket_length
+from xquant_jax.generation.buckets import bucket_length
 from xquant_jax.model.loading import DEMO
 
 PROMPTS = list(STARTS[:3])
@@ -190,7 +190,7 @@ def test_whole_numbers_of_numpy_are_taken_as_numbers(model: xq.Model) -> None:
 def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
     result = xq.generate(model, PROMPTS[0], max_new_tokens=5)
     written = json.loads(json.dumps(result.to_json()))
-    assert set(written["results"][0]) == {"prompt", "text", "tokens", "logprobs", "finish_reason"}
+    assert set(written["results"][0]) == {"prompt", "text", "tokens", "logprobs", "finish_reason", "seed"}
     sizes = written["cache_bytes"]
     assert set(sizes) == {"codes", "scales", "window", "scratch", "total"}
     assert sizes["total"] == sum(n for part, n in sizes.items() if part != "total")
@@ -212,10 +212,15 @@ def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
         ("Hi", {"cache": "xquant:5"}, xq.ConfigError, "bits=5"),
         ("Hi", {"cache": "xquant:4,group=5"}, xq.ConfigError, "group=5 does not divide"),
         ("Hi", {"sampling": xq.Sampling(temperature=-1)}, xq.ConfigError, "temperature=-1"),
-        ("Hi", {"stop": [""]}, xq.ConfigError, "stop must be"),
+        ("Hi", {"stop": [""]}, xq.ConfigError, r"stop=\[''\] is not possible"),
+        ("Hi", {"stop": "a"}, xq.ConfigError, "stop='a' is not possible; give a list"),
+        ("Hi", {"n": 0}, xq.ConfigError, "n=0 is not possible"),
+        ("Hi", {"min_tokens": -1}, xq.ConfigError, "min_tokens=-1 is not possible"),
+        ("Hi", {"min_tokens": 200}, xq.ConfigError, "min_tokens=200 is more than max_new_tokens=128"),
+        (xq.Chat([{"role": "user", "content": "Hi"}]), {}, xq.PromptError, "this model has no chat template"),
         ("Hi", {"seed": [1, 2]}, xq.ConfigError, "2 seeds given for 1 prompts"),
         ("Hi", {"prefill_chunk": 0}, xq.ConfigError, "prefill_chunk=0"),
-        ("Hi", {"seed": 2**31}, xq.ConfigError, "seed=2147483648 is not possible"),
+        ("Hi", {"seed": 2**63}, xq.ConfigError, "seed=9223372036854775808 is not possible"),
         ("Hi", {"stop_ids": [4096]}, xq.PromptError, "stop_ids holds token id 4096"),
         ([np.asarray([1.5])], {}, xq.PromptError, "1.5.*, which is not a whole number"),
         (b"Hi", {}, xq.PromptError, "a prompt is bytes"),

@@ -9,28 +9,53 @@ import pytest
 
 from tests.conftest import counted_compilations
 from xquant_jax.errors import ConfigError
-from xquant_jax.generation.sampling import Chosen, Sampling, SamplingRows, likely_by_rank, sample, token_keys
+from xquant_jax.generation.sampling import (
+    Chosen,
+    Sampling,
+    SamplingRows,
+    Seen,
+    likely_by_rank,
+    recommended,
+    sample,
+    token_keys,
+)
 
 LOGITS = np.log(np.asarray([0.4, 0.3, 0.15, 0.1, 0.05]))
 DRAWS = 4000
 
 
+def keys_of(size: int) -> jax.Array:
+    """A key of its own for every sequence."""
+    return jnp.stack([jnp.full(size, 7, jnp.uint32), jnp.arange(size, dtype=jnp.uint32)], axis=1)
+
+
 @jax.jit
-def compiled_sample(logits: Any, rows: SamplingRows, seen: Any, top: Any) -> Chosen:
-    """Sequence i has seed i and is at token 0."""
-    return sample(logits, rows, jnp.arange(len(logits)), jnp.zeros(len(logits), jnp.int32), seen, top)
+def compiled_sample(logits: Any, rows: SamplingRows, seen: Seen, forbidden: Any, top: Any) -> Chosen:
+    """Every sequence is at token 0."""
+    size = len(logits)
+    return sample(logits, rows, keys_of(size), jnp.zeros(size, jnp.int32), seen, forbidden, top)
 
 
-def chosen(logits: Any, samplings: list[Sampling], seen: Any = None, top: Any = None) -> Chosen:
+def chosen(
+    logits: Any, samplings: list[Sampling], seen: Any = None, top: Any = None, answered: Any = None, forbidden: Any = ()
+) -> Chosen:
     logits = jnp.asarray(logits, jnp.float32)
-    seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
-    top = jnp.zeros(len(logits), jnp.int32) if top is None else jnp.asarray(top)
-    return compiled_sample(logits, SamplingRows.of([sampling.checked() for sampling in samplings]), seen, top)
+    size, vocabulary = logits.shape
+    before = Seen.nothing(size, vocabulary)
+    before = Seen(
+        before.anywhere if seen is None else jnp.asarray(seen),
+        before.answered if answered is None else jnp.asarray(answered),
+    )
+    top = jnp.zeros(size, jnp.int32) if top is None else jnp.asarray(top)
+    forbid = jnp.tile(jnp.asarray([*forbidden, *[-1] * (3 - len(forbidden))], jnp.int32), (size, 1))
+    rows = SamplingRows.of([sampling.checked() for sampling in samplings])
+    return compiled_sample(logits, rows, before, forbid, top)
 
 
-def frequencies(seen: Any = None, **options: Any) -> np.ndarray:
-    seen = None if seen is None else np.tile(seen, (DRAWS, 1))
-    tokens = chosen(np.tile(LOGITS, (DRAWS, 1)), [Sampling(**options)] * DRAWS, seen).tokens
+def frequencies(seen: Any = None, answered: Any = None, forbidden: Any = (), **options: Any) -> np.ndarray:
+    seen, answered = (None if a is None else np.tile(a, (DRAWS, 1)) for a in (seen, answered))
+    logits = np.tile(LOGITS, (DRAWS, 1))
+    tokens = chosen(logits, [Sampling(**options)] * DRAWS, seen, answered=answered, forbidden=forbidden).tokens
     return np.bincount(np.asarray(tokens), minlength=5) / DRAWS
 
 
@@ -53,6 +78,17 @@ def distribution(*weights: float) -> np.ndarray:
             {"temperature": 1.0, "repetition_penalty": 2.0, "seen": [True, False, False, False, False]},
             distribution(0.4**2, 0.3, 0.15, 0.1, 0.05),
         ),
+        (
+            {"temperature": 1.0, "frequency_penalty": 0.5, "answered": [2, 0, 0, 1, 0]},
+            distribution(0.4 * np.exp(-1), 0.3, 0.15, 0.1 * np.exp(-0.5), 0.05),
+        ),
+        (
+            {"temperature": 1.0, "presence_penalty": 0.5, "answered": [2, 0, 0, 1, 0]},
+            distribution(0.4 * np.exp(-0.5), 0.3, 0.15, 0.1 * np.exp(-0.5), 0.05),
+        ),
+        ({"temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0}, distribution(0.4, 0.3, 0.15, 0.1, 0.05)),
+        ({"temperature": 1.0, "forbidden": (0, 4)}, distribution(0, 0.3, 0.15, 0.1, 0)),
+        ({"temperature": 1e-6}, distribution(1, 0, 0, 0, 0)),
     ],
 )
 def test_tokens_are_drawn_from_the_filtered_distribution(options: dict[str, Any], expected: np.ndarray) -> None:
@@ -97,7 +133,7 @@ def alone(logits: np.ndarray, sampling: Sampling, seen: np.ndarray, key: Any) ->
 def test_sequences_of_different_options_are_each_sampled_as_if_alone_by_one_program() -> None:
     rng = np.random.default_rng(0)
     logits, seen = rng.normal(size=(25, 8, 50), scale=2).astype(np.float32), rng.random((25, 8, 50)) < 0.3
-    keys = token_keys(jnp.arange(8), jnp.zeros(8, jnp.int32))
+    keys = token_keys(keys_of(8), jnp.zeros(8, jnp.int32))
     orders = [np.roll(np.arange(8), n) for n in range(25)]
     chosen(logits[0], MIXED, seen[0])
     with counted_compilations() as compiled:
@@ -134,8 +170,10 @@ def test_log_probabilities_are_the_models_own() -> None:
         ({"temperature": -0.1}, "temperature=-0.1 is not possible"),
         ({"temperature": float("nan")}, "temperature=nan is not possible"),
         ({"temperature": float("inf")}, "temperature=inf is not possible"),
-        ({"temperature": 1e-40}, "temperature=1e-40 is not possible"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k=0 is not possible"),
+        ({"temperature": 1e-7}, "temperature=1e-07 is not possible"),
+        ({"temperature": 1.0, "top_k": -2}, "top_k=-2 is not possible"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan is not possible"),
+        ({"presence_penalty": float("inf")}, "presence_penalty=inf is not possible"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty=inf is not possible"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 is not possible"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5 is not possible"),
@@ -147,3 +185,33 @@ def test_log_probabilities_are_the_models_own() -> None:
 def test_values_out_of_range_are_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**options).checked()
+
+
+def test_what_changes_nothing_is_taken_at_any_temperature() -> None:
+    neutral = Sampling(1.0, 0.0, 0, 1.0, 0.0, 0.0, 0.0)
+    assert neutral.checked() == Sampling(temperature=None).checked()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, Sampling(temperature=0.6, top_p=0.9)),
+        ({"do_sample": True}, Sampling(temperature=1.0)),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, Sampling()),
+        ({"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05}, Sampling(1.05, temperature=0.7, top_k=20)),
+        ({"repetition_penalty": 1.1, "top_p": None}, Sampling(1.1)),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, Sampling()),
+    ],
+)
+def test_the_models_own_sampling_is_that_of_its_generation_config(said: dict[str, Any], expected: Sampling) -> None:
+    assert recommended(said).checked() == expected.checked()
+
+
+def test_what_is_said_stands_over_what_is_not() -> None:
+    base = Sampling(1.1, temperature=0.6, top_p=0.9)
+    assert Sampling(temperature=None).over(base) == base
+    assert Sampling(temperature=0.2).over(base) == Sampling(1.1, temperature=0.2, top_p=0.9)
+    assert Sampling(temperature=0.0).over(base) == Sampling(1.1, temperature=0.0)
+    assert Sampling(temperature=0.6, top_p=0.9).told() == "temperature 0.6, top_p 0.9"
+    assert Sampling(1.1).told() == "greedy, repetition_penalty 1.1"

@@ -1,0 +1,115 @@
+"""`xquant chat MODEL`: a conversation at the terminal."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from xquant_jax.cli import terminal
+from xquant_jax.cli.options import MODEL, add_options, load_model, options_of, settled, told
+from xquant_jax.errors import XQuantError
+from xquant_jax.generation.chat import Conversation
+
+CONTEXT = 4096
+"""Tokens of a conversation, where the model was made for as many."""
+
+HELP = "/clear begins anew, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk to a model",
+        description=f"Every line is a message; {HELP}. The cache is kept from turn to turn. Without a terminal the "
+        "lines of stdin are answered one by one.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--system", help="the system message")
+    add_options(parser, sampling="model", max_new_tokens=1024, context=f"the conversation ({CONTEXT}, or the model's)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    request, options = options_of(arguments)
+    model = load_model(arguments)
+    request = settled(request, arguments, model)
+    context = arguments.context or min(CONTEXT, model.positions or CONTEXT)
+    conversation = Conversation(model, request, options, context=context, system=arguments.system)
+    console, notes = terminal.console(), terminal.console(stderr=True)
+    terminal.write(notes, f"sampling: {told(request)}; context: {context} tokens. {HELP}.", style="dim")
+    return _talk(conversation, console, notes)
+
+
+def _talk(conversation: Conversation, console: Console, notes: Console) -> int:
+    """Answers until the user has enough; 1 if an answer failed where nobody sits at a terminal."""
+    failed = False
+    for line in _lines(console):
+        if line == "/exit":
+            break
+        if line == "/clear":
+            conversation.clear()
+            terminal.write(notes, "a new conversation", style="dim")
+        elif line.startswith("/"):
+            terminal.write(notes, f"{line} is no command: {HELP}", style="red")
+        elif line.strip():
+            failed |= not _answer(conversation, line, console, notes)
+    return int(failed and not sys.stdin.isatty())
+
+
+def _lines(console: Console) -> Iterator[str]:
+    """What the user types, or what stdin holds."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            terminal.write(console, "")
+            return
+        except KeyboardInterrupt:
+            terminal.write(console, f"\n({HELP})", style="dim")
+
+
+def _answer(conversation: Conversation, line: str, console: Console, notes: Console) -> bool:
+    """Prints the answer as it comes, until it ends or Ctrl-C is pressed. Whether there was no error."""
+    error, reason = None, None
+    try:
+        with _interruptible() as interrupted:
+            answer = conversation.say(line)
+            for token in answer:
+                terminal.write(console, token.text, end="")
+                error, reason = token.error, token.finish_reason
+                if interrupted:
+                    answer.close()
+                    reason = "interrupted"
+                    break
+    except XQuantError as caught:
+        error = str(caught)
+    terminal.write(console, "")
+    if error is not None:
+        terminal.write(notes, f"error: {error}", style="red")
+    elif reason != "stop":
+        terminal.write(notes, f"({reason})", style="dim")
+    return error is None
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Ctrl-C is noted in the list and disturbs nothing, so that the cache stays whole; pressed again, it ends all."""
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)

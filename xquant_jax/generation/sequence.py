@@ -1,0 +1,56 @@
+"""A request on its way through an engine, and what is told of it."""
+
+import dataclasses
+
+from xquant_jax.generation.request import CheckedRequest, Completion
+from xquant_jax.generation.transcript import Transcript
+
+
+@dataclasses.dataclass
+class Progress:
+    """What one step made for request `id`: new tokens, their log-probabilities, and the text that became certain.
+
+    `completion`: the whole answer, once there is no more to come.
+    """
+
+    id: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    text: str = ""
+    completion: Completion | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequence:
+    """A request and the answer so far."""
+
+    id: int
+    request: CheckedRequest
+    transcript: Transcript
+
+    @property
+    def stored(self) -> list[int]:
+        """The tokens that its cache holds: the last one of an answer is never stored."""
+        return [*self.request.tokens, *self.transcript.tokens[:-1]]
+
+    def not_finite(self, dtype: str) -> str:
+        """The error of a sequence whose next logits are not finite."""
+        wider = "bfloat16 or float32" if dtype == "float16" else "float32"
+        return (
+            f"the logits of token {len(self.transcript.tokens) + 1} of the answer are not finite in {dtype}: numbers "
+            f"overflow, or weights are damaged; load the model with dtype={wider}"
+        )
+
+    def completion(self) -> Completion:
+        """The answer, which is finished."""
+        t, request = self.transcript, self.request
+        return Completion(
+            request.prompt,
+            t.text,
+            t.tokens,
+            t.logprobs,
+            t.finish_reason or "",
+            request.seed,
+            t.top_logprobs if request.logprobs else None,
+            t.error,
+        )
