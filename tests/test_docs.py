@@ -1,13 +1,15 @@
-"""What docs/plan.md and docs/batch.md show is what the commands print."""
+"""What docs/plan.md, docs/batch.md and docs/prompts.md show is what the commands print."""
 
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from xquant_jax.cli import main
+from xquant_jax.model.loading import DEMO
 
 pytestmark = pytest.mark.optimized
 
@@ -48,3 +50,12 @@ def test_the_python_of_a_batch_runs(capsys) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", BATCH, re.S)
     exec(compile(code, "batch.md", "exec"), {})
     assert capsys.readouterr().out.count("\n") >= 3
+
+
+def test_the_python_of_a_chat_runs(tmp_path: Path, capsys) -> None:
+    """With the demo model, which never learned to chat."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8"), re.S)
+    directory = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}# {{ m.content }}\n{% endfor %}")
+    exec(compile(code, "prompts.md", "exec"), {"directory": directory})
+    assert len(capsys.readouterr().out) > 100

@@ -95,7 +95,7 @@ def test_of_several_files_of_weights_those_that_the_index_names(hub):
 
 
 def test_a_downloaded_model_answers_as_transformers_does(hub):
-    model = xq.load(local_directory(NAME))
+    model = xq.load(NAME)
     with np.load(GOLDEN / "llama-mha" / "golden.npz") as golden:
         tokens, expected = golden["tokens"][:1], golden["logits"][:1]  # the row without padding
     logits = jax.jit(partial(model.transformer.apply, method="score"))({"params": model.params}, tokens)

@@ -12,11 +12,10 @@ from xquant_jax.errors import CacheFullError, PromptError
 from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.generate import Generation, StreamedToken, generate, streamed
 from xquant_jax.generation.prompts import Chat, written
-from xquant_jax.generation.request import Options, Request, Seed, checked
+from xquant_jax.generation.request import Options, Request, Seed, check_wishes, checked, whole_number
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.generation.transcript import ERROR
 from xquant_jax.model.loading import Model
-from xquant_jax.model.tokenizer import INCOMPLETE
 
 Message = Mapping[str, Any]
 
@@ -78,7 +77,7 @@ class Conversation:
     Where the template writes earlier turns in another way than the model said them (Qwen3's leaves their thoughts out),
     all is fed again.
 
-    request: how every turn is to be answered; its prompt does not matter
+    request: how every turn is to be answered; its prompt and `n` do not matter
     context: tokens of the whole conversation
     system: the system message, if any
 
@@ -88,10 +87,14 @@ class Conversation:
     def __init__(
         self, model: Model, request: Request, options: Options, *, context: int, system: str | None = None
     ) -> None:
-        self._model, self._request = model, request
         self._first = [] if system is None else [{"role": "system", "content": system}]
-        checked(model, dataclasses.replace(request, prompt=Chat([*self._first, {"role": "user", "content": "?"}])))
-        self._context = context
+        written(model, Chat([*self._first, {"role": "user", "content": "?"}]))  # raises here, not in the first turn
+        if model.tokenizer is None:
+            raise PromptError("this model has no tokenizer.json, and conversations are texts")
+        self._tokenizer = model.tokenizer
+        asked = check_wishes(model, dataclasses.replace(request, n=1))
+        self._model, self._context, self._most = model, context, asked["max_new_tokens"]
+        self._request = dataclasses.replace(request, n=1, seed=asked["seed"], min_tokens=asked["min_tokens"])
         self._engine = Engine(model, options, slots=1, tokens=context, in_place=True, keep=True)
         self.clear()
 
@@ -125,8 +128,10 @@ class Conversation:
                 f"the conversation has come to {len(tokens)} tokens, and its context is {self._context}; begin a new "
                 f"one, or give it a larger context"
             )
-        asked = checked(self._model, dataclasses.replace(self._request, prompt=tokens))
-        asked = dataclasses.replace(asked, max_new_tokens=min(asked.max_new_tokens, room))
+        most = min(self._most, room)
+        least = min(whole_number("min_tokens", self._request.min_tokens), most)
+        request = dataclasses.replace(self._request, prompt=tokens, max_new_tokens=most, min_tokens=least)
+        asked = checked(self._model, request)
         answer, made, reason = "", [], None
         id = self._engine.submit(asked)
         try:
@@ -140,15 +145,17 @@ class Conversation:
             self._engine.cancel(id)
             if reason != ERROR and made:
                 self._messages = [*messages, {"role": "assistant", "content": answer}]
-                self._text, self._tokens = prompt + answer, [*tokens, *made]
-                if made[-1] in asked.stop_ids:
-                    self._tokens.pop()
-                elif reason == "stop" or INCOMPLETE in answer:  # the text is shorter than the tokens
-                    self._text, self._tokens = "", []
+                said = made[:-1] if made[-1] in asked.stop_ids else made
+                self._text, self._tokens = prompt + answer, [*tokens, *said]
+                if self._decoded(tokens, said) != answer:  # it ended within a character or at a stop string
+                    self._text = ""
+
+    def _decoded(self, prompt: list[int], answer: list[int]) -> str:
+        stream = self._tokenizer.stream(prompt)
+        return "".join(map(stream.push, answer)) + stream.rest()
 
     def _tokens_of(self, prompt: str) -> list[int]:
         """The prompt's tokens: what was said before as it was fed and made, and the rest."""
-        tokenizer: Any = self._model.tokenizer
         if self._text and prompt.startswith(self._text):
-            return [*self._tokens, *tokenizer.encode(prompt[len(self._text) :], special_tokens=False)]
-        return tokenizer.encode(prompt, special_tokens=False)
+            return [*self._tokens, *self._tokenizer.encode(prompt[len(self._text) :], special_tokens=False)]
+        return self._tokenizer.encode(prompt, special_tokens=False)

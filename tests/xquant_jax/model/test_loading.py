@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import xquant_jax as xq
 from tests.conftest import GOLDEN
+from xquant_jax.generation.request import Request, checked
 
 MODEL = GOLDEN / "llama-llama3"
 
@@ -66,8 +67,52 @@ def test_a_broken_generation_config_is_an_error(copy: Path, text: str) -> None:
         xq.load(copy)
 
 
-def test_tensors_of_another_type_than_the_config_says_are_an_error(copy: Path) -> None:
+def test_an_error_names_the_file_that_the_stop_token_stands_in(copy: Path) -> None:
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": -1}))
+    with pytest.raises(xq.CheckpointError, match=r"/config\.json: eos_token_id=\[-1\]"):
+        xq.load(copy)
+    (copy / "generation_config.json").write_text('{"eos_token_id": -1}')
+    with pytest.raises(xq.CheckpointError, match=r"/generation_config\.json: eos_token_id=\[-1\]"):
+        xq.load(copy)
+
+
+def test_tensors_of_another_type_than_the_config_says_are_cast_with_a_warning(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    with pytest.raises(xq.CheckpointError, match=r"is float32, but config\.json says bfloat16"):
-        xq.load(copy)
+    with pytest.warns(xq.XQuantWarning, match=r"is float32, but config\.json says bfloat16"):
+        model = xq.load(copy, dtype="bfloat16")
+    assert model.params["embed"]["embedding"].dtype == "bfloat16"
+
+
+def test_a_sequence_beyond_what_the_model_was_made_for_is_a_warning(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config |= {"max_position_embeddings": 24, "rope_parameters": rope, "rope_scaling": None}
+    (copy / "config.json").write_text(json.dumps(config))
+    model = xq.load(copy)
+    assert model.positions == 24
+    checked(model, Request([1] * 10, 14))
+    with pytest.warns(xq.XQuantWarning, match="more than the 24 tokens that the model was made for"):
+        checked(model, Request([1] * 10, 15))
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": None}))
+    assert xq.load(copy).positions is None
+
+
+def test_a_rope_that_is_another_beyond_a_length_is_an_error_there_unless_it_was_told() -> None:
+    model = xq.load(GOLDEN / "llama-longrope-short")
+    longest = model.config.rope.longest
+    assert longest is not None
+    checked(model, Request([1] * 10, longest - 10))
+    with pytest.raises(xq.ConfigError, match=rf"load the model with context={longest + 1} "):
+        checked(model, Request([1] * 10, longest - 9))
+    told = xq.load(GOLDEN / "llama-longrope-short", context=longest + 1)
+    assert told.config.rope.long
+    checked(told, Request([1] * 10, longest - 9))
+    dynamic = xq.load(GOLDEN / "llama-dynamic")
+    assert dynamic.positions == dynamic.config.rope.longest
+    with pytest.raises(xq.ConfigError, match="rope_type='dynamic' is supported"):
+        checked(dynamic, Request([1] * 10, dynamic.config.rope.longest or 0))
+    with pytest.raises(xq.ConfigError, match="rope_type='dynamic' is supported"):
+        xq.load(GOLDEN / "llama-dynamic", context=4096)
