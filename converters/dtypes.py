@@ -46,10 +46,11 @@ def warn_of_casts(directory: Path, others: Collection[Tensor], dtype: str, decla
     first = next(iter(others))
     reason = "config.json says" if declared else "config.json names no dtype and the tensors differ, so the model is"
     which = "it is" if len(others) == 1 else f"it and {len(others) - 1} more are"
-    loss = "which is exact" if dtype == "float32" else f"rounded to it where {dtype} does not hold their values"
+    rounded = f"rounded to it where {dtype} does not hold their values; a wider dtype in config.json keeps them"
+    loss = "which is exact" if dtype == "float32" else rounded
     warnings.warn(
-        f"{directory}: {first} is {DTYPES[first.dtype]}, but {reason} {dtype}; {which} cast to {dtype} as "
-        f"transformers does, {loss}",
+        f"{directory}: {first} is {DTYPES[first.dtype]}, but {reason} {dtype}; {which} cast to {dtype}, as by "
+        f"transformers where no other is asked for, {loss}",
         XQuantWarning,
         skip_file_prefixes=_PACKAGES,
     )
@@ -63,9 +64,10 @@ def cast(values: np.ndarray, tensor: Tensor, dtype: str) -> np.ndarray:
         return values
     narrow = unchecked_cast(values, dtype)
     if not all_finite(narrow):
+        wider = sorted({DTYPES[tensor.dtype], "float32"})
         raise CheckpointError(
             f"{tensor} has values that are not finite in {dtype}: it is {DTYPES[tensor.dtype]}, and some are too large "
-            f"for the {dtype} that config.json says; set its dtype to {DTYPES[tensor.dtype]} or float32"
+            f"for the {dtype} that config.json says; set its dtype to {' or '.join(wider)}"
         )
     return narrow
 

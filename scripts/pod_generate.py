@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     text, seed = on_process_0(read)
     raw, model = text.encode("latin-1"), load_model(arguments, mesh)
     request = settled(request, arguments, model, seed)
-    lines = parse_prompts(raw, request)
+    lines = parse_prompts(raw, request, keep=arguments.keep)
     warn_of_columns(lines, keep=arguments.keep)
     prepared = prepare(model, options)
     settings = settings_of(model, raw, request, options, keep=arguments.keep)

@@ -23,6 +23,8 @@ from .generation.generate import generate as generate
 from .generation.generate import stream as stream
 from .generation.prompts import Chat as Chat
 from .generation.request import Completion as Completion
+from .generation.request import Options as Options
+from .generation.request import Request as Request
 from .generation.sampling import Sampling as Sampling
 from .model.loading import Model as Model
 from .model.loading import load as load

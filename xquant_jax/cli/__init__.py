@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", XQuantWarning)
             warnings.showwarning = _once()
             return arguments.run(arguments) or 0
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (XQuantError, OSError) as error:
         _complain(str(error))
         return 2

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = arguments.prompts.read_bytes()
     model = load_model(arguments)
     request = settled(request, arguments, model, recorded_seed(arguments.results))
-    lines = parse_prompts(prompts, request)
+    lines = parse_prompts(prompts, request, keep=arguments.keep)
     warn_of_columns(lines, keep=arguments.keep)
     prepared = prepare(model, options)
     settings = settings_of(model, prompts, request, options, keep=arguments.keep)

@@ -1,10 +1,11 @@
 """`xquant chat MODEL`: a conversation at the terminal."""
 
 import argparse
+import contextlib
+import io
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     request, options = options_of(arguments)
     model = load_model(arguments)
     request = settled(request, arguments, model)
-    context = arguments.context or min(CONTEXT, model.positions or CONTEXT)
+    bounds = [bound for bound in (CONTEXT, model.positions, model.config.rope.longest) if bound is not None]
+    context = arguments.context or min(bounds)
     conversation = Conversation(model, request, options, context=context, system=arguments.system)
     console, notes = terminal.console(), terminal.console(stderr=True)
     terminal.write(notes, f"sampling: {told(request)}; context: {context} tokens. {HELP}.", style="dim")
@@ -47,47 +49,88 @@ def run(arguments: argparse.Namespace) -> int:
 def _talk(conversation: Conversation, console: Console, notes: Console) -> int:
     """Answers until the user has enough; 1 if an answer failed where nobody sits at a terminal."""
     failed = False
-    for line in _lines(console):
-        if line == "/exit":
-            break
-        if line == "/clear":
-            conversation.clear()
-            terminal.write(notes, "a new conversation", style="dim")
-        elif line.startswith("/"):
-            terminal.write(notes, f"{line} is no command: {HELP}", style="red")
-        elif line.strip():
-            failed |= not _answer(conversation, line, console, notes)
+    with _interruptions(notes) as interruptions:
+        for line in _lines(console, interruptions):
+            if line == "/exit":
+                break
+            if line == "/clear":
+                conversation.clear()
+                terminal.write(notes, "a new conversation", style="dim")
+            elif line.startswith("/"):
+                terminal.write(notes, f"{line} is no command: {HELP}", style="red")
+            elif line.strip():
+                failed |= not _answer(conversation, line, console, notes, interruptions)
     return int(failed and not sys.stdin.isatty())
 
 
-def _lines(console: Console) -> Iterator[str]:
+class _Interruptions:
+    """How often Ctrl-C was pressed since the last line was typed, and whether one is being typed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.typing = False
+
+
+@contextlib.contextmanager
+def _interruptions(notes: Console) -> Iterator[_Interruptions]:
+    """At a terminal Ctrl-C ends the line that is being typed or the answer that is being given, where the cache is
+    whole; pressed three times in one answer, it ends all."""
+    state = _Interruptions()
+    if not sys.stdin.isatty():
+        yield state
+        return
+
+    def note(number: int, frame: object) -> None:
+        state.count += 1
+        if state.typing or state.count > 2:
+            raise KeyboardInterrupt
+        terminal.write(notes, " (the answer ends with its next token)", style="dim")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines(console: Console, interruptions: _Interruptions) -> Iterator[str]:
     """What the user types, or what stdin holds."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are an error of their message
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - `input` has arrow keys and a history by it
     while True:
         try:
-            yield input("> ")
+            interruptions.count, interruptions.typing = 0, True
+            line = input("> ")
         except EOFError:
             terminal.write(console, "")
             return
         except KeyboardInterrupt:
             terminal.write(console, f"\n({HELP})", style="dim")
+            continue
+        finally:
+            interruptions.typing = False
+        yield line
 
 
-def _answer(conversation: Conversation, line: str, console: Console, notes: Console) -> bool:
-    """Prints the answer as it comes, until it ends or Ctrl-C is pressed. Whether there was no error."""
+def _answer(
+    conversation: Conversation, line: str, console: Console, notes: Console, interruptions: _Interruptions
+) -> bool:
+    """Prints the answer as it comes, until it ends or is interrupted. Whether there was no error."""
     error, reason = None, None
     try:
-        with _interruptible() as interrupted:
-            answer = conversation.say(line)
-            for token in answer:
-                terminal.write(console, token.text, end="")
-                error, reason = token.error, token.finish_reason
-                if interrupted:
-                    answer.close()
-                    reason = "interrupted"
-                    break
+        answer = conversation.say(line)
+        for token in answer:
+            terminal.write(console, token.text, end="")
+            error, reason = token.error, token.finish_reason
+            if interruptions.count:
+                answer.close()
+                reason = "interrupted"
+                break
     except XQuantError as caught:
         error = str(caught)
     terminal.write(console, "")
@@ -96,20 +139,3 @@ def _answer(conversation: Conversation, line: str, console: Console, notes: Cons
     elif reason != "stop":
         terminal.write(notes, f"({reason})", style="dim")
     return error is None
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C is noted in the list and disturbs nothing, so that the cache stays whole; pressed again, it ends all."""
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)

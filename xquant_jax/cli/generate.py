@@ -67,10 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(path: str) -> str:
     """The text as it is; a byte order mark before it is dropped."""
+    name = "stdin" if path == "-" else path
     try:
-        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise PromptError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not text:
+        raise PromptError(f"{name} is empty; give at least one character")
+    return text
 
 
 def _chats(messages: Sequence[str], system: str | None) -> list[Chat]:

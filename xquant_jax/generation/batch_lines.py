@@ -59,6 +59,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
     "bad_words": ([],),
     "prompt_logprobs": (False, 0),
+    "use_beam_search": (False,),
+    "do_sample": (),
+    "typical_p": (1,),
+    "allowed_token_ids": (),
+    "max_length": (),
+    "min_length": (0,),
+    "sampling_params": ({},),
+    "extra_body": ({},),
 }
 """Fields that would change the answer if they were honoured, with the values at which they do not."""
 
@@ -102,10 +110,11 @@ RESULT = ("line", *IDS, "error", "samples", *(f.name for f in dataclasses.fields
 """What a result calls its own."""
 
 
-def parse_prompts(text: bytes, default: Request) -> list[Line]:
+def parse_prompts(text: bytes, default: Request, *, keep: bool = False) -> list[Line]:
     """All lines that are not blank, with what `default` says where they say nothing; a malformed one has an `error`.
 
-    A byte order mark before the first line is dropped.
+    A byte order mark before the first line is dropped. `keep`: whether columns that mean nothing here have to be such
+    as results can repeat.
     """
     lines, first_with_id = [], {}
     for number, raw in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -119,7 +128,8 @@ def parse_prompts(text: bytes, default: Request) -> list[Line]:
                 if (earlier := first_with_id.setdefault(_plain(own), number)) != number:
                     raise ValueError(f"id {own!r} is that of line {earlier} too; give every line its own")
             entry, columns = _flat(entry)
-            _writable(columns)
+            if keep:
+                _writable(columns)
             lines.append(Line(number, identity, _request(entry, default), columns=columns))
         except ValueError as error:
             lines.append(Line(number, identity, None, str(error), columns))
@@ -162,7 +172,8 @@ def _writable(value: Any) -> Any:
 
 def _flat(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of a line by our names, and the columns that mean nothing here."""
-    if (body := entry.get("body")) is not None:
+    body = entry.get("body")
+    if isinstance(body, dict) or (body is not None and not entry.keys() & set(PROMPTS)):
         if not isinstance(body, dict):
             raise ValueError(f"body is a JSON {type(body).__name__}; it must be an object")
         if (url := entry.get("url", URLS[0])) not in URLS:
@@ -177,8 +188,9 @@ def _flat(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if ours in FIELDS:
             if value is None:
                 continue
-            if fields.setdefault(ours, value) != value:
+            if ours in fields and fields[ours] != value:
                 raise ValueError(f"{ours} is given twice, as {fields[ours]!r} and as {value!r}; give it once")
+            fields[ours] = value
         elif name in UNSUPPORTED:
             if value is not None and value not in UNSUPPORTED[name]:
                 raise ValueError(f"{name}={value!r} is not supported; leave it out")

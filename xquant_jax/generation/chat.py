@@ -11,7 +11,7 @@ from xquant_jax.cache.config import CacheConfig
 from xquant_jax.errors import CacheFullError, PromptError
 from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.generate import Generation, StreamedToken, generate, streamed
-from xquant_jax.generation.prompts import Chat, written
+from xquant_jax.generation.prompts import Chat, encode, written
 from xquant_jax.generation.request import Options, Request, Seed, check_wishes, checked, whole_number
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.generation.transcript import ERROR
@@ -96,6 +96,7 @@ class Conversation:
         self._model, self._context, self._most = model, context, asked["max_new_tokens"]
         self._request = dataclasses.replace(request, n=1, seed=asked["seed"], min_tokens=asked["min_tokens"])
         self._engine = Engine(model, options, slots=1, tokens=context, in_place=True, keep=True)
+        self._answer: Generator[StreamedToken] | None = None  # of the turn that was begun last
         self.clear()
 
     @property
@@ -110,15 +111,28 @@ class Conversation:
 
     def clear(self) -> None:
         """Forgets everything but the system message."""
+        self._end_answer()
         self._messages: list[Message] = list(self._first)
         self._text, self._tokens = "", []  # what was said, and its tokens as they were fed and made
 
     def say(self, text: str) -> Generator[StreamedToken]:
-        """The answer to a message of the user, token by token. Closed early, it ends there, and stays in the
-        conversation as far as it came; one that ends with an error does not, nor does its question.
+        """The answer to a message of the user, token by token. Closed early, or when the next one is asked for, it ends
+        there, and stays in the conversation as far as it came; one that ends with an error does not, nor does its
+        question.
 
-        Raises `CacheFullError` where the conversation has become too long for its context.
+        Its first token raises `PromptError` for a text that is none, and `CacheFullError` where the conversation has
+        become too long for its context.
         """
+        self._end_answer()
+        self._answer = self._answered(text)
+        return self._answer
+
+    def _end_answer(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+        self._answer = None
+
+    def _answered(self, text: str) -> Generator[StreamedToken]:
         messages = [*self._messages, {"role": "user", "content": text}]
         prompt = written(self._model, Chat(messages))
         tokens = self._tokens_of(prompt)
@@ -157,5 +171,5 @@ class Conversation:
     def _tokens_of(self, prompt: str) -> list[int]:
         """The prompt's tokens: what was said before as it was fed and made, and the rest."""
         if self._text and prompt.startswith(self._text):
-            return [*self._tokens, *self._tokenizer.encode(prompt[len(self._text) :], special_tokens=False)]
-        return self._tokenizer.encode(prompt, special_tokens=False)
+            return [*self._tokens, *encode(self._model, "the message", prompt[len(self._text) :], False)]
+        return encode(self._model, "the conversation", prompt, False)

@@ -228,10 +228,11 @@ def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
     """The next token of every live slot whose logits are finite; the others fail."""
     asked, finite = slots.asked, jnp.isfinite(logits).all(axis=1)
     live = slots.live & finite
-    forbidden = jnp.where((slots.made < asked.least)[:, None], asked.stop_ids, -1)
+    held = (slots.made < asked.least)[:, None]
+    forbidden = jnp.where(held, asked.stop_ids, -1)
     chosen = sample(logits, asked.sampling, asked.key, slots.made, slots.seen, forbidden, asked.top)
     made = slots.made + live.astype(jnp.int32)
-    ended = (chosen.tokens[:, None] == asked.stop_ids).any(axis=1) | (made >= asked.limit)
+    ended = ((chosen.tokens[:, None] == asked.stop_ids) & ~held).any(axis=1) | (made >= asked.limit)
     return Slots(
         asked=asked,
         last=jnp.where(live, chosen.tokens, slots.last),

@@ -63,7 +63,7 @@ def prompt_tokens(model: Model, name: str, prompt: Any, add_special_tokens: bool
     if isinstance(prompt, Chat):
         prompt, add_special_tokens = written(model, prompt), False
     if isinstance(prompt, str):
-        ids = _encode(model, name, prompt, add_special_tokens)
+        ids = encode(model, name, prompt, add_special_tokens)
     else:
         prompt = ids = token_ids(model, name, prompt)
     if not ids:
@@ -81,6 +81,8 @@ def written(model: Model, chat: Chat) -> str:
             "this model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); give the"
             " prompt as a text, as the model was trained on it"
         )
+    if not isinstance(chat.options, Mapping):
+        raise PromptError(f"the options of a chat are {chat.options!r}; give a dict of variables of the template")
     own = ("messages", "tools", "documents", "add_generation_prompt")
     if taken := [name for name in chat.options if name in own or not isinstance(name, str)]:
         raise PromptError(
@@ -112,7 +114,8 @@ def _with_arguments(message: Any) -> Any:
     return {**message, "tool_calls": [parsed(call) for call in calls]}
 
 
-def _encode(model: Model, name: str, prompt: str, add_special_tokens: bool) -> list[int]:
+def encode(model: Model, name: str, prompt: str, add_special_tokens: bool) -> list[int]:
+    """The token ids of a text. Raises `PromptError` for one that the model cannot take; `name`: what errors call it."""
     if model.tokenizer is None:
         raise PromptError("this model has no tokenizer.json; give prompts as token ids")
     if not prompt:

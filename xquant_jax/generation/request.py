@@ -28,6 +28,9 @@ Seed = SupportsIndex | Sequence[int] | np.ndarray | None
 Whole = Any
 """An `int`; until it was checked also an integer of numpy or JAX."""
 
+MOST_ANSWERS = 4096
+"""Answers to one prompt in one request."""
+
 LONGEST = 2**24
 """Tokens of a sequence: positions are exact in float32 up to here."""
 
@@ -177,7 +180,8 @@ def checked(model: Model, request: Request, name: str = "the prompt") -> Checked
     """
     asked = check_wishes(model, request)
     prompt, tokens = prompt_tokens(model, name, request.prompt, request.add_special_tokens)
-    needed = len(tokens) + asked["max_new_tokens"]
+    request_checked = CheckedRequest(prompt, tokens, **asked)
+    needed = request_checked.capacity
     if needed > LONGEST:
         raise ConfigError(f"prompt and answer may take {needed:,} tokens; shorten them to {LONGEST:,}")
     model.config.rope.check(needed)
@@ -188,7 +192,7 @@ def checked(model: Model, request: Request, name: str = "the prompt") -> Checked
             XQuantWarning,
             stacklevel=2,
         )
-    return CheckedRequest(prompt, tokens, **asked)
+    return request_checked
 
 
 def check_wishes(model: Model, request: Request) -> dict[str, Any]:
@@ -197,6 +201,8 @@ def check_wishes(model: Model, request: Request) -> dict[str, Any]:
     for name, least in (("max_new_tokens", 1), ("min_tokens", 0), ("n", 1)):
         if numbers[name] < least:
             raise ConfigError(f"{name}={numbers[name]} is not possible; choose {least} or more")
+    if numbers["n"] > MOST_ANSWERS:
+        raise ConfigError(f"n={numbers['n']} is not possible; choose {MOST_ANSWERS} or less")
     if numbers["min_tokens"] > numbers["max_new_tokens"]:
         raise ConfigError(
             f"min_tokens={numbers['min_tokens']} is more than max_new_tokens={numbers['max_new_tokens']}; lower it"
@@ -263,9 +269,9 @@ def seeds_of(seed: Seed, size: int) -> list[int]:
     """
     if seed is None:
         return [fresh_seed()] * size
-    seeds: Any = [seed] * size
-    if isinstance(seed, Sequence) or (isinstance(seed, np.ndarray | jax.Array) and seed.ndim > 0):
-        seeds = list(seed)
+    array = isinstance(seed, np.ndarray | jax.Array) and seed.ndim > 0
+    several = array or (isinstance(seed, Sequence) and not isinstance(seed, str | bytes))
+    seeds: Any = list(seed) if several else [seed] * size  # pyright: ignore[reportArgumentType]
     if len(seeds) != size:
         raise ConfigError(f"{len(seeds)} seeds given for {size} prompts; give one for all or one for each")
     return [checked_seed(s) for s in seeds]

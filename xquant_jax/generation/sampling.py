@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.quantization import Leaf
 
-LOWEST_TEMPERATURE = 1e-6
-"""Below it nothing that float32 holds differs from greedy."""
+LOWEST, HIGHEST = 1e-6, 1e6
+"""Of temperatures and repetition penalties: beyond them logits of float32 are all alike, or overflow."""
 
 MOST_LOGPROBS = 20
 """Log-probabilities per token that a request may ask for."""
@@ -56,13 +56,13 @@ class Sampling:
         for field in dataclasses.fields(self):
             values[field.name] = _number(field.name, getattr(self, field.name))
         temperature, top_p, min_p = values["temperature"], values["top_p"], values["min_p"]
-        if temperature and not LOWEST_TEMPERATURE <= temperature < float("inf"):
+        if temperature and not LOWEST <= temperature <= HIGHEST:
             raise ConfigError(
-                f"temperature={temperature} is not possible; choose 0 (greedy) or {LOWEST_TEMPERATURE} and more"
+                f"temperature={temperature} is not possible; choose 0 (greedy), or from {LOWEST} to {HIGHEST:.0f}"
             )
         penalty = values["repetition_penalty"]
-        if penalty is not None and not 0 < penalty < float("inf"):
-            raise ConfigError(f"repetition_penalty={penalty} is not possible; choose more than 0")
+        if penalty is not None and not LOWEST <= penalty <= HIGHEST:
+            raise ConfigError(f"repetition_penalty={penalty} is not possible; choose more than 0, mostly 1 to 2")
         for name in ("frequency_penalty", "presence_penalty"):
             if values[name] is not None and not -100 <= values[name] <= 100:
                 raise ConfigError(f"{name}={values[name]} is not possible; choose from -100 to 100, mostly -2 to 2")
@@ -130,9 +130,12 @@ def recommended(settings: Mapping[str, Any]) -> Sampling:
 def _number(name: str, value: Any) -> float | None:
     if value is None or name == "top_k":
         return None
-    if not hasattr(value, "__float__"):
-        raise ConfigError(f"{name}={value!r} is not a number; give one, or leave it out")
-    return float(value)
+    try:
+        if not isinstance(value, str):  # which float would read
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"{name}={value!r} is not a number; give one, or leave it out")
 
 
 @struct.dataclass

@@ -3,7 +3,7 @@
 import dataclasses
 
 from xquant_jax.generation.request import CheckedRequest
-from xquant_jax.model.tokenizer import TextStream, Tokenizer
+from xquant_jax.model.tokenizer import INCOMPLETE, TextStream, Tokenizer
 
 LENGTH, STOP, ERROR = "length", "stop", "error"
 
@@ -40,7 +40,7 @@ class Transcript:
         self.logprobs.append(logprob)
         if top is not None:
             self.top_logprobs.append(top)
-        if token in self.request.stop_ids:
+        if token in self.request.stop_ids and len(self.tokens) > self.request.min_tokens:
             self.finish_reason = STOP
             return self._finish()
         found = self._stream is not None and self._read(self._stream, token)
@@ -69,10 +69,11 @@ class Transcript:
         if not self.request.stop:
             return False
         whole = self.text + stream.rest()  # characters that a stop string completes are whole, whatever follows
+        here = len(self.text if INCOMPLETE in whole[len(self.text) :] else whole)
         if token in self._special:
-            self._marks.append((len(whole), self._special[token]))
+            self._marks.append((here, self._special[token]))
         if len(self.tokens) <= self.request.min_tokens:
-            self._searched = len(whole)
+            self._searched = here
             return False
         marked, longest = self._marked(whole), max(map(len, self.request.stop))
         begin = self._in_marked(max(self._searched, before - longest))

@@ -184,6 +184,10 @@ def load(
         raise ConfigError(f"dtype={dtype} is not supported; choose {', '.join(DTYPES)}")
     if calibration is not None and not Path(calibration).exists():
         raise ConfigError(f"calibration={calibration} does not exist; xquant calibrate writes one")
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"{path!r} is no model; give a directory, a name on the Hub, or 'demo'")
+    if context is not None and (not isinstance(context, int) or context < 1):
+        raise ConfigError(f"context={context!r} is not possible; give a whole number of tokens")
     api.check(implementation)  # raises here, not at the first step that would use it
     directory = DEMO if str(path) == "demo" else local_directory(path)
     checkpoint = open_checkpoint(directory)

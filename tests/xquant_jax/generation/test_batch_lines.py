@@ -76,6 +76,7 @@ def test_sampling_of_a_line_stands_over_that_of_the_run(fields: dict[str, Any], 
         ({"logit_bias": {"5": 1}}, "logit_bias={'5': 1} is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format="),
         ({"num_beams": 4}, "num_beams=4 is not supported"),
+        ({"extra_body": {"top_k": 5}}, "extra_body={'top_k': 5} is not supported"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_new_tokens is given twice, as 5 and as 6"),
         ({"n": 1.5}, "n=1.5 is not a whole number"),
         ({"ignore_eos": "yes"}, "ignore_eos='yes' is not true or false"),
@@ -105,6 +106,20 @@ def test_lines_of_openais_batches() -> None:
     assert "url '/v1/embeddings' is not supported" in str(wrong.error)
     assert "body is a JSON str" in str(broken.error)
     assert broken.record() == {"line": 4, "custom_id": "d", "error": broken.error}
+
+
+def test_a_column_that_is_called_body_is_one_where_there_is_a_prompt() -> None:
+    (line,) = parsed({"prompt": "x", "body": "of a letter"})
+    assert (line.columns, line.error) == ({"body": "of a letter"}, None)
+
+
+def test_numbers_that_json_lacks_matter_only_where_they_are_written() -> None:
+    text = b'{"prompt": "x", "score": NaN}\n{"prompt": "x", "temperature": NaN}'
+    left, hot = parse_prompts(text, DEFAULT)
+    assert left.error is None
+    assert hot.request is not None  # and refused where it is checked
+    (kept, _) = parse_prompts(text, DEFAULT, keep=True)
+    assert "holds a number that JSON does not have" in str(kept.error)
 
 
 def test_columns_that_mean_nothing_are_kept_where_that_is_asked() -> None:

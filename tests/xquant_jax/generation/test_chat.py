@@ -150,6 +150,24 @@ def test_an_answer_that_is_closed_early_stays_as_far_as_it_came(talking: xq.Mode
     assert max(length for (length,) in fed[1:]) < 12  # nothing was fed again
 
 
+def test_another_message_ends_the_answer_before_it(talking: xq.Model) -> None:
+    conversation = xq.Conversation(talking, Request("", 20, stop_ids=[]), Options(EXACT), context=300)
+    first = conversation.say("def f(a):")
+    began = [next(first).text for _ in range(3)]
+    talk(conversation, "x")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+    assert conversation.messages[1]["content"] == "".join(began)
+    assert list(first) == []
+
+
+def test_a_message_that_is_no_text_is_an_error_and_the_next_is_answered(talking: xq.Model) -> None:
+    conversation = xq.Conversation(talking, Request("", 3, stop_ids=[]), Options(EXACT), context=300)
+    with pytest.raises(xq.PromptError, match="not valid Unicode"):
+        talk(conversation, "a \udcff")
+    assert conversation.messages == []
+    assert len(talk(conversation, "x")[0][0]) == 3
+
+
 def test_cleared_it_begins_anew_and_full_it_says_so(talking: xq.Model) -> None:
     conversation = xq.Conversation(talking, Request("", 200, stop_ids=[]), Options(EXACT), context=100, system="a")
     first = talk(conversation, "def f(a):")

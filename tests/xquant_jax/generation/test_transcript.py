@@ -175,6 +175,14 @@ def test_nothing_ends_an_answer_before_its_least_tokens(tokenizer: Tokenizer) ->
     assert (transcript.text, len(transcript.tokens)) == ("a.b.c", 6)
 
 
+@pytest.mark.parametrize("least", range(6))
+def test_the_least_tokens_may_end_within_a_character(least: int) -> None:
+    tokenizer = KINDS["byte fallback"]
+    answer = [*tokenizer.encode("日a. x", special_tokens=False), 260]
+    expected = "日a" if least < 5 else "日a. x a"
+    assert answered(tokenizer, [260], answer, stop=(".",), min_tokens=least).text == expected
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_prompt_that_ends_within_a_character_does_not_show_in_the_answer(tokenizer: Tokenizer, cut: int) -> None:
     tokens = tokenizer.encode("abc €")

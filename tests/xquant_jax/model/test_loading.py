@@ -93,9 +93,9 @@ def test_a_sequence_beyond_what_the_model_was_made_for_is_a_warning(copy: Path) 
     (copy / "config.json").write_text(json.dumps(config))
     model = xq.load(copy)
     assert model.positions == 24
-    checked(model, Request([1] * 10, 14))
+    checked(model, Request([1] * 10, 15))  # the last token is never stored
     with pytest.warns(xq.XQuantWarning, match="more than the 24 tokens that the model was made for"):
-        checked(model, Request([1] * 10, 15))
+        checked(model, Request([1] * 10, 16))
     (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": None}))
     assert xq.load(copy).positions is None
 
@@ -104,15 +104,17 @@ def test_a_rope_that_is_another_beyond_a_length_is_an_error_there_unless_it_was_
     model = xq.load(GOLDEN / "llama-longrope-short")
     longest = model.config.rope.longest
     assert longest is not None
-    checked(model, Request([1] * 10, longest - 10))
+    checked(model, Request([1] * 10, longest - 9))
     with pytest.raises(xq.ConfigError, match=rf"load the model with context={longest + 1} "):
-        checked(model, Request([1] * 10, longest - 9))
+        checked(model, Request([1] * 10, longest - 8))
     told = xq.load(GOLDEN / "llama-longrope-short", context=longest + 1)
     assert told.config.rope.long
-    checked(told, Request([1] * 10, longest - 9))
+    checked(told, Request([1] * 10, longest - 8))
     dynamic = xq.load(GOLDEN / "llama-dynamic")
     assert dynamic.positions == dynamic.config.rope.longest
     with pytest.raises(xq.ConfigError, match="rope_type='dynamic' is supported"):
         checked(dynamic, Request([1] * 10, dynamic.config.rope.longest or 0))
     with pytest.raises(xq.ConfigError, match="rope_type='dynamic' is supported"):
         xq.load(GOLDEN / "llama-dynamic", context=4096)
+    with pytest.raises(xq.ConfigError, match="context=0 is not possible"):
+        xq.load(GOLDEN / "llama-dynamic", context=0)
