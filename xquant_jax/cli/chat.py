@@ -30,7 +30,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--system", help="the system message")
-    add_options(parser, sampling="model", max_new_tokens=1024, context=f"the conversation ({CONTEXT}, or the model's)")
+    add_options(
+        parser,
+        sampling="model",
+        max_new_tokens=1024,
+        texts=False,
+        context=f"the conversation ({CONTEXT}, or the model's)",
+    )
     parser.set_defaults(run=run)
 
 

@@ -22,11 +22,12 @@ def add_options(
     *,
     sampling: str = "greedy",
     max_new_tokens: int = 128,
+    texts: bool = True,
     context: str = "the longest sequence, for models whose RoPE depends on it",
 ) -> None:
     """What a prompt may ask for, how the model is loaded and how its cache is stored; `options_of` reads them.
 
-    The arguments are what differs between commands: defaults, and what the context is that of.
+    The arguments are what differs between commands: defaults, whether prompts may be texts, whose context it is.
     """
     parser.add_argument("--cache", default="xquant:4", help="name[:bits][,option=value...]: bf16, int8, xquant:4 ...")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="tokens of an answer at most")
@@ -53,12 +54,13 @@ def add_options(
     parser.add_argument("--stop-id", action="append", type=int, help="a token id that does, instead of the model's own")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of an answer")
     parser.add_argument("--min-tokens", type=int, default=0, help="of an answer before anything may end it")
-    parser.add_argument(
-        "--add-special-tokens",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="such as a BOS before a text, as the tokenizer prescribes, unless the text begins with it",
-    )
+    if texts:
+        parser.add_argument(
+            "--add-special-tokens",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="such as a BOS before a text, as the tokenizer prescribes, unless the text begins with it",
+        )
     parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
     parser.add_argument("--context", type=int, help=f"tokens of {context}")
@@ -105,7 +107,7 @@ def options_of(arguments: argparse.Namespace) -> tuple[Request, Options]:
         stop_ids=[] if arguments.ignore_eos else arguments.stop_id,
         min_tokens=arguments.min_tokens,
         n=given.get("n", 1),
-        add_special_tokens=arguments.add_special_tokens,
+        add_special_tokens=given.get("add_special_tokens", True),
     )
     options = Options(
         cache=arguments.cache,

@@ -35,10 +35,11 @@ class Sequence:
 
     def not_finite(self, dtype: str) -> str:
         """The error of a sequence whose next logits are not finite."""
-        wider = "bfloat16 or float32" if dtype == "float16" else "float32"
+        wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
         return (
             f"the logits of token {len(self.transcript.tokens) + 1} of the answer are not finite in {dtype}: numbers "
-            f"overflow, or weights are damaged; load the model with dtype={wider}"
+            f"overflow, or weights are damaged"
+            + (f"; load the model with dtype={wider[dtype]}" if dtype in wider else "")
         )
 
     def completion(self) -> Completion:
