@@ -234,7 +234,7 @@ class Engine:
             requests = [fed[slot].request if slot in fed else None for slot in range(len(rows))]
             kept = [self._kept_of(slot, fed[slot]) if slot in fed else 0 for slot in range(len(rows))]
             there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept)
-            self._kept = {}
+        self._kept = {}  # rows that take no part give up what they hold
         columns = [
             (slot, row, slot, 0 if slot in fed else len(row.transcript.tokens) - 1)
             for slot, row in enumerate(rows)
