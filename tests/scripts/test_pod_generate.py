@@ -85,7 +85,7 @@ def test_four_processes_answer_as_one_does(model: Path, prompts: Path, tmp_path:
     }
     for results, processes in jobs.items():
         errors = ends(processes)
-        assert [process.returncode for process in processes] == [0] * len(processes), errors
+        assert [process.returncode for process in processes] == [1] * len(processes), errors  # lines failed
         assert "line 4: not JSON" in errors[0]
         check(results, 9)
     tokens = [{line: r.get("tokens") for line, r in records(results).items()} for results in jobs]
@@ -113,7 +113,7 @@ def test_a_killed_job_goes_on_where_it_stopped(
 
     processes = start(count, model, prompts, results, *options)
     errors = ends(processes)
-    assert [process.returncode for process in processes] == [0] * count, errors
+    assert [process.returncode for process in processes] == [1] * count, errors
     check(results, 80)
     after = records(results)
     assert all(after[line] == record for line, record in before.items())
