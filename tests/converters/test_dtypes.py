@@ -92,7 +92,8 @@ def test_one_warning_names_a_tensor_both_types_and_the_loss(checkpoint, tiny_con
         matrices(HuggingFaceCheckpoint(directory))
     assert [str(warning.message) for warning in caught] == [
         f"{directory}: lm_head.weight in model.safetensors is float32, but config.json says bfloat16; it is cast to "
-        f"bfloat16 as transformers does, rounded to it where bfloat16 does not hold their values"
+        f"bfloat16, as by transformers where no other is asked for, rounded to it where bfloat16 does not hold their "
+        f"values; a wider dtype in config.json keeps them"
     ]
 
 
