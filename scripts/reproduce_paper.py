@@ -86,7 +86,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
     console = terminal.console()
     check_folder("--json", arguments.json)
     text = read_text(arguments.text)
-    model = xq.load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
+    context = max(arguments.seq_len, 1)  # what is no length is an error of the windows
+    model = xq.load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration, context=context)
     windows = cut(model, text, arguments.seq_len, arguments.limit_windows)
     specs = {name: fill(spec, model.config) for name, spec, *_ in TABLE_1 + TABLE_4}
     ready = {}

@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_folder("--out", arguments.out)
     budget = budget_of(arguments)
     text = "\n".join(map(read_text, arguments.text))
-    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
+    context = max(arguments.seq_len, 1)  # what is no length is an error of the windows
+    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration, context=context)
     names = ", ".join(file.name for file in arguments.text)
     limit = arguments.limit_windows
     if budget is not None:

@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     earlier = None
     if arguments.resume and arguments.json.exists():
         earlier = Evaluation.from_json(read_json(arguments.json))
-    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration)
+    context = max(arguments.seq_len, 1)  # what is no length is an error of the windows
+    model = load(arguments.model, dtype=arguments.dtype, calibration=arguments.calibration, context=context)
     windows = cut(model, text, arguments.seq_len, arguments.limit_windows)
     evaluation = evaluate.prepare(
         model,

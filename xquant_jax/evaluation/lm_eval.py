@@ -78,12 +78,13 @@ class XQuantLM(TemplateLM):
             raise ConfigError(f"device={device}: JAX chooses the device; set JAX_PLATFORMS instead")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size} is not supported; choose a whole number from 1")
-        self.model = load(model, dtype=dtype, calibration=calibration)
+        self.model = load(model, dtype=dtype, calibration=calibration, context=max_length)
         if self.model.tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer.json, and tasks are texts")
         self.cache = CacheConfig.parse(cache)
         self.batch_size = min(int(batch_size), max_batch_size or int(batch_size))
-        self.max_length = max_length or self.model.checkpoint.config.get("max_position_embeddings") or POSITIONS
+        positions = self.model.checkpoint.config.get("max_position_embeddings") or POSITIONS
+        self.max_length = max_length or min(positions, self.model.config.rope.longest or positions)
         self.max_gen_toks = max_gen_toks
         self.seed = checked_seed(seed)
         self._template_name = "default"

@@ -176,7 +176,7 @@ def _flat(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(body, dict) or (body is not None and not entry.keys() & set(PROMPTS)):
         if not isinstance(body, dict):
             raise ValueError(f"body is a JSON {type(body).__name__}; it must be an object")
-        if (url := entry.get("url", URLS[0])) not in URLS:
+        if (url := entry.get("url") or URLS[0]) not in URLS:
             raise ValueError(f"url {url!r} is not supported; supported: {', '.join(URLS)}")
         entry = {**{name: value for name, value in entry.items() if name != "body"}, **body}
     fields: dict[str, Any] = {}

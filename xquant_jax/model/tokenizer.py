@@ -1,6 +1,7 @@
 """Text to token ids and back, by the `tokenizers` library."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,11 +42,10 @@ class Tokenizer:
 
         A text that begins with those of its beginning, as chats do that a template has written, gets no second ones.
         """
-        plain = self.backend.encode(text, add_special_tokens=False).ids
-        if not special_tokens:
-            return plain
-        before, after = self._around
-        return [*(() if before and plain[: len(before)] == before else before), *plain, *after]
+        encoding = self.backend.encode(text, add_special_tokens=special_tokens)
+        ids, added = encoding.ids, list(itertools.takewhile(bool, encoding.special_tokens_mask))
+        before, text_begins = ids[: len(added)], ids[len(added) : 2 * len(added)]
+        return ids[len(added) :] if before == text_begins else ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, without special ones."""
@@ -58,15 +58,6 @@ class Tokenizer:
 
     def stream(self, prompt: Sequence[int]) -> "TextStream":
         return TextStream(self, prompt)
-
-    @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer file puts before and after every text."""
-        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-        for start in range(len(whole) - len(plain) + 1):
-            if whole[start : start + len(plain)] == plain:
-                return whole[:start], whole[start + len(plain) :]
-        return [], []
 
     @cached_property
     def byte_tokens(self) -> frozenset[int]:
