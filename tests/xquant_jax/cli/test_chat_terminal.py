@@ -1,23 +1,30 @@
 """`xquant chat` at a terminal: Ctrl-C ends an answer and not the program."""
 
 import os
-import pty
 import select
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from xquant_jax.model.loading import DEMO
 
+AT_TERMINAL = """import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])"""
+"""Takes its input for the terminal that controls it, so that Ctrl-C there is a signal, and becomes a command. A fork of
+this process, which has the threads of JAX, would do it too, and might not end."""
+
 
 class Terminal:
     """A program that believes to be at a terminal."""
 
     def __init__(self, *command: str) -> None:
-        self.pid, self.file = pty.fork()
-        if self.pid == 0:
-            os.execv(command[0], command)
+        self.file, end = os.openpty()
+        command = (sys.executable, "-c", AT_TERMINAL, *command)
+        self.process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, start_new_session=True)
+        os.close(end)
         self.shown = ""
 
     def wait_for(self, text: str, seconds: float = 90) -> str:
@@ -34,7 +41,9 @@ class Terminal:
         os.write(self.file, text.encode())
 
     def status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = self.process.wait(90)
+        os.close(self.file)
+        return status
 
 
 def test_an_answer_is_interrupted_and_the_next_one_given(tmp_path: Path) -> None:
