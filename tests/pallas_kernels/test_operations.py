@@ -17,10 +17,10 @@ import pytest
 import pallas_kernels
 from pallas_kernels import Accumulate, Accumulation, DecodeAttention, KeyRebuild, Quantize, RematProject, api, target
 from pallas_kernels.eight_bits import quantize_matrix
+from tests.compiled import dequantized, quantized, unpacked
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.attention import Geometry
-from xquant_jax.numerics.packing import unpack
-from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
+from xquant_jax.numerics.quantization import Blocks, StreamSpec
 from xquant_jax.numerics.rope import Rope
 
 NO_WINDOW = 2**30
@@ -34,7 +34,6 @@ KINDS = {"v5p": "TPU v5p", "v6e": "TPU v6 lite", "v7x": "TPU7x"}
 RUNS |= {f"pallas_tpu-{chip}": ("pallas_tpu", kind) for chip, kind in KINDS.items()}
 
 
-quantized = jax.jit(quantize, static_argnames="spec")
 run = jax.jit(pallas_kernels.run, static_argnames="implementation")
 
 
@@ -116,7 +115,7 @@ CASES = [
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     """Normal numbers that bfloat16 can hold."""
     numbers = np.random.default_rng([seed, *shape]).standard_normal(shape)
-    return np.asarray(jnp.asarray(numbers, jnp.bfloat16).astype(jnp.float32))
+    return numbers.astype(jnp.bfloat16).astype(np.float32)
 
 
 def plain_attention(
@@ -225,7 +224,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         skip=jnp.int32(case.skip),
     )
     part = run(call, implementation)
-    z = np.asarray(dequantize(key))[1].reshape(batch, -1, width).astype(np.float64)
+    z = np.asarray(dequantized(key))[1].reshape(batch, -1, width).astype(np.float64)
     if case.form == "per_head":
         keys = np.einsum("bske,ked->bskd", z.reshape(batch, -1, kv_heads, dim), matrix)
     else:
@@ -236,7 +235,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
     if case.norm:
         keys = keys / np.sqrt((keys**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(rebuild.norm)
     values = (
-        np.asarray(dequantize(call.values))[1].reshape(batch, case.blocks * 128, value_heads, -1).astype(np.float64)
+        np.asarray(dequantized(call.values))[1].reshape(batch, case.blocks * 128, value_heads, -1).astype(np.float64)
     )
     out, lse = plain_attention(
         q,
@@ -261,7 +260,7 @@ def test_remat_project(implementation: str, bits: int, axis) -> None:
     blocks = quantized(random(batch, 3, 128, width), StreamSpec(width, bits, axis))
     weight = random(width, columns) / 16
     got = run(RematProject(blocks, jnp.asarray(weight)), implementation)
-    expected = np.asarray(dequantize(blocks)).reshape(batch, 3 * 128, width).astype(np.float64) @ weight
+    expected = np.asarray(dequantized(blocks)).reshape(batch, 3 * 128, width).astype(np.float64) @ weight
     np.testing.assert_allclose(got, expected, atol=TOLERANCE.get(implementation, KERNEL_TOLERANCE))
 
 
@@ -308,14 +307,14 @@ def test_accumulate(implementation: str, case: Sum) -> None:
     difference = random(2, batch, case.blocks, 128, case.stored, seed=1) / 4
     stream = quantized(jnp.asarray(difference), StreamSpec(case.stored, case.bits, case.axis))
     predict = lift = None
-    expected = np.asarray(dequantize(stream))[1].astype(np.float64)
+    expected = np.asarray(dequantized(stream))[1].astype(np.float64)
     if case.lift:
         lift = random(case.stored, case.width, seed=2) / 16
         expected = expected @ lift
     if case.predict is not None:
         widths = (case.width, *case.predict)
         predict = [random(a, b, seed=3) / 16 for a, b in itertools.pairwise(widths)]
-        x = np.asarray(dequantize(below)).astype(np.float64)
+        x = np.asarray(dequantized(below)).astype(np.float64)
         for matrix in predict:
             x = x @ matrix
         expected = expected + x
@@ -330,7 +329,7 @@ def test_accumulate(implementation: str, case: Sum) -> None:
     scale = np.repeat(np.asarray(total.scale, np.float64), 128, axis=-1)
     for row, history_blocks in enumerate(case.history_blocks):
         # half a step of the grid, and of the products that bfloat16 rounds
-        error = np.abs(np.asarray(dequantize(total))[row, :history_blocks] - expected[row, :history_blocks])
+        error = np.abs(np.asarray(dequantized(total))[row, :history_blocks] - expected[row, :history_blocks])
         assert (error <= 0.51 * scale[row, :history_blocks] + TOLERANCE.get(implementation, KERNEL_TOLERANCE)).all()
         # as fine a grid as the reference has
         spread = expected[row, :history_blocks].reshape(history_blocks, 128, case.width // 128, 128)
@@ -378,23 +377,23 @@ def test_quantize(implementation: str, case: Quantized) -> None:
     x[1, 0] = levels / 8 - 2  # on the grid
     x = jnp.asarray(x, case.dtype)
     got = run(Quantize(x, spec), implementation)
-    expected = quantize(x, spec)
+    expected = quantized(x, spec)
     assert got.spec == spec
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
     np.testing.assert_array_equal(got.scale, expected.scale)
     np.testing.assert_array_equal(got.zero, expected.zero)
-    codes, expected_codes = (np.asarray(unpack(b.planes, case.bits)).astype(int) for b in (got, expected))
+    codes, expected_codes = (np.asarray(unpacked(b.planes, case.bits)).astype(int) for b in (got, expected))
     assert np.abs(codes - expected_codes).max() <= 1
     group = (1, spec.group) if case.axis == "token" else (128, 1)
     scale, zero = (np.kron(np.asarray(a, np.float64), np.ones(group)) for a in (got.scale, got.zero))
     exact = np.asarray(x, np.float64)
     within = exact.clip(zero, zero + (2**case.bits - 1) * scale) if case.clip else exact
-    error = np.abs(np.asarray(dequantize(got), np.float64) - within)
+    error = np.abs(np.asarray(dequantized(got), np.float64) - within)
     assert (error <= scale * (0.5 + 2.0**-12)).all()
     if case.clip:
         assert (within != exact).any()
         return
-    np.testing.assert_array_equal(np.asarray(dequantize(got))[1, 0], np.asarray(x, np.float32)[1, 0])
+    np.testing.assert_array_equal(np.asarray(dequantized(got))[1, 0], np.asarray(x, np.float32)[1, 0])
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
@@ -405,7 +404,7 @@ def test_numbers_that_are_none_spoil_their_group_alone(implementation: str) -> N
         spoiled[0, 0, 5, 9], spoiled[0, 0, 77, 130] = np.inf, np.nan
         spec = StreamSpec(256, 4, axis, clip=clip)
         values = [
-            np.asarray(dequantize(run(Quantize(jnp.asarray(a), spec), implementation)))[0, 0] for a in (x, spoiled)
+            np.asarray(dequantized(run(Quantize(jnp.asarray(a), spec), implementation)))[0, 0] for a in (x, spoiled)
         ]
         same = values[0] == values[1]
         if axis == "token":
@@ -416,7 +415,7 @@ def test_numbers_that_are_none_spoil_their_group_alone(implementation: str) -> N
 
 
 def test_widths_that_do_not_fit_are_an_error() -> None:
-    blocks = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 4))
+    blocks = quantized(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 4))
     with pytest.raises(ConfigError, match=r"width 32 cannot be multiplied by a .16, 8. weight"):
         pallas_kernels.run(RematProject(blocks, jnp.zeros((16, 8))))
     with pytest.raises(ConfigError, match="vectors of width 16 are no stream of width 32"):
@@ -424,7 +423,7 @@ def test_widths_that_do_not_fit_are_an_error() -> None:
 
 
 def test_heads_that_do_not_fit_are_an_error() -> None:
-    stream = quantize(jnp.zeros((1, 1, 1, 128, 96)), StreamSpec(96, 4))
+    stream = quantized(jnp.zeros((1, 1, 1, 128, 96)), StreamSpec(96, 4))
     geometry = Geometry(jnp.zeros((1, 1), jnp.int32), NO_WINDOW, jnp.zeros(16), 1.0)
 
     def attend(num_kv_heads: int, value_heads: int) -> None:
@@ -440,8 +439,8 @@ def test_heads_that_do_not_fit_are_an_error() -> None:
 
 
 def test_sums_that_do_not_fit_are_an_error() -> None:
-    wide, narrow = (quantize(jnp.zeros((1, 1, 1, 128, n)), StreamSpec(n, 4)) for n in (32, 16))
-    below = quantize(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 8))
+    wide, narrow = (quantized(jnp.zeros((1, 1, 1, 128, n)), StreamSpec(n, 4)) for n in (32, 16))
+    below = quantized(jnp.zeros((1, 1, 128, 32)), StreamSpec(32, 8))
 
     def add(stream: Blocks, *matrices: jax.Array) -> None:
         pallas_kernels.run(Accumulate(below, stream, Accumulation(matrices), jnp.ones(1, jnp.int32), 0))

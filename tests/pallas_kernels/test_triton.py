@@ -16,8 +16,9 @@ import pytest
 
 from pallas_kernels import Accumulate, Accumulation, DecodeAttention, KeyRebuild, RematProject, target, xla
 from pallas_kernels.eight_bits import quantize_matrix
+from tests.compiled import dequantized, quantized
 from xquant_jax.numerics.attention import Geometry
-from xquant_jax.numerics.quantization import Blocks, StreamSpec, dequantize, quantize
+from xquant_jax.numerics.quantization import Blocks, StreamSpec, quantize
 from xquant_jax.numerics.rope import Rope
 
 if importlib.util.find_spec("jax_triton") is None:
@@ -40,7 +41,6 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-quantized = jax.jit(quantize, static_argnames="spec")
 reference = jax.jit(xla.run)
 
 
@@ -160,7 +160,7 @@ def test_blocks_past_a_length_are_not_read() -> None:
 
 def test_remat_project_of_partial_tiles_agrees_with_the_reference() -> None:
     """3 blocks in tiles of 2, and 136 columns in tiles of 128."""
-    blocks = quantize(jnp.asarray(random(1, 3, 128, 128)), StreamSpec(128, 3))
+    blocks = quantized(jnp.asarray(random(1, 3, 128, 128)), StreamSpec(128, 3))
     call = RematProject(blocks, jnp.asarray(random(128, 136)))
     with target.interpreted():
         assert remat_project.refuse(call) is None
@@ -190,7 +190,7 @@ def test_sums_in_ranges_agree_with_the_reference(tiles: Tiles, predict: int, mon
         got = jax.block_until_ready(jax.jit(accumulate.run)(call))
     expected = reference(call)
     for row, history_blocks in enumerate(FLUSHED):
-        a, b = (np.asarray(dequantize(blocks))[row, :history_blocks] for blocks in (got, expected))
+        a, b = (np.asarray(dequantized(blocks))[row, :history_blocks] for blocks in (got, expected))
         steps = np.repeat(np.asarray(expected.scale, np.float32)[row, :history_blocks], 128, axis=-1)
         assert (np.abs(a - b) <= 1.01 * steps + TOLERANCE).all()  # one code where rounding was close
 
@@ -324,7 +324,7 @@ def test_the_interpreter_leaves_the_language_as_it_was() -> None:
     import triton.language as tl
 
     before = [dict(vars(thing)) for thing in (tl, tl.core, tl.math, tl.tensor, tl.dtype)]
-    blocks = quantize(jnp.asarray(random(1, 1, 128, 128)), StreamSpec(128, 4))
+    blocks = quantized(jnp.asarray(random(1, 1, 128, 128)), StreamSpec(128, 4))
     with target.interpreted():
         jax.block_until_ready(remat_project.run(RematProject(blocks, jnp.asarray(random(128, 8)))))
     assert [dict(vars(thing)) for thing in (tl, tl.core, tl.math, tl.tensor, tl.dtype)] == before
