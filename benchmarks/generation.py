@@ -19,7 +19,7 @@ import numpy as np
 from jax import monitoring
 
 import xquant_jax as xq
-from xquant_jax.generation.programs import STEPS, Arrivals, Slots, advance
+from xquant_jax.generation.programs import STEPS, Arrivals, Slots, advance, feed
 from xquant_jax.numerics.packing import BLOCK
 
 METHODS = ("bf16", "int8", "xquant:4", "xquant:4,basis=joint", "xquant:2")
@@ -48,10 +48,11 @@ def compile_seconds(model: xq.Model, layers: int, spec: str) -> float:
     method_params = deeper(cache_config.method_params(model.source))
     cache = jax.eval_shape(lambda: xq.allocate(cache_config, config, batch=1, tokens=1024))
     arrivals = Arrivals.of([None], 16, 8)
-    slots_and_more = (start(model, 1), cache, np.ones(1, bool), np.int32(STEPS), np.bool_(False), arrivals)
+    parts, live = (transformer, params, method_params, start(model, 1), cache), np.ones(1, bool)
     jax.clear_caches()
     before = time.perf_counter()
-    advance.lower(transformer, params, method_params, *slots_and_more, chunk=16).compile()
+    feed.lower(*parts, arrivals, live, chunk=16).compile()
+    advance.lower(*parts, live, np.int32(STEPS), np.bool_(False)).compile()
     return time.perf_counter() - before
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.shapes import history
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
-from xquant_jax.generation.programs import Arrivals, Slots, advance
+from xquant_jax.generation.programs import Slots, advance
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks
 
@@ -153,7 +153,7 @@ def test_accumulate_compiles_and_adds_in_place(device: Any, model: str, cache: s
     [("xquant:4", ("decode_attention", "quantize")), ("xquant-cl:2", ("decode_attention", "accumulate", "quantize"))],
 )
 def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str, kernels: tuple[str, ...]) -> None:
-    """The whole of `generate`, prefill and decode with a donated cache of 128 k tokens, compiled for a v5e."""
+    """With a donated cache of 128 k tokens, compiled for a v5e."""
     device = topologies.get_topology_desc(TPUS["v5e"].topology, "tpu").devices[0]
     layers = 6
     sizes = {"width": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "num_layers": layers}
@@ -162,12 +162,11 @@ def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str
     cache_config = CacheConfig.parse(cache)
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=131_072))
     method_params = cache_config.method_params(model.source)
-    slots, arrivals = Slots.free(2, config.vocab_size, 8), Arrivals.of([None] * 2, 128, 8)
-    rest = (np.ones(2, bool), np.int32(64), np.bool_(False), arrivals)
-    args = shapes((model.params, method_params, slots, cache, *rest), device)
+    slots, live = Slots.free(2, config.vocab_size, 8), np.ones(2, bool)
+    parts = (model.params, method_params, slots, cache)
+    args = shapes((*parts, live, np.int32(64), np.bool_(False)), device)
     with target.compiling_for("tpu", device.device_kind):
-        lowered = advance.trace(model.transformer, *args, chunk=128).lower(lowering_platforms=("tpu",))
-        done = lowered.compile()
+        done = advance.trace(model.transformer, *args).lower(lowering_platforms=("tpu",)).compile()
     text = done.as_text()
     assert all(f"%{kernel}." in text for kernel in kernels)
     memory = done.memory_analysis()

@@ -18,7 +18,7 @@ from xquant_jax.cache.rows import clear_rows
 from xquant_jax.cache.state import allocate, check_room
 from xquant_jax.errors import ConfigError
 from xquant_jax.generation.buckets import bucket_length, rows_at_once
-from xquant_jax.generation.programs import STEPS, Arrivals, Slots, admit, advance
+from xquant_jax.generation.programs import STEPS, Arrivals, Slots, admit, advance, feed
 from xquant_jax.generation.request import CheckedRequest, Options, Request, checked
 from xquant_jax.generation.sampling import Chosen
 from xquant_jax.generation.sequence import Progress, Sequence
@@ -50,8 +50,8 @@ class Engine:
     on the edge can round otherwise). It holds no state beside its own: several may run in threads of their own, each
     called from one of them.
 
-    in_place: prompts are fed straight into the rows of their slots, all that wait at once, in the program that decodes;
-        else into a small cache of their own, which pays where slots are refilled one by one
+    in_place: prompts are fed straight into the rows of their slots, all that wait at once; else into a small cache of
+        their own, which pays where slots are refilled one by one
     keep: a prompt that begins with all that its slot still holds of the sequence before goes on from there, as the
         turns of a conversation do; needs `in_place`
 
@@ -106,10 +106,9 @@ class Engine:
         compile what they need when their turn comes."""
         for request in sorted(requests, key=lambda r: len(r.tokens), reverse=True):
             self._reserve(request, own=not self.in_place)
-        if not self.in_place:
-            for chunk in self._buckets:
-                self._admit([], chunk)
-        self._advance([], self._idle_chunk, steps=0)
+        for chunk in self._buckets:
+            self._feed([], chunk)
+        self._advance(steps=0)
         self._run = None
         jax.block_until_ready(self.cache)
 
@@ -152,26 +151,18 @@ class Engine:
         stops = any(request.stop for request in self.running())
         steps = min(STOP_STRING_STEPS if stops else STEPS, STEPS if limit is None else limit)
         arrivals, chunk = self._next()
-        if self.in_place:
-            steps -= bool(arrivals)
-        elif arrivals:
-            steps -= 1
-            while arrivals:
-                self._admit(arrivals, chunk)
-                self._take_down()
-                arrivals, chunk = self._next()
+        steps -= bool(arrivals)
+        while arrivals:
+            self._feed(arrivals, chunk)
+            self._take_down()
             if hurry and any(progress.completion for progress in self._news.values()):
                 steps = 0
-        if arrivals or (steps and any(row is not None for row in self._rows)):
-            self._advance(arrivals, chunk, steps=steps, hurry=hurry)
+            arrivals, chunk = self._next()
+        if steps and any(row is not None for row in self._rows):
+            self._advance(steps=steps, hurry=hurry)
             self._take_down()
         news, self._news = self._news, {}
         return list(news.values())
-
-    @property
-    def _idle_chunk(self) -> int:
-        """Of the program that decodes when nobody is fed: in place it is one that could; 0: it has no part for that."""
-        return next(iter(self._buckets), 0) if self.in_place else 0
 
     def _chunk_for(self, size: int) -> int | None:
         """Tokens per chunk of the program that feeds a prompt: its own, or a larger one that takes it all at once."""
@@ -199,7 +190,7 @@ class Engine:
         """Who is fed next and into which slots, as many of the queue as one program takes; and its chunk."""
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         if not free or not self._queue:
-            return [], self._idle_chunk
+            return [], 0
         waiting = list(itertools.islice(self._queue, len(free)))
         if self.in_place:
             arrivals = list(zip(free, waiting, strict=False))
@@ -213,34 +204,30 @@ class Engine:
         kept, tokens = self._kept.get(slot, []), sequence.request.tokens
         return len(kept) if len(kept) < len(tokens) and tokens[: len(kept)] == kept else 0
 
-    def _admit(self, arrivals: list[tuple[int, Sequence]], chunk: int) -> None:
-        """Feeds them into a small cache, and puts them into their slots."""
-        targets = np.full(rows_at_once(chunk, self.model.mesh), len(self._rows), np.int32)
-        targets[: len(arrivals)] = [slot for slot, _ in arrivals]
-        requests: list[CheckedRequest | None] = [sequence.request for _, sequence in arrivals]
-        requests += [None] * (len(targets) - len(requests))
-        inputs = Arrivals.of(requests, self._buckets[chunk], self._stops), targets
-        sizes = {"cache_config": self.cache_config, "chunk": chunk}
-        columns = [(slot, sequence, column, 0) for column, (slot, sequence) in enumerate(arrivals)]
-        self._launch(admit, inputs, sizes, columns)
+    def _feed(self, arrivals: list[tuple[int, Sequence]], chunk: int) -> None:
+        """Feeds them into the rows of their slots, or into a small cache and from there into their slots."""
+        slots, size = dict(arrivals), len(self._rows) if self.in_place else rows_at_once(chunk, self.model.mesh)
+        rows = range(size) if self.in_place else [*slots, *[len(self._rows)] * (size - len(slots))]
+        requests = [slots[row].request if row in slots else None for row in rows]
+        kept = [self._kept_of(row, slots[row]) if row in slots else 0 for row in rows]
+        there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept)
+        columns = [(slot, slots[slot], column, 0) for column, slot in enumerate(rows) if slot in slots]
+        if self.in_place:
+            live = np.asarray([row is not None or slot in slots for slot, row in enumerate(self._rows)])
+            self._kept = {}  # rows that take no part give up what they hold
+            self._launch(feed, (there, live), {"chunk": chunk}, columns)
+        else:
+            sizes = {"cache_config": self.cache_config, "chunk": chunk}
+            self._launch(admit, (there, np.asarray(rows, np.int32)), sizes, columns)
 
-    def _advance(self, arrivals: list[tuple[int, Sequence]], chunk: int, *, steps: int, hurry: bool = False) -> None:
-        """Moves all sequences on, after feeding those that arrive."""
-        fed = dict(arrivals)
-        rows = [fed.get(slot, row) for slot, row in enumerate(self._rows)]
-        live, waiting = np.asarray([row is not None for row in rows]), hurry or len(self._queue) > len(arrivals)
-        there = None
-        if chunk:
-            requests = [fed[slot].request if slot in fed else None for slot in range(len(rows))]
-            kept = [self._kept_of(slot, fed[slot]) if slot in fed else 0 for slot in range(len(rows))]
-            there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept)
-        self._kept = {}  # rows that take no part give up what they hold
+    def _advance(self, *, steps: int, hurry: bool = False) -> None:
+        """Moves all sequences on."""
+        live, waiting = np.asarray([row is not None for row in self._rows]), hurry or bool(self._queue)
         columns = [
-            (slot, row, slot, 0 if slot in fed else len(row.transcript.tokens) - 1)
-            for slot, row in enumerate(rows)
-            if row is not None
+            (slot, row, slot, len(row.transcript.tokens)) for slot, row in enumerate(self._rows) if row is not None
         ]
-        self._launch(advance, (live, np.int32(steps), np.bool_(waiting), there), {"chunk": chunk}, columns)
+        self._kept = {}  # rows that take no part give up what they hold
+        self._launch(advance, (live, np.int32(steps), np.bool_(waiting)), {}, columns)
 
     def _launch(self, program: Any, inputs: tuple[Any, ...], sizes: dict[str, Any], columns: list[Any]) -> None:
         """Runs a program that takes the slots and the cache and gives them back."""

@@ -124,7 +124,7 @@ def stream(
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[StreamedToken]:
-    """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled program.
+    """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled programs.
 
     An answer that cannot go on raises nothing either: its last item has an `error`, and no token.
     """

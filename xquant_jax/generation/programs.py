@@ -1,8 +1,9 @@
 """The compiled programs behind every answer: a cache of slots, each with a sequence of its own.
 
-`advance` moves all live slots on, after feeding prompts straight into their rows if there are any. `admit` feeds
-prompts into a small cache of their own and copies its rows into free slots. What a request asks for lies in arrays, a
-row for each slot: requests come and go, whatever their options, without another shape, and nothing is compiled again.
+`feed` takes prompts straight into the rows of their slots, `admit` through a small cache of their own whose rows are
+copied into free slots; both make the first token of each answer. `advance` moves all live slots on. What a request asks
+for lies in arrays, a row for each slot: requests come and go, whatever their options, without another shape, and
+nothing is compiled again.
 """
 
 import dataclasses
@@ -139,6 +140,38 @@ def admit(
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("slots", "cache"))
+def feed(
+    model: Transformer,
+    params: Any,
+    method_params: tuple[Any, ...],
+    slots: Slots,
+    cache: Cache,
+    arrivals: Arrivals,
+    live: Bool[Array, " B"],
+    *,
+    chunk: int,
+) -> tuple[Slots, Cache, Chosen]:
+    """Feeds the arrivals into their own rows (R = B) and takes the first token of each answer.
+
+    live: the caller's view, which knows of stop strings; arrivals are live. Other live rows take no part; the rest give
+        up what they stored, but for what arrivals keep
+
+    Returns slots and cache, then the first tokens [1, B].
+    """
+    fed, kept = arrivals.lengths > 0, arrivals.kept > 0
+    slots = dataclasses.replace(slots, live=live & ~fed)
+    logits, cache = _feed(model, params, method_params, arrivals, _keep(cache, slots.live | kept), chunk=chunk)
+    seen = Seen(slots.seen.anywhere & kept[:, None], jnp.zeros_like(slots.seen.answered))
+    begun, chosen = _take(_begun(arrivals, seen), logits)
+
+    def pick(new: Array, old: Array) -> Array:
+        return jnp.where(jnp.expand_dims(fed, tuple(range(1, old.ndim))), new, old)
+
+    slots, chosen = sharding.constrain_as((jax.tree.map(pick, begun, slots), chosen), sharding.P())
+    return slots, constrain_cache(cache), jax.tree.map(lambda a: a[None], chosen)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames=("slots", "cache"))
 def advance(
     model: Transformer,
     params: Any,
@@ -148,38 +181,14 @@ def advance(
     live: Bool[Array, " B"],
     steps: Int[Array, ""],
     waiting: Bool[Array, ""],
-    arrivals: Arrivals | None = None,
-    *,
-    chunk: int = 0,
 ) -> tuple[Slots, Cache, Chosen]:
-    """Feeds the arrivals into their own rows (R = B), then decodes up to `steps` tokens for every live slot.
+    """Decodes up to `steps` tokens for every live slot; fewer if none is live, or one is freed and a request `waiting`.
 
-    Without arrivals (None, not merely rows of length 0) there is no feeding part in the program. While prompts are fed
-    the other rows take no part. Decoding ends sooner if no slot is live, or if one is freed and a request `waiting`.
+    live: the caller's view, which knows of stop strings. A slot that is not gives up what it stored.
 
-    live: the caller's view, which knows of stop strings; arrivals are live. A slot that is not gives up what it stored.
-
-    Returns slots and cache, then tokens [1 + STEPS, B]: first those that end the feeding of a row, then the decoded
-    ones. As many of a column mean something as its slot has made more.
+    Returns slots and cache, then the tokens [STEPS, B]. As many of a column mean something as its slot has made more.
     """
-    vocabulary = model.config.vocab_size
-    chosen = Chosen.nothing(1 + STEPS, len(live), vocabulary=vocabulary)
-    fed = jnp.zeros_like(live) if arrivals is None else arrivals.lengths > 0
-    slots = dataclasses.replace(slots, live=live & ~fed)
-    cache = _keep(cache, slots.live if arrivals is None else slots.live | (arrivals.kept > 0))
-    if arrivals is not None:
-
-        def begin(logits: Array, slots: Slots) -> tuple[Slots, Chosen]:
-            kept = slots.seen.anywhere & (arrivals.kept > 0)[:, None]
-            begun, first = _take(_begun(arrivals, Seen(kept, jnp.zeros_like(slots.seen.answered))), logits)
-
-            def pick(new: Array, old: Array) -> Array:
-                return jnp.where(jnp.expand_dims(fed, tuple(range(1, old.ndim))), new, old)
-
-            return jax.tree.map(pick, begun, slots), _record(chosen, 0, first)
-
-        logits, cache = _feed(model, params, method_params, arrivals, cache, chunk=chunk)
-        slots, chosen = lax.cond(fed.any(), begin, lambda logits, slots: (slots, chosen), logits, slots)
+    slots = dataclasses.replace(slots, live=live)
 
     def goes_on(carry: tuple[Array, Slots, Cache, Chosen]) -> Array:
         i, slots = carry[:2]
@@ -191,9 +200,10 @@ def advance(
         logits, cache = forward(model, params, slots.last[:, None], cache, method_params, counts)
         slots, new = _take(slots, logits)
         cache = constrain_cache(flush_when_due(cache, method_params))
-        return i + 1, slots, cache, _record(chosen, i + 1, new)
+        return i + 1, slots, cache, jax.tree.map(lambda all_of_them, a: all_of_them.at[i].set(a), chosen, new)
 
-    _, slots, cache, chosen = lax.while_loop(goes_on, step, (jnp.int32(0), slots, cache, chosen))
+    chosen = Chosen.nothing(STEPS, len(live), vocabulary=model.config.vocab_size)
+    _, slots, cache, chosen = lax.while_loop(goes_on, step, (jnp.int32(0), slots, _keep(cache, live), chosen))
     slots, chosen = sharding.constrain_as((slots, chosen), sharding.P())  # every host reads them
     return slots, constrain_cache(cache), chosen
 
@@ -241,11 +251,6 @@ def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
         failed=slots.failed | (slots.live & ~finite),
         seen=_if_penalized(asked, lambda seen: seen.with_answers(chosen.tokens, live), slots.seen),
     ), chosen
-
-
-def _record(chosen: Chosen, at: Any, new: Chosen) -> Chosen:
-    """The tokens [N, B] with new ones [B] written at number `at`."""
-    return jax.tree.map(lambda all_of_them, a: all_of_them.at[at].set(a), chosen, new)
 
 
 def _feed(
