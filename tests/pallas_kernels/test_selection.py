@@ -1,5 +1,6 @@
 """Which backend runs: by name, by device, by shape, and what users are told about it."""
 
+import dataclasses
 import importlib
 import threading
 from typing import Any
@@ -171,13 +172,17 @@ def test_two_threads_do_not_record_each_others_backends() -> None:
 
 @pytest.mark.slow
 def test_generate_says_which_implementation_ran() -> None:
-    """With plain layers and with running sums, whose kernels agree with XLA."""
+    """As many layers as there are kinds: a plain one, the base of the running sum and one above it."""
+    demo = xq.load("demo")
+    config = dataclasses.replace(demo.config, num_layers=3, sliding_windows=(None,) * 3)
+    layers = jax.tree.map(lambda a: a[:3], demo.params["layers"])
+    model = dataclasses.replace(demo, transformer=xq.Transformer(config), params={**demo.params, "layers": layers})
     prompt = [5 + i % 250 for i in range(140)]  # one block of history
-    reference = xq.generate(xq.load("demo"), [prompt], cache="xquant-cl:2,first=2@4", max_new_tokens=2)
+    options: dict[str, Any] = {"cache": "xquant-cl:2,first=1@4", "max_new_tokens": 2}
+    reference = xq.generate(model, [prompt], **options)
     assert reference.implementation == "xla"
     with target.interpreted():
-        model = xq.load("demo", implementation="pallas_tpu")
-        result = xq.generate(model, [prompt], cache="xquant-cl:2,first=2@4", max_new_tokens=2)
+        result = xq.generate(dataclasses.replace(model, implementation="pallas_tpu"), [prompt], **options)
     assert result.implementation == "pallas_tpu"
     assert result.results[0].tokens == reference.results[0].tokens
 

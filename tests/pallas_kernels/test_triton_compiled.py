@@ -22,18 +22,23 @@ SHARED = 100_000
 """Bytes of shared memory that a program may have on Ada, the least of the three."""
 
 
+def each_with_each(forms: list[tuple[str, str]], bits: tuple[int, int, int]) -> list[tuple[str, str, int, str]]:
+    """Every form with every GPU, every form with every number of bits, and every GPU with every number of bits."""
+    return [(*form, bits[(i + j) % 3], gpu) for i, form in enumerate(forms) for j, gpu in enumerate(NVIDIA)]
+
+
 def has_products(gpu: str, operations: dict[str, int]) -> bool:
     """Whether the matrix unit is used as the GPU's generation should."""
     return operations["HGMMA" if gpu == "H200" else "HMMA"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", NVIDIA)
 @pytest.mark.parametrize(
-    ("model", "options"),
-    [("Llama-3.1-8B", ""), ("Llama-3.1-8B", ",basis=joint"), ("Llama-2-7B", ""), ("Qwen3-8B", "")],
+    ("model", "options", "bits", "gpu"),
+    each_with_each(
+        [("Llama-3.1-8B", ""), ("Llama-3.1-8B", ",basis=joint"), ("Llama-2-7B", ""), ("Qwen3-8B", "")], (2, 3, 4)
+    ),
 )
-@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_innermost_loops_do_not_spill(model: str, options: str, bits: int, gpu: str) -> None:
     for launch in ahead.decode_launches(decode_shape(model, f"xquant:{bits}{options}"), GPUS[gpu]):
         machine = ahead.compiled(launch, GPUS[gpu])
@@ -43,9 +48,10 @@ def test_the_innermost_loops_do_not_spill(model: str, options: str, bits: int, g
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", NVIDIA)
-@pytest.mark.parametrize(("model", "options"), SUMS)
-@pytest.mark.parametrize("bits", [2, 3, 8])  # of one plane, of two, and of the widest words
+@pytest.mark.parametrize(
+    ("model", "options", "bits", "gpu"),
+    each_with_each(SUMS, (2, 3, 8)),  # bits of one plane, of two, the widest words
+)
 def test_kernels_of_sums_do_not_spill(model: str, options: str, bits: int, gpu: str) -> None:
     for launch in ahead.sum_launches(sum_shape(model, f"xquant-cl:{bits}{options}"), GPUS[gpu]):
         machine = ahead.compiled(launch, GPUS[gpu])
