@@ -166,10 +166,11 @@ def test_several_stop_ids(model: xq.Model) -> None:
     assert len(result.logprobs) == len(result.tokens)
 
 
+@pytest.mark.optimized
 def test_two_bit_cache_stays_coherent_over_flushes(demo: xq.Model) -> None:
     """300 tokens cross two flushes; a broken history shows as a collapse of the model's own confidence."""
     exact = xq.generate(demo, PROMPTS[0], cache=EXACT, max_new_tokens=300, stop_ids=[]).results[0]
-    for spec in ("xquant-cl:2", "xquant:2", "xquant:4", "kivi:2", "int8", "bf16"):
+    for spec in ("xquant-cl:2", "kivi:2"):
         result = xq.generate(demo, PROMPTS[0], cache=spec, max_new_tokens=300, stop_ids=[]).results[0]
         assert np.isfinite(result.logprobs).all()
         assert np.mean(result.logprobs[150:]) > np.mean(exact.logprobs[150:]) - 0.3

@@ -39,7 +39,7 @@ QUICK = ["xquant:4,group=8,rotate=true", "kivi:4", "xquant-cl:2,first=1@4,predic
 """One that lies by head, one that lies whole, one with a running sum."""
 ANSWERED = [  # how it is quantized is nothing to a mesh, only how it lies: by head, whole, in latents, with sums
     *((spec, False, SHAPES[3]) for spec in QUICK),
-    *((spec, False, SHAPES[3]) for spec in ("xquant:8,value_basis=joint", "kvquant:3")),
+    ("xquant:8,value_basis=joint", False, SHAPES[3]),
     (ACROSS_LAYERS[1], False, SHAPES[3]),
     *((spec, True, SHAPES[3]) for spec in MULTI_HEAD[1:]),
     ("xquant:4,group=8,rotate=true", False, SHAPES[0]),
