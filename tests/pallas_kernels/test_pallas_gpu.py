@@ -36,7 +36,7 @@ def project(stream: Blocks, weight: jax.Array) -> np.ndarray:
 
 
 def expected(stream: Blocks, weight: jax.Array) -> np.ndarray:
-    x = np.asarray(np.asarray(dequantized(stream)).astype(jnp.bfloat16), np.float64)
+    x = np.asarray(dequantized(stream)).astype(jnp.bfloat16).astype(np.float64)
     return x.reshape(x.shape[0], -1, x.shape[-1]) @ np.asarray(weight, np.float64)
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.shapes import history
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
-from xquant_jax.generation.programs import Slots, advance
+from xquant_jax.generation.programs import Arrivals, Slots, advance, feed
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks
 
@@ -149,7 +149,7 @@ def test_accumulate_compiles_and_adds_in_place(device: Any, model: str, cache: s
     ("cache", "kernels"),
     [("xquant:4", ("decode_attention", "quantize")), ("xquant-cl:2", ("decode_attention", "accumulate", "quantize"))],
 )
-def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str, kernels: tuple[str, ...]) -> None:
+def test_programs_for_a_tpu_copy_no_cache_and_decoding_runs_the_kernels(cache: str, kernels: tuple[str, ...]) -> None:
     """With a donated cache of 128 k tokens, compiled for a v5e."""
     device = topologies.get_topology_desc(TPUS["v5e"].topology, "tpu").devices[0]
     layers = 6
@@ -160,16 +160,19 @@ def test_a_decode_loop_for_a_tpu_runs_the_kernels_and_copies_no_cache(cache: str
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=131_072))
     method_params = cache_config.method_params(model.source)
     slots, live = Slots.free(2, config.vocab_size, 8), np.ones(2, bool)
-    parts = (model.params, method_params, slots, cache)
-    args = shapes((*parts, live, np.int32(64), np.bool_(False)), device)
+    parts = shapes((model.params, method_params, slots, cache), device)
+    arriving = shapes((Arrivals.of([None] * 2, 128, 8), live), device)
     with target.compiling_for("tpu", device.device_kind):
-        done = advance.trace(model.transformer, *args).lower(lowering_platforms=("tpu",)).compile()
-    text = done.as_text()
+        fed = feed.trace(model.transformer, *parts, *arriving, chunk=128)
+        decoded = advance.trace(model.transformer, *parts, *shapes((live, np.int32(64), np.bool_(False)), device))
+        programs = [traced.lower(lowering_platforms=("tpu",)).compile() for traced in (fed, decoded)]
+    text = programs[1].as_text()
     assert all(f"%{kernel}." in text for kernel in kernels)
-    memory = done.memory_analysis()
     size = cache_bytes(cache).total
-    assert memory.alias_size_in_bytes >= size
-    assert memory.temp_size_in_bytes < 0.1 * size
+    for program in programs:
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= size
+        assert memory.temp_size_in_bytes < 0.1 * size
 
 
 def test_what_the_kernel_cannot_take_is_said() -> None:

@@ -206,19 +206,22 @@ class Engine:
 
     def _feed(self, arrivals: list[tuple[int, Sequence]], chunk: int) -> None:
         """Feeds them into the rows of their slots, or into a small cache and from there into their slots."""
-        slots, size = dict(arrivals), len(self._rows) if self.in_place else rows_at_once(chunk, self.model.mesh)
-        rows = range(size) if self.in_place else [*slots, *[len(self._rows)] * (size - len(slots))]
-        requests = [slots[row].request if row in slots else None for row in rows]
-        kept = [self._kept_of(row, slots[row]) if row in slots else 0 for row in rows]
-        there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept)
-        columns = [(slot, slots[slot], column, 0) for column, slot in enumerate(rows) if slot in slots]
+        fed, nowhere = dict(arrivals), len(self._rows)
         if self.in_place:
-            live = np.asarray([row is not None or slot in slots for slot, row in enumerate(self._rows)])
+            targets = list(range(nowhere))
+        else:
+            targets = [*fed, *[nowhere] * (rows_at_once(chunk, self.model.mesh) - len(fed))]
+        requests = [fed[slot].request if slot in fed else None for slot in targets]
+        kept = [self._kept_of(slot, fed[slot]) if slot in fed else 0 for slot in targets]
+        there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept)
+        columns = [(slot, fed[slot], column, 0) for column, slot in enumerate(targets) if slot in fed]
+        if self.in_place:
+            live = np.asarray([row is not None or slot in fed for slot, row in enumerate(self._rows)])
             self._kept = {}  # rows that take no part give up what they hold
             self._launch(feed, (there, live), {"chunk": chunk}, columns)
         else:
             sizes = {"cache_config": self.cache_config, "chunk": chunk}
-            self._launch(admit, (there, np.asarray(rows, np.int32)), sizes, columns)
+            self._launch(admit, (there, np.asarray(targets, np.int32)), sizes, columns)
 
     def _advance(self, *, steps: int, hurry: bool = False) -> None:
         """Moves all sequences on."""

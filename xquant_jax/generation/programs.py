@@ -132,7 +132,7 @@ def admit(
     # on a mesh as long as the cache, so that every device copies blocks of its own
     tokens = cache.capacity if sharding.active() else min(length, cache.capacity)
     own = allocate(cache_config, model.config, batch=rows, tokens=tokens, implementation=cache.implementation)
-    logits, own = _feed(model, params, method_params, arrivals, own, chunk=chunk)
+    logits, own = _prefill(model, params, method_params, arrivals, own, chunk=chunk)
     new, chosen = _take(_begun(arrivals, Seen.nothing(rows, logits.shape[1])), logits)
     slots = jax.tree.map(lambda whole, part: whole.at[targets].set(part, mode="drop"), slots, new)
     slots, chosen = sharding.constrain_as((slots, chosen), sharding.P())
@@ -160,7 +160,7 @@ def feed(
     """
     fed, kept = arrivals.lengths > 0, arrivals.kept > 0
     slots = dataclasses.replace(slots, live=live & ~fed)
-    logits, cache = _feed(model, params, method_params, arrivals, _keep(cache, slots.live | kept), chunk=chunk)
+    logits, cache = _prefill(model, params, method_params, arrivals, _keep(cache, slots.live | kept), chunk=chunk)
     seen = Seen(slots.seen.anywhere & kept[:, None], jnp.zeros_like(slots.seen.answered))
     begun, chosen = _take(_begun(arrivals, seen), logits)
 
@@ -253,7 +253,7 @@ def _take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
     ), chosen
 
 
-def _feed(
+def _prefill(
     model: Transformer,
     params: Any,
     method_params: tuple[Any, ...],

@@ -406,7 +406,7 @@ class TestCommand:
 
 def test_a_cache_differs_first_where_its_own_generation_does(model: xq.Model, text: Path, out: Path, capsys) -> None:
     """What `--generate` reports, against greedy generation through the same cache."""
-    length, specs = 40, ["kivi:2"]
+    length, specs = 40, ["xquant:2"]
     typed = ["eval", "demo", "--text", str(text), *SIZES, "--json", str(out), "--cache", *specs]
     assert main([*typed, "--generate", str(length)]) == 0
     assert f"3 windows continued greedily by {length} tokens" in capsys.readouterr().out
