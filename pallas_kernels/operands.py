@@ -75,4 +75,4 @@ def expand(z: Float[Array, "B S C"], matrix: Array | None, num_kv_heads: int) ->
         return z.reshape(split)
     if matrix.ndim == 2:
         return (z @ matrix).reshape(split)
-    return jnp.einsum("bske,ked->bskd", z.reshape(split), matrix)
+    return jnp.swapaxes(jnp.matmul(jnp.swapaxes(z.reshape(split), 1, 2), matrix), 1, 2)

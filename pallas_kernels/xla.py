@@ -118,14 +118,10 @@ def attend_history(
             name: read_tile(blocks, layer, start, size, codebooks.get(name)).astype(q.dtype)
             for name, blocks in history.items()
         }
-        return attention.attend(
-            q,
-            *read(vectors),
-            geometry,
-            origin=jnp.full(batch, start * BLOCK),
-            first=jnp.maximum(stale * BLOCK, skip - start * BLOCK),
-            count=(history_blocks - start) * BLOCK,
-        )
+        numbers = jnp.arange(size * BLOCK)[None]
+        exists = numbers >= jnp.maximum(stale * BLOCK, skip - start * BLOCK)
+        exists &= numbers < BLOCK * (history_blocks - start)[:, None]
+        return attention.attend(q, *read(vectors), geometry, origin=jnp.full(batch, start * BLOCK), exists=exists)
 
     # of sequences that have blocks: a short one or a free slot would have all tiles read that lie before their windows
     earliest = jnp.where(history_blocks > 0, geometry.positions.min(axis=1), geometry.positions.max()).min()

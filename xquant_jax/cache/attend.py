@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from pallas_kernels import MOST_NEW_TOKENS, Accumulate, DecodeAttention
-from pallas_kernels.xla import attend_history
+from pallas_kernels.xla import Read, attend_history
 from xquant_jax import sharding
 from xquant_jax.cache.state import Cache, Segment
 from xquant_jax.config import ModelConfig
@@ -167,21 +167,8 @@ def attend_own(
         k = absorbed.key_rebuild(vectors[absorbed.key], config.num_kv_heads)
         return k, z.reshape(*z.shape[:2], absorbed.value_heads, -1)
 
-    window = {name: vectors.astype(q.dtype) for name, vectors in layer_cache.window().items()}
-    recent = attention.attend(
-        q,
-        *keys_values(window),
-        geometry,
-        origin=BLOCK * layer_cache.history_blocks + layer_cache.first_place,
-        count=layer_cache.window_lengths - layer_cache.first_place,
-    )
+    recent = _attend_recent(q, layer_cache, geometry, keys_values)
     skip = method.sink - BLOCK * layer_cache.first_block
-    if method.sink:
-        sink = {name: vectors.astype(q.dtype) for name, vectors in layer_cache.sink().items()}
-        has_sink = (layer_cache.history_blocks > 0) & (layer_cache.first_block == 0)
-        count = jnp.where(has_sink, method.sink, 0)
-        first = attention.attend(q, *keys_values(sink), geometry, origin=jnp.zeros_like(count), count=count)
-        recent = attention.merge(recent, first)
     history, layer, running_sum = layer_cache.segment.history, layer_cache.layer, layer_cache.running_sum
     history_blocks = jnp.clip(layer_cache.history_blocks - layer_cache.first_block, 0, layer_cache.blocks)
     geometry = dataclasses.replace(geometry, positions=geometry.positions - BLOCK * layer_cache.first_block)
@@ -192,7 +179,7 @@ def attend_own(
         call = Accumulate(running_sum, stream, accumulation, history_blocks, layer)
         running_sum = pallas_kernels.run(call, implementation)
         total: Blocks = jax.tree.map(lambda a: a[None], running_sum)
-        history, layer = dict.fromkeys(window, total), 0
+        history, layer = dict.fromkeys(layer_cache.segment.window, total), 0
     if absorbed is not None and absorbed.prepare is None:
         call = DecodeAttention(
             q,
@@ -222,6 +209,23 @@ def attend_own(
         )
     both = attention.merge(recent, old)
     return (both if absorbed is None else Part(absorbed.project(both.out), both.lse)), running_sum
+
+
+def _attend_recent(q: Float[Array, "B T H d"], layer_cache: LayerCache, geometry: Geometry, keys_values: Read) -> Part:
+    """Attention to the window, and to the first tokens where they are kept."""
+    vectors, origin = layer_cache.window(), BLOCK * layer_cache.history_blocks + layer_cache.first_place
+    numbers = jnp.arange(next(iter(vectors.values())).shape[1])[None]
+    exists = numbers < (layer_cache.window_lengths - layer_cache.first_place)[:, None]
+    if sink := layer_cache.sink():
+        vectors = {name: jnp.concatenate([sink[name], new], axis=1) for name, new in vectors.items()}
+        kept = jnp.arange(layer_cache.segment.method.sink)[None]
+        there = ((layer_cache.history_blocks > 0) & (layer_cache.first_block == 0))[:, None]
+        numbers, exists = (
+            jnp.concatenate([jnp.broadcast_to(a, (q.shape[0], a.shape[1])) for a in both], axis=1)
+            for both in ((kept - origin[:, None], numbers), (there & (kept >= 0), exists))
+        )
+    vectors = {name: own.astype(q.dtype) for name, own in vectors.items()}
+    return attention.attend(q, *keys_values(vectors), geometry, origin=origin, numbers=numbers, exists=exists)
 
 
 def _merge_over(part: Part, axes: Axes, split: dict[int, Axes]) -> Part:

@@ -168,4 +168,4 @@ def _attend_exactly(
     geometry: Geometry, running_sum: Blocks | None, h: Array, x: Array, q: Array, k: Array, v: Array
 ) -> tuple[Array, Blocks | None]:
     """As `_attend_to_stored`, to keys and values that the model computes."""
-    return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0], count=q.shape[1]).out, running_sum
+    return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0]).out, running_sum

@@ -212,7 +212,7 @@ def _attend_to_stored(
     if method.keys_rotated:
         q = rope.rotate_heads(q, geometry.positions, geometry.frequencies)
         geometry = dataclasses.replace(geometry, rotated=True)
-    return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0], count=length).out, running_sum
+    return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0]).out, running_sum
 
 
 def _scores(

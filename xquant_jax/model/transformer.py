@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         geometry = layers.geometry(c, positions, pick(layers.sliding_windows(c)))
 
         def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            own = attention.attend(q, k, v, geometry, origin=cache.lengths, count=q.shape[1])
+            own = attention.attend(q, k, v, geometry, origin=cache.lengths)
             old, running_sum = attend_stored(method_params, q, layer_cache, geometry, c, cache)
             new = method.encode(method_params, NewTokens(h, x, k, v, geometry, c.norm_eps))
             new = sharding.constrain_as(new, new_vectors_spec(cache.partition, q.shape[1]))
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
             def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                 if shift is not None:
                     k, v = k + shift["key"].astype(k.dtype), v + shift["value"].astype(v.dtype)
-                part = attention.attend(q, k, v, geometry, origin=positions[:, 0], count=length)
+                part = attention.attend(q, k, v, geometry, origin=positions[:, 0])
                 return part.out, keep(h=h, x=x, key=k, value=v)
 
             return layers.layer(params, h, attend, c)

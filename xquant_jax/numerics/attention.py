@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from xquant_jax.numerics import rope
 from xquant_jax.numerics.quantization import Leaf
@@ -58,34 +59,45 @@ def attend(
     geometry: Geometry,
     *,
     origin: Int[Array, " B"],
-    first: Int[Array, ""] | int = 0,
-    count: Int[Array, " #B"] | int,
+    numbers: Int[Array, "#B S"] | None = None,
+    exists: Bool[Array, "#B S"] | None = None,
 ) -> Part:
-    """Attends to keys at positions origin, origin + 1, ...; only those numbered `first` <= i < `count` exist.
+    """Attends to keys at positions origin + numbers, by default 0, 1, ...; only those that `exists` names are there, by
+    default all.
 
     Query head h reads key head h // (H/K). `v` has one set of values per kv head, or one for all heads. Keys are
     rotated by their number and queries by their distance from the origin, so the keys' tables are constants.
     """
     batch, length, heads, dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
-    number = jnp.arange(keys)[None]
+    if numbers is None:
+        numbers = jnp.arange(keys)[None]
     relative = geometry.positions - origin[:, None]
+    distance = relative[:, :, None] - numbers[:, None]  # [B, T, S]
+    mask = (distance >= 0) & (distance < geometry.sliding_window)
+    if exists is not None:
+        mask = mask & exists[:, None]
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # heads outermost, as products and loops over them want it
     if not geometry.rotated:
         q = rope.rotate_heads(q, relative, geometry.frequencies)
-        k = rope.rotate_heads(k, number, geometry.frequencies)
-    distance = relative[:, :, None] - number[:, None]  # [B, T, S]
-    exists = (number >= first) & (number < jnp.asarray(count).reshape(-1, 1))
-    mask = (distance >= 0) & (distance < geometry.sliding_window) & exists[:, None]
+        k = rope.rotate(k, *rope.rotation(numbers[:, None], geometry.frequencies))
 
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    score = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    groups = heads // kv_heads
+    grouped = q.reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, d]
+    flat = grouped.reshape(batch, kv_heads, -1, dim)
+    score = lax.dot_general(flat, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    score = score.reshape(*grouped.shape[:-1], keys)
     score = jnp.where(mask[:, None, None], score * geometry.scale, -jnp.inf)
     top = jnp.maximum(score.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(score - top)
-    total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)  # [B, T, K, G]
-    sets = v.shape[2]  # of values: one for each kv head, or one that all query heads share
-    shared = weights.astype(v.dtype).reshape(batch, sets, heads // sets, length, keys)
-    out = jnp.einsum("bkgts,bskc->btkgc", shared, v, preferred_element_type=jnp.float32).reshape(*total.shape, -1)
-    out = out / jnp.where(total > 0, total, 1.0)[..., None]
-    lse = jnp.moveaxis(top[..., 0], 3, 1) + jnp.log(total)
-    return Part(out.reshape(batch, length, heads, -1), lse.reshape(batch, length, heads))
+    total = weights.sum(axis=-1, keepdims=True)
+    sets = v.shape[1]  # of values: one for each kv head, or one that all query heads share
+    shared = weights.astype(v.dtype).reshape(batch, sets, -1, keys)
+    out = jnp.matmul(shared, v, preferred_element_type=jnp.float32).reshape(*total.shape[:-1], -1)
+    out = out / jnp.where(total > 0, total, 1.0)
+    lse = (top + jnp.log(total))[..., 0]
+
+    def by_token(a: Array) -> Array:  # [B, K, G, T, ...] -> [B, T, H, ...]
+        return jnp.moveaxis(a, 3, 1).reshape(batch, length, heads, *a.shape[4:])
+
+    return Part(by_token(out), by_token(lse))

@@ -35,7 +35,7 @@ def test_bases_change_nothing_where_nothing_is_rounded(changes: dict, spec: str)
             own = jax.tree.map(lambda a: a[number], params)
             stored = method.encode(own, NewTokens(h, x, k, v, geometry, config.norm_eps))
             k, v = method.rebuild(own, stored, config)
-            return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0], count=40).out, carry
+            return attention.attend(q, k, v, geometry, origin=geometry.positions[:, 0]).out, carry
 
         return attend
 
