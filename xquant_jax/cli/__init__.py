@@ -11,7 +11,18 @@ from typing import Any
 
 import jax
 
-from xquant_jax.cli import batch, calibrate, chat, convert, evaluate, generate, lm_eval, plan, terminal
+from xquant_jax.cli import (
+    batch,
+    calibrate,
+    chat,
+    compilation_cache,
+    convert,
+    evaluate,
+    generate,
+    lm_eval,
+    plan,
+    terminal,
+)
 from xquant_jax.errors import XQuantError, XQuantWarning
 
 COMMANDS = (convert, generate, chat, batch, evaluate, plan, calibrate, lm_eval)
@@ -27,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        compilation_cache.add_option(subparser)
     arguments = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
@@ -35,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", XQuantWarning)
             warnings.showwarning = _once()
+            compilation_cache.switch(arguments.compilation_cache)
             return arguments.run(arguments) or 0
     except BrokenPipeError:  # nobody reads on, as behind `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
