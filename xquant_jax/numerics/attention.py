@@ -77,27 +77,23 @@ def attend(
     mask = (distance >= 0) & (distance < geometry.sliding_window)
     if exists is not None:
         mask = mask & exists[:, None]
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # heads outermost, as products and loops over them want it
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))  # heads outermost, as products and loops over them want it
     if not geometry.rotated:
-        q = rope.rotate_heads(q, relative, geometry.frequencies)
+        first = geometry.positions[:, None, :1]
+        ahead = rope.rotation(geometry.positions[:, None] - first, geometry.frequencies)  # the same for any origin
+        q = rope.rotate(q, *rope.turned(ahead, rope.rotation(first - origin[:, None, None], geometry.frequencies)))
         k = rope.rotate(k, *rope.rotation(numbers[:, None], geometry.frequencies))
 
-    groups = heads // kv_heads
-    grouped = q.reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, d]
-    flat = grouped.reshape(batch, kv_heads, -1, dim)
-    score = lax.dot_general(flat, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-    score = score.reshape(*grouped.shape[:-1], keys)
-    score = jnp.where(mask[:, None, None], score * geometry.scale, -jnp.inf)
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    score = lax.dot_general(grouped, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    score = score.reshape(batch, heads, length, keys)
+    score = jnp.where(mask[:, None], score * geometry.scale, -jnp.inf)
     top = jnp.maximum(score.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(score - top)
     total = weights.sum(axis=-1, keepdims=True)
     sets = v.shape[1]  # of values: one for each kv head, or one that all query heads share
     shared = weights.astype(v.dtype).reshape(batch, sets, -1, keys)
-    out = jnp.matmul(shared, v, preferred_element_type=jnp.float32).reshape(*total.shape[:-1], -1)
+    out = jnp.matmul(shared, v, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
     out = out / jnp.where(total > 0, total, 1.0)
     lse = (top + jnp.log(total))[..., 0]
-
-    def by_token(a: Array) -> Array:  # [B, K, G, T, ...] -> [B, T, H, ...]
-        return jnp.moveaxis(a, 3, 1).reshape(batch, length, heads, *a.shape[4:])
-
-    return Part(by_token(out), by_token(lse))
+    return Part(jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2))

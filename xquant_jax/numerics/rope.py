@@ -125,6 +125,15 @@ def rotation(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def turned(
+    rotation: tuple[Float[Array, "*rest half"], Float[Array, "*rest half"]],
+    by: tuple[Float[Array, "*#rest half"], Float[Array, "*#rest half"]],
+) -> tuple[Float[Array, "*rest half"], Float[Array, "*rest half"]]:
+    """Cosine and sine of the sum of two angles, from theirs."""
+    (cos, sin), (cos_by, sin_by) = rotation, by
+    return cos * cos_by - sin * sin_by, sin * cos_by + cos * sin_by
+
+
 def rotate(
     x: Float[Array, "*rest d"], cos: Float[Array, "*#rest half"], sin: Float[Array, "*#rest half"]
 ) -> Float[Array, "*rest d"]:
