@@ -1,8 +1,9 @@
 """Compile time against depth, programs compiled by a second call, decode time against the length of the cache.
 
-    python -m benchmarks.generation [--json OUT]
+    python -m benchmarks.generation [--model DIR] [--cache SPEC ...] [--only PART ...] [--json OUT]
 
-Random weights where only shapes matter. Times are medians; everything runs in one process on the default device.
+Random weights where only shapes matter. Times are medians; everything runs in one process on the default device, the
+caches of a row of the table in turn.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,14 @@ from xquant_jax.generation.programs import STEPS, Arrivals, Slots, advance, feed
 from xquant_jax.numerics.packing import BLOCK
 
 METHODS = ("bf16", "int8", "xquant:4", "xquant:4,basis=joint", "xquant:2")
-LENGTHS = (512, 2048, 8192, 32768)
+LENGTHS = (1024, 8192, 32768)
 TIMED = 32
 """Decoded tokens per measurement."""
+
+PROMPT = 1024
+"""Tokens of the prompt whose prefill is timed."""
+
+PARTS = ("compile", "second_call", "decode_ms")
 
 
 def start(model: xq.Model, batch: int) -> Slots:
@@ -90,11 +97,11 @@ def second_call(model: xq.Model) -> list[dict[str, Any]]:
     return rows
 
 
-def decode_milliseconds(model: xq.Model, spec: str, length: int, batch: int = 1, rounds: int = 5) -> float:
-    """Per step, for a cache that holds `length` random tokens per sequence."""
+def stepping(model: xq.Model, spec: str, length: int) -> Callable[[], float]:
+    """Decodes on from a cache that holds `length` random tokens; each call gives milliseconds per token."""
     cache_config = xq.CacheConfig.parse(spec)
     method_params = cache_config.method_params(model.source)
-    cache = xq.allocate(cache_config, model.config, batch=batch, tokens=length + rounds * TIMED + BLOCK)
+    cache = xq.allocate(cache_config, model.config, batch=1, tokens=length + BLOCK)
     rng = np.random.default_rng(0)
 
     def fill(a: jax.Array) -> jax.Array:
@@ -102,38 +109,75 @@ def decode_milliseconds(model: xq.Model, spec: str, length: int, batch: int = 1,
             return jnp.asarray(rng.integers(0, 2**32, a.shape, dtype=np.uint32))
         return jnp.asarray(rng.random(a.shape, dtype=np.float32), a.dtype)
 
-    cache = dataclasses.replace(
-        cache,
-        segments=jax.tree.map(fill, cache.segments),
-        lengths=jnp.full(batch, length, jnp.int32),
-        history_blocks=jnp.full(batch, length // BLOCK, jnp.int32),
-    )
-    slots, live = start(model, batch), np.ones(batch, bool)
-    times = []
-    for _ in range(rounds + 1):
+    full = {
+        "lengths": jnp.full(1, length, jnp.int32),
+        "history_blocks": jnp.full(1, length // BLOCK, jnp.int32),
+    }
+    cache = dataclasses.replace(cache, segments=jax.tree.map(fill, cache.segments), **full)
+    held = {"slots": start(model, 1), "cache": cache}
+
+    def step() -> float:
         before = time.perf_counter()
+        at_length = jax.tree.map(jnp.copy, full)  # every call begins there
         slots, cache, _ = jax.block_until_ready(
             advance(
-                model.transformer, model.params, method_params, slots, cache, live, np.int32(TIMED), np.bool_(False)
+                model.transformer,
+                model.params,
+                method_params,
+                held["slots"],
+                dataclasses.replace(held["cache"], **at_length),
+                np.ones(1, bool),
+                np.int32(TIMED),
+                np.bool_(False),
             )
         )
-        times.append((time.perf_counter() - before) / TIMED * 1e3)
-    return statistics.median(times[1:])  # the first compiles
+        held.update(slots=slots, cache=cache)
+        return (time.perf_counter() - before) / TIMED * 1e3
+
+    return step
+
+
+def prefilling(model: xq.Model, spec: str) -> Callable[[], float]:
+    """Each call gives the seconds that a prompt of `PROMPT` random tokens takes to be fed, compiling aside."""
+    prompt = np.random.default_rng(0).integers(1, model.config.vocab_size, PROMPT).tolist()
+    return lambda: xq.generate(model, [prompt], cache=spec, max_new_tokens=1, stop_ids=[]).prefill_s
+
+
+def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int = 5) -> dict[str, float]:
+    """The median of each run over the rounds. One round goes through all of them, so that a machine whose speed drifts
+    does not decide; the first, which compiles, is not counted."""
+    times = [{name: run() for name, run in runs.items()} for _ in range(rounds + 1)][1:]
+    return {name: statistics.median(one[name] for one in times) for name in runs}
+
+
+def decoding(model: xq.Model, specs: Sequence[str]) -> list[dict[str, Any]]:
+    """Milliseconds per token by tokens in the cache, and seconds of prefill; a row for each cache."""
+    by_length = {str(n): in_turn({spec: stepping(model, spec, n) for spec in specs}) for n in LENGTHS}
+    prefill = in_turn({spec: prefilling(model, spec) for spec in specs}, rounds=3)
+    return [
+        {"cache": spec, **{n: times[spec] for n, times in by_length.items()}, "prefill_s": prefill[spec]}
+        for spec in specs
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="a directory, or a name on the Hub")
+    parser.add_argument("--cache", nargs="+", default=METHODS, metavar="SPEC")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args()
-    model = xq.load("demo", dtype="float32")
+    model = xq.load(arguments.model, dtype="float32")
+    parts = {
+        "compile": lambda: depth(model),
+        "second_call": lambda: second_call(model),
+        "decode_ms": lambda: decoding(model, arguments.cache),
+    }
     result = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "compile": depth(model),
-        "second_call": second_call(model),
-        "decode_ms": [
-            {"cache": spec, **{str(n): decode_milliseconds(model, spec, n) for n in LENGTHS}} for spec in METHODS
-        ],
+        "model": Path(arguments.model).name,
+        **{name: parts[name]() for name in arguments.only},
     }
     print(json.dumps(result, indent=2))
     if arguments.json:

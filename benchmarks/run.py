@@ -1,9 +1,9 @@
 """`make benchmark`: runs the benchmarks and writes their figures to benchmarks/results and docs/benchmarks.md.
 
-    python -m benchmarks.run [generation] [convert] [versus --other PYTHON]
+    python -m benchmarks.run [generation] [real --model DIR] [convert] [versus --other PYTHON]
 
-Without names all are run; `versus` only where a Python with torch is given. Benchmarks that are not run keep the
-figures of their last run.
+Without names all are run; `real` only where a model is given, `versus` where a Python with torch is. Benchmarks that
+are not run keep the figures of their last run.
 """
 
 import argparse
@@ -24,8 +24,16 @@ def table(rows: list[dict[str, Any]], formats: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def decode_table(rows: list[dict[str, Any]]) -> str:
+    """Decoding by tokens in the cache, and prefill."""
+    lengths = [key for key in rows[0] if key.isdigit()]
+    return f"""Milliseconds per decoded token, by tokens in the cache (random contents), and seconds to feed a prompt of
+1024 tokens; medians, the caches in turn:
+
+{table(rows, {"cache": "{}", **dict.fromkeys(lengths, "{:.1f}"), "prefill_s": "{:.2f}"})}"""
+
+
 def generation_section(result: dict[str, Any]) -> str:
-    lengths = [key for key in result["decode_ms"][0] if key != "cache"]
     return f"""## Compiling and decoding
 
     python -m benchmarks.generation
@@ -40,9 +48,28 @@ Programs that XLA compiles for two prompts of the same bucket, one after the oth
 
 {table(result["second_call"], {"prompt": "`{}`", "programs": "{}", "seconds": "{:.2f}"})}
 
-Milliseconds per decoded token, by tokens in the cache (random contents):
+{decode_table(result["decode_ms"])}
+"""
 
-{table(result["decode_ms"], {"cache": "{}", **dict.fromkeys(lengths, "{:.2f}")})}
+
+def real_section(result: dict[str, Any]) -> str:
+    rows = result["decode_ms"]
+    base = rows[0]
+    lengths = [key for key in base if key.isdigit()]
+    relative = [
+        {"cache": row["cache"], **{key: base[key] / row[key] for key in (*lengths, "prefill_s")}} for row in rows[1:]
+    ]
+    return f"""## A real model
+
+    python -m benchmarks.run real --model {result["model"]}
+
+jax {result["jax"]}, device {result["device"]}, {result["model"]} in float32, batch 1.
+
+{decode_table(rows)}
+
+Speed relative to `{base["cache"]}`:
+
+{table(relative, {"cache": "{}", **dict.fromkeys((*lengths, "prefill_s"), "{:.2f}")})}
 """
 
 
@@ -82,20 +109,33 @@ dispatching operations one by one, which a compiled loop does not do; the ratio 
 """
 
 
-SECTIONS = {"generation": generation_section, "convert": convert_section, "versus": versus_section}
+REAL = ("bf16", "int8", "xquant:4", "xquant:2", "xquant-cl:4", "xquant-cl:2")
+"""Caches of a real model; the first is what the others are compared with."""
+
+SECTIONS = {
+    "generation": generation_section,
+    "real": real_section,
+    "convert": convert_section,
+    "versus": versus_section,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--other", help="a Python with torch and transformers, for versus")
+    parser.add_argument("--model", help="a directory or a name on the Hub, for real")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(SECTIONS):
         parser.error(f"{', '.join(unknown)} is not one of {', '.join(SECTIONS)}")
-    names = arguments.names or [name for name in SECTIONS if name != "versus" or arguments.other]
+    given = {"versus": arguments.other, "real": arguments.model}
+    names = arguments.names or [name for name in SECTIONS if given.get(name, True)]
+    if "real" in names and not arguments.model:
+        parser.error("real needs --model")
     RESULTS.mkdir(exist_ok=True)
     commands = {
         "generation": ["generation"],
+        "real": ["generation", "--model", arguments.model, "--cache", *REAL, "--only", "decode_ms"],
         "convert": ["convert_memory"],
         "versus": ["versus_transformers", "--other", arguments.other or sys.executable],
     }
