@@ -99,7 +99,7 @@ def show(console: Console, planned: Plan) -> None:
             f"{row.largest_batch:,}",
             f"{row.decode.intensity:.0f}",
             f"{row.prefill_s:.2f}",
-            f"{row.decode.seconds * 1e3:.2f}",
+            f"{row.decode.seconds * 1e3:.2f}{'*' if row.counted else ''}",
             f"{row.tokens_per_second:,.0f}",
             f"{planned.speed(row):.2f}",
             "-" if row.best is None else f"{row.best:,.0f}",
@@ -123,6 +123,8 @@ def remarks(planned: Plan) -> list[str]:
     lines = []
     if any(not row.fits for row in planned.rows):
         lines.append(f"! does not fit into {gib(planned.usable)}; its times are what they would be if it did.")
+    if any(row.counted for row in planned.rows):
+        lines.append("* the history by what its kernels take, counted from their machine code; the rest is a roofline.")
     slower: dict[tuple[str, str], list[Row]] = {}
     for row in planned.rows:
         if planned.speed(row) < 1:
@@ -133,11 +135,11 @@ def remarks(planned: Plan) -> list[str]:
             bits = ", ".join(str(bits) for row in rows if (bits := without_bits(row.cache)[1]))
             speeds = sorted({f"{planned.speed(row):.2f}" for row in rows})
             intensities = sorted({round(row.decode.intensity) for row in rows})
-            why = (
-                f"rebuilding takes longer than reading ({_range(intensities)} FLOP/byte)"
-                if bound == "compute"
-                else "it moves more bytes (a running sum is read and written by every layer)"
-            )
+            why = {
+                "compute": f"rebuilding takes longer than reading ({_range(intensities)} FLOP/byte)",
+                "memory": "it moves more bytes (a running sum is read and written by every layer)",
+                "kernels": "its kernels take longer than reading bf16 would",
+            }[bound]
             lines.append(f"  {form}{f' at {bits} bits' if bits else ''}: {_range(speeds)} of its speed; {why}")
     else:
         lines.append("No cache is slower than bf16 at this context and batch.")

@@ -12,6 +12,7 @@ from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import Cache, CacheBytes, allocate, cache_bytes
 from xquant_jax.config import ModelConfig
 from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.planning import kernel_costs
 from xquant_jax.planning.counting import StepOperations, step_operations
 from xquant_jax.planning.devices import Device
 from xquant_jax.planning.shapes import method_param_bytes, parameter_shapes, size
@@ -25,9 +26,10 @@ class Step:
     """One step of a batch on a device.
 
     flops, bytes: operations done, and bytes of memory read and written
-    seconds: the longer of the two, perfectly overlapped
+    seconds: the longer of the two, perfectly overlapped; where kernels were counted, their time in place of what they
+        do of these
     intensity: FLOP per byte
-    bound: what takes longer, `compute` or `memory`
+    bound: what takes longer, `compute` or `memory`; `kernels` where most of the time is that of counted kernels
     """
 
     flops: float
@@ -35,12 +37,6 @@ class Step:
     seconds: float
     intensity: float
     bound: str
-
-    @classmethod
-    def on(cls, device: Device, flops: float, moved: float) -> "Step":
-        """So many operations and bytes, on a device."""
-        bound = "compute" if flops / moved > device.ridge else "memory"
-        return cls(float(flops), float(moved), float(device.seconds(flops, moved)), float(flops / moved), bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +50,7 @@ class Row:
     largest_batch: sequences that fit, at this context
     prefill_s: seconds to feed the context of all sequences
     decode: one more token of every sequence
+    counted: whether the history's part of it is what kernels take by their machine code, not by a roofline
     best: tokens per second at the largest batch; None where not one sequence fits
     """
 
@@ -65,6 +62,7 @@ class Row:
     largest_batch: int
     prefill_s: float
     decode: Step
+    counted: bool
     tokens_per_second: float
     best: float | None
 
@@ -123,6 +121,29 @@ class Costs:
         flops = step.once + step.flush / BLOCK + self._history_operations(step, context)
         return batch * flops, self._read_once + batch * (self._window + self._history_bytes(context))
 
+    def decode_seconds(self, device: Device, batch: int, context: Any) -> Any:
+        """Seconds of such a step: a roofline, but for the layers whose kernels were counted on this device."""
+        flops, moved = self.decode(batch, context)
+        counted = self._counted(device)
+        if not counted.any():
+            return device.seconds(flops, moved)
+        history = batch * self._history_operations(self._operations(1), context, counted)
+        read = batch * self._history_bytes(context, counted)
+        return device.seconds(flops - history, moved - read) + batch * self._kernel_seconds(device, context)
+
+    def step(self, device: Device, batch: int, context: int) -> Step:
+        """The step on a device, and what bounds it."""
+        flops, moved = self.decode(batch, context)
+        seconds = float(self.decode_seconds(device, batch, context))
+        bound = "compute" if flops / moved > device.ridge else "memory"
+        if 2 * batch * self._kernel_seconds(device, context) > seconds:
+            bound = "kernels"
+        return Step(float(flops), float(moved), seconds, float(flops / moved), bound)
+
+    def counted(self, device: Device) -> bool:
+        """Whether the kernels of any layer were counted on this device."""
+        return bool(self._counted(device).any())
+
     def prefill(self, device: Device, batch: int, context: int) -> float:
         """Seconds to feed `context` tokens of every sequence, chunk by chunk."""
         step = self._operations(self.chunk)
@@ -135,7 +156,7 @@ class Costs:
     def row(self, device: Device, usable: int, context: int, batch: int) -> Row:
         """Everything at this context and batch, on a device of which so many bytes can be used."""
         largest = self.largest_batch(usable, context)
-        step = Step.on(device, *self.decode(batch, context))
+        step = self.step(device, batch, context)
         cache = self.cache(batch, context)
         total = self.weights + self.method_params + cache.total
         sizes = {"weights": self.weights, "factors": self.method_params, **dataclasses.asdict(cache), "total": total}
@@ -148,8 +169,9 @@ class Costs:
             largest_batch=largest,
             prefill_s=self.prefill(device, batch, context),
             decode=step,
+            counted=self.counted(device),
             tokens_per_second=batch / step.seconds,
-            best=float(largest / device.seconds(*self.decode(largest, context))) if largest else None,
+            best=float(largest / self.decode_seconds(device, largest, context)) if largest else None,
         )
 
     @cached_property
@@ -183,27 +205,53 @@ class Costs:
         embedding = 0 if self.config.tied_embeddings else size(parameter_shapes(self.config)["embed"])
         return self.weights - embedding + self._method_params[1]
 
-    def _history_operations(self, step: StepOperations, context: Any) -> Any:
+    def _history_operations(self, step: StepOperations, context: Any, layers: Any = True) -> Any:
         """Operations on a sequence's history: every layer attends to what its sliding window reaches, and adds all
-        that is stored to the running sum."""
-        attend, accumulate = np.asarray(step.attend, np.float64), sum(step.accumulate)
-        return (attend @ self._in_reach(context) + accumulate * context) / BLOCK
+        that is stored to the running sum. `layers`: which of them count."""
+        attend, accumulate = (
+            np.where(layers, np.asarray(each, np.float64), 0) for each in (step.attend, step.accumulate)
+        )
+        return (attend @ self._in_reach(context) + accumulate.sum() * context) / BLOCK
 
-    def _history_bytes(self, context: Any) -> Any:
+    def _history_bytes(self, context: Any, layers: Any = True) -> Any:
         """Bytes of a sequence's history that a step moves.
 
         A layer reads what it has stored as far as its sliding window reaches; one with a running sum reads all of it,
-        and reads and writes the whole sum, which the layers above need.
+        and reads and writes the whole sum, which the layers above need. `layers`: which of them count.
         """
         reach, moved, start = self._in_reach(context), 0, 0
+        counts = np.broadcast_to(layers, self.config.num_layers)
         for segment in self._one_block.segments:
             of_layer, end = size(segment.history) // segment.num_layers, start + segment.num_layers
             if segment.method.has_running_sum:
-                moved += segment.num_layers * (of_layer + 2 * size(self._one_block.running_sum)) * context
+                of_layer += 2 * size(self._one_block.running_sum)
+                moved += counts[start:end].sum() * of_layer * context
             else:
-                moved += of_layer * reach[start:end].sum(axis=0)
+                moved += of_layer * (counts[start:end] @ reach[start:end])
             start = end
         return moved / BLOCK
+
+    def _kernel_seconds(self, device: Device, context: Any) -> Any:
+        """What the counted kernels take for the history of one sequence."""
+        seconds, reach, start = 0.0, self._in_reach(context), 0
+        for (method, layers), each in zip(self._segments, self._seconds_per_token(device), strict=True):
+            tokens = layers * context if method.has_running_sum else reach[start : start + layers].sum(axis=0)
+            seconds = seconds + (each or 0.0) * tokens
+            start += layers
+        return seconds
+
+    def _counted(self, device: Device) -> np.ndarray:
+        """By layer, whether its kernels were counted on this device."""
+        known = [each is not None for each in self._seconds_per_token(device)]
+        return np.repeat(known, [layers for _, layers in self._segments])
+
+    def _seconds_per_token(self, device: Device) -> list[float | None]:
+        """By segment, what its kernels take for a cached token of a layer."""
+        return [kernel_costs.seconds_per_token(device, self.config, method) for method, _ in self._segments]
+
+    @cached_property
+    def _segments(self) -> Any:
+        return self.cache_config.segments(self.config)
 
     def _in_reach(self, context: Any) -> Any:
         """By layer, how many of `context` tokens a new one attends to: all, or those in the layer's sliding window."""

@@ -33,7 +33,7 @@ def draw(plan: Plan, config: ModelConfig, path: Path) -> None:
         method, bits = without_bits(row.cache)
         colour = colours.setdefault(method, COLOURS[len(colours) % len(COLOURS)])
         costs = Costs(config, CacheConfig.parse(row.cache), plan.chunk)
-        rates = plan.batch / plan.device.seconds(*costs.decode(plan.batch, contexts))
+        rates = plan.batch / costs.decode_seconds(plan.device, plan.batch, contexts)
         blocks = contexts / BLOCK - 1  # beyond the first
         sizes = costs.total(plan.batch, BLOCK) + plan.batch * blocks * costs.bytes_per_token * BLOCK
         style: dict[str, Any] = {"color": colour, "linestyle": STYLES.get(bits or 4, "-")}
@@ -62,7 +62,7 @@ def draw(plan: Plan, config: ModelConfig, path: Path) -> None:
         axes.grid(alpha=0.3)
     memory.set_ylim(0.8 * plan.baseline.memory["weights"] / 2**30, 1.6 * plan.usable / 2**30)
     figure.suptitle(
-        f"{plan.model} on {plan.device.name}, {plan.batch} sequences: what a roofline allows\n"
+        f"{plan.model} on {plan.device.name}, {plan.batch} sequences: what a roofline allows, or counted kernels take\n"
         "dots: the largest context that fits; faint beyond it"
     )
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
