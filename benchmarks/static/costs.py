@@ -3,7 +3,7 @@
     python -m benchmarks.static.tpu --json tpu.json
     python -m benchmarks.static.costs tpu.json [...]
 
-Takes rows of `benchmarks.static.tpu`; devices that no row is of keep what they have. Of a TPU a cost is the microseconds of a
+Takes rows of `benchmarks.static.tpu`; devices that no row is of keep what they have. A cost is the microseconds of a
 layer at 32 k context over its tokens: all bundles of the schedule, at the chip's clock.
 """
 

@@ -9,6 +9,7 @@ device, by these (*). Nothing is measured by a clock.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +64,8 @@ def draw(costs: Sequence[Costs], devices: Sequence[Device], path: Path) -> None:
     contexts = np.unique(np.round(np.geomspace(1024, 2**20, 100) / 128) * 128).astype(int)
     for panel, device in zip(panels, devices, strict=False):
         for cost, colour in zip(costs, COLOURS, strict=False):
-            rates = 1 / cost.decode_seconds(device, 1, contexts)
-            fits = np.asarray([cost.total(1, int(context)) <= usable(device) for context in contexts])
+            rates: Any = 1 / cost.decode_seconds(device, 1, contexts)
+            fits: Any = np.asarray([cost.total(1, int(context)) <= usable(device) for context in contexts])
             style = "-" if cost.counted(device) else "--"
             panel.plot(contexts[fits], rates[fits], style, color=colour, label=str(cost.cache_config))
             panel.plot(contexts[~fits], rates[~fits], style, color=colour, alpha=0.25, linewidth=0.8)
