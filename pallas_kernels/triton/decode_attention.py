@@ -57,12 +57,12 @@ def refuse(call: DecodeAttention) -> str | None:
         return "values quantized along the channel are not taken; along the token they are"
     if value_heads > 1 and value_dim not in HEAD_DIMS:
         return f"values of {value_dim} for each head are not taken; 64, 128 and 256 are"
-    keys_at_once = {"identity": dim // 2, "per_head": latent, "dense": 64}.get(form, EIGHT_BIT_CHANNELS)
+    keys_at_once = {"identity": dim // 2, **dict.fromkeys(eight_bits.TYPES, EIGHT_BIT_CHANNELS)}
     return (
         operands.refuse_device()
         or operands.refuse_type(call.q)
-        or refuse_stream("the key stream", key, keys_at_once)
-        or refuse_stream("the value stream", value, value_dim if value_heads > 1 else VALUE_CHANNELS)
+        or refuse_stream("the key stream", key, keys_at_once.get(form, operands.LEAST_CHANNELS))
+        or refuse_stream("the value stream", value, operands.LEAST_CHANNELS)
     )
 
 
@@ -77,7 +77,9 @@ def run(call: DecodeAttention) -> Part:
     shared = heads // num_kv_heads
     queries = max(LEAST_QUERIES, triton.next_power_of_2(length * shared))
     form = _form(key_rebuild)
-    per_head = value_heads == num_kv_heads and width // value_heads in HEAD_DIMS
+    # a program reads values that have one scale and zero for each token
+    value_dim = width // value_heads
+    channels = operands.channels(value_stream.spec, value_dim if value_heads > 1 else VALUE_CHANNELS)
     has_norm = key_rebuild.norm is not None
     spec = key_stream.spec
     tiles = tiling.choose(tiling.Shape("decode", form, dim, spec.bits, queries, has_norm, spec.width))
@@ -121,12 +123,12 @@ def run(call: DecodeAttention) -> Part:
         "HAS_NORM": has_norm,
         "ROPE": not geometry.rotated,
         "BLOCKS": tiles.blocks,
-        "CHUNK": operands.chunk(tiles, key_stream.spec) or key_stream.spec.width // num_kv_heads,
+        "CHUNK": operands.channels(spec, tiles.chunk or spec.width // num_kv_heads),
         "ASSEMBLY": not target.current().interpret and not gpus.current().amd,
         **operands.types(),
     }
     splits = tiling.splits(batch * num_kv_heads, num_blocks, tiles.blocks)
-    if per_head and tiles.fused:
+    if tiles.fused and value_heads == num_kv_heads and channels == value_dim:
         out, lse = launching.run(
             "decode",
             *inputs,
@@ -135,7 +137,7 @@ def run(call: DecodeAttention) -> Part:
             norm,
             *operands.arrays(value_stream),
             grid=(batch * num_kv_heads, splits),
-            outputs=_parts(batch, splits, length * heads, width // value_heads),
+            outputs=_parts(batch, splits, length * heads, value_dim),
             warps=tiles.warps,
             stages=tiles.stages,
             **constants,
@@ -156,8 +158,7 @@ def run(call: DecodeAttention) -> Part:
             **constants,
             **operands.stream_constants(key_stream.spec),
         )
-        channels = width // value_heads if per_head else VALUE_CHANNELS
-        rows = length * (shared if per_head else heads)
+        rows = length * (heads if value_heads == 1 else shared)
         at_once = min(VALUE_QUERIES, max(LEAST_QUERIES, triton.next_power_of_2(rows)))
         tiles = tiling.choose(tiling.Shape("values", "", channels, value_stream.spec.bits, at_once, width=width))
         programs = batch * (width // channels), triton.cdiv(rows, at_once)
@@ -169,7 +170,7 @@ def run(call: DecodeAttention) -> Part:
             scores,
             *operands.arrays(value_stream),
             grid=(programs[0], splits, programs[1]),
-            outputs=_parts(batch, splits, length * heads, channels if per_head else width),
+            outputs=_parts(batch, splits, length * heads, value_dim),
             warps=tiles.warps,
             stages=tiles.stages,
             NUM_BLOCKS=num_blocks,
@@ -178,7 +179,7 @@ def run(call: DecodeAttention) -> Part:
             QUERIES=at_once,
             LENGTH=length,
             SHARED=shared,
-            PER_HEAD=per_head,
+            VALUE_HEADS=value_heads,
             CHANNELS=channels,
             BLOCKS=tiles.blocks,
             **operands.stream_constants(value_stream.spec),

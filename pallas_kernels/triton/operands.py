@@ -8,8 +8,10 @@ import triton.language as tl
 from jaxtyping import Array
 
 from pallas_kernels import gpus, target
-from pallas_kernels.triton import tiling
 from xquant_jax.numerics.quantization import Blocks, StreamSpec
+
+LEAST_CHANNELS = 16
+"""That are read at once: what one matrix instruction takes."""
 
 
 def arrays(stream: Blocks) -> tuple[Array, ...]:
@@ -23,9 +25,12 @@ def stream_constants(spec: StreamSpec, prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}WIDTH": spec.width, f"{prefix}BITS": spec.bits, f"{prefix}GROUP": group}
 
 
-def chunk(tiles: tiling.Tiles, spec: StreamSpec) -> int:
-    """Channels of a rebuild at once: no more than one group of them."""
-    return math.gcd(tiles.chunk, spec.group) if spec.axis == "token" and tiles.chunk else tiles.chunk
+def channels(spec: StreamSpec, most: int) -> int:
+    """Channels that are read at once: a part of `most` that has one scale and zero for each token.
+
+    `refuse_stream` with `LEAST_CHANNELS` sees to it that there are as many at least.
+    """
+    return math.gcd(most, spec.width, spec.group if spec.axis == "token" else 0)
 
 
 def types() -> dict[str, Any]:

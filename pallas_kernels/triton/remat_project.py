@@ -17,7 +17,7 @@ def refuse(call: RematProject) -> str | None:
     return (
         operands.refuse_device()
         or operands.refuse_type(call.weight)
-        or refuse_stream("the stream", call.stream.spec, at_once=64)
+        or refuse_stream("the stream", call.stream.spec, operands.LEAST_CHANNELS)
     )
 
 
@@ -39,7 +39,7 @@ def run(call: RematProject) -> Array:
         COLUMNS=columns,
         **operands.stream_constants(stream.spec),
         BLOCKS=tiles.blocks,
-        CHUNK=operands.chunk(tiles, stream.spec),
+        CHUNK=operands.channels(stream.spec, tiles.chunk),
         TILE=COLUMNS,
         **operands.types(),
     )

@@ -427,7 +427,7 @@ def decode_values(
     words_high,
     scales,
     zeros,
-    out,  # float32 [B, splits, LENGTH * H, CHANNELS if PER_HEAD else WIDTH], normalized within the split
+    out,  # float32 [B, splits, LENGTH * H, WIDTH / VALUE_HEADS], normalized within the split
     lse,  # float32 [B, splits, LENGTH * H]
     NUM_BLOCKS: tl.constexpr,
     BATCH: tl.constexpr,
@@ -435,11 +435,11 @@ def decode_values(
     QUERIES: tl.constexpr,  # of a program
     LENGTH: tl.constexpr,
     SHARED: tl.constexpr,
-    PER_HEAD: tl.constexpr,  # each CHANNELS are one kv head's values; else all heads read the whole width
+    VALUE_HEADS: tl.constexpr,  # KV_HEADS, whose values lie side by side, or 1: all heads read the whole width
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    CHANNELS: tl.constexpr,  # of a program
+    CHANNELS: tl.constexpr,  # of a program: one head's, in one group
     BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
@@ -447,15 +447,16 @@ def decode_values(
 ):
     """The second half: softmax of the scores of QUERIES query heads, and CHANNELS channels of their values."""
     TILES: tl.constexpr = WIDTH // CHANNELS
+    VALUE_DIM: tl.constexpr = WIDTH // VALUE_HEADS
     ROWS: tl.constexpr = LENGTH * KV_HEADS * SHARED
-    row, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    row, channel = tl.program_id(0) // TILES, tl.program_id(0) % TILES * CHANNELS
     begin, end = _share(bounds, row, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
-    if PER_HEAD:
+    if VALUE_HEADS == KV_HEADS:
         real = query < LENGTH * SHARED
-        query = (query // SHARED) * (KV_HEADS * SHARED) + tile * SHARED + query % SHARED
+        query = (query // SHARED) * (KV_HEADS * SHARED) + channel // VALUE_DIM * SHARED + query % SHARED
     else:
         real = query < ROWS
     token = (tl.arange(0, BLOCKS * 64) // 64) * 128 + tl.arange(0, BLOCKS * 64) % 64
@@ -471,11 +472,8 @@ def decode_values(
         low = tl.load(scores + at + first * 128, mask=known, other=float("-inf"))
         high = tl.load(scores + at + first * 128 + 64, mask=known, other=float("-inf"))
         top, total, offset, acc = _add_values(
-            low, high, top, total, offset, acc, first, exists, tile * CHANNELS, words, words_high, scales, zeros,
+            low, high, top, total, offset, acc, first, exists, channel, words, words_high, scales, zeros,
             WIDTH, BITS, GROUP, CHANNELS, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION,
         )  # fmt: skip
     at = (row * tl.num_programs(1) + tl.program_id(1)) * ROWS + query
-    if PER_HEAD:
-        _store_part(out, lse, at, real, 0, top, total, offset, acc, CHANNELS, CHANNELS)
-    else:
-        _store_part(out, lse, at, real, tile * CHANNELS, top, total, offset, acc, WIDTH, CHANNELS)
+    _store_part(out, lse, at, real, channel % VALUE_DIM, top, total, offset, acc, VALUE_DIM, CHANNELS)
