@@ -114,7 +114,7 @@ def run(call: Accumulate) -> Blocks:
             BELOW=predict[-1].shape[0] if predict else 0,
             STORED=0 if lift is None else lift.shape[0],
             ADD_SUM=accumulation.predict == (),
-            PRECISION=operands.types()["PRECISION"],
+            **{name: operands.types()[name] for name in ("PRECISION", "ASSEMBLY")},
             **shared,
             **operands.stream_constants(stream.spec),
         )

@@ -14,7 +14,7 @@ import triton
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import eight_bits, gpus, target
+from pallas_kernels import eight_bits, gpus
 from pallas_kernels.calls import MOST_NEW_TOKENS, DecodeAttention
 from pallas_kernels.operands import KeyRebuild
 from pallas_kernels.streams import refuse_stream
@@ -25,26 +25,22 @@ from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import StreamSpec
 
 HEAD_DIMS = (64, 128, 256)
-LEAST_QUERIES = 8  # of a kv head: what one matrix instruction takes
-MOST_QUERIES = 128  # of a kv head: new tokens times query heads that share it; half of it with dimension 256
+LEAST_QUERIES = 8  # of a program: what one matrix instruction takes
 VALUE_CHANNELS = 128  # of one program, where all heads read the whole value stream
-VALUE_QUERIES = 64  # likewise
+VALUE_QUERIES = 32  # of one program
 EIGHT_BIT_CHANNELS = 128  # at once, where keys are rebuilt in 8 bits
 MOST_GROUPS = 128  # of such a key stream
 
 
 def refuse(call: DecodeAttention) -> str | None:
     """Why the kernels cannot take a call; None if they can."""
-    length, heads, dim = call.q.shape[1:]
+    length, dim = call.q.shape[1], call.q.shape[3]
     num_kv_heads, value_heads, key, value = call.num_kv_heads, call.value_heads, call.key_stream.spec, call.values.spec
-    queries = length * heads // num_kv_heads
     value_dim = value.width // value_heads
     if dim not in HEAD_DIMS:
         return f"a head dimension of {dim} is not taken; 64, 128 and 256 are"
     if length > MOST_NEW_TOKENS:
         return f"{length} new tokens are not taken; up to {MOST_NEW_TOKENS} are"
-    if queries > (most := MOST_QUERIES * 128 // max(dim, 128)):
-        return f"{queries} queries of dimension {dim} for one kv head are not taken; up to {most} are"
     form = _form(call.key_rebuild)
     latent = key.width // num_kv_heads
     if form == "per_head" and latent not in HEAD_DIMS:
@@ -75,7 +71,8 @@ def run(call: DecodeAttention) -> Part:
     num_blocks = key_stream.planes[0].shape[2]
     width = value_stream.spec.width
     shared = heads // num_kv_heads
-    queries = max(LEAST_QUERIES, triton.next_power_of_2(length * shared))
+    queries = min(tiling.most_queries(dim), max(LEAST_QUERIES, triton.next_power_of_2(length * shared)))
+    query_tiles = triton.cdiv(length * shared, queries)
     form = _form(key_rebuild)
     # a program reads values that have one scale and zero for each token
     value_dim = width // value_heads
@@ -88,8 +85,9 @@ def run(call: DecodeAttention) -> Part:
     if not geometry.rotated:
         turned = rope.rotate_heads(turned, geometry.positions, geometry.frequencies)
     turned = turned.reshape(batch, length, num_kv_heads, shared, dim).swapaxes(1, 2)
-    turned = _pad(turned.reshape(batch, num_kv_heads, length * shared, dim), queries, axis=2)
-    positions = _pad(jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1), queries, axis=1, value=-1)
+    turned = _pad(turned.reshape(batch, num_kv_heads, length * shared, dim), query_tiles * queries, axis=2)
+    positions = jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1)
+    positions = _pad(positions, query_tiles * queries, axis=1, value=-1)
     earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
     oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
     seen_from = jnp.maximum(latest - geometry.sliding_window + 1, call.skip)
@@ -97,6 +95,7 @@ def run(call: DecodeAttention) -> Part:
     seen_from = jnp.where(earliest >= history_blocks * BLOCK, seen_from, num_blocks * BLOCK)
     bounds = jnp.stack([oldest, history_blocks, seen_from], axis=1).astype(jnp.int32)
     scalars = jnp.stack([jnp.asarray(a, jnp.int32) for a in (call.layer, geometry.sliding_window, call.skip)])
+    scalars = jnp.concatenate([scalars, jnp.arange(16, dtype=jnp.int32)])
     number = jnp.arange(tiles.blocks * BLOCK // 2)
     in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks
     rotations = [
@@ -124,10 +123,9 @@ def run(call: DecodeAttention) -> Part:
         "ROPE": not geometry.rotated,
         "BLOCKS": tiles.blocks,
         "CHUNK": operands.channels(spec, tiles.chunk or spec.width // num_kv_heads),
-        "ASSEMBLY": not target.current().interpret and not gpus.current().amd,
         **operands.types(),
     }
-    splits = tiling.splits(batch * num_kv_heads, num_blocks, tiles.blocks)
+    splits = tiling.splits(batch * num_kv_heads * query_tiles, num_blocks, tiles.blocks)
     if tiles.fused and value_heads == num_kv_heads and channels == value_dim:
         out, lse = launching.run(
             "decode",
@@ -136,7 +134,7 @@ def run(call: DecodeAttention) -> Part:
             bias,
             norm,
             *operands.arrays(value_stream),
-            grid=(batch * num_kv_heads, splits),
+            grid=(batch * num_kv_heads, splits, query_tiles),
             outputs=_parts(batch, splits, length * heads, value_dim),
             warps=tiles.warps,
             stages=tiles.stages,
@@ -151,7 +149,7 @@ def run(call: DecodeAttention) -> Part:
             *matrices,
             bias,
             norm,
-            grid=(batch * num_kv_heads, splits),
+            grid=(batch * num_kv_heads, splits, query_tiles),
             outputs=[jax.ShapeDtypeStruct((batch, length * heads, num_blocks * BLOCK), jnp.float32)],
             warps=tiles.warps,
             stages=tiles.stages,

@@ -34,10 +34,11 @@ def channels(spec: StreamSpec, most: int) -> int:
 
 
 def types() -> dict[str, Any]:
-    """Types to multiply and to unpack in. The interpreter knows no bfloat16 arithmetic."""
+    """Types to multiply and to unpack in, and whether NVIDIA's assembly may be written. The interpreter knows neither
+    that nor bfloat16 arithmetic."""
     if target.current().interpret:
-        return {"DTYPE": tl.float32, "ARITHMETIC": tl.float32, "PRECISION": "ieee"}
-    return {"DTYPE": tl.bfloat16, "ARITHMETIC": tl.bfloat16, "PRECISION": "tf32"}
+        return {"DTYPE": tl.float32, "ARITHMETIC": tl.float32, "PRECISION": "ieee", "ASSEMBLY": False}
+    return {"DTYPE": tl.bfloat16, "ARITHMETIC": tl.bfloat16, "PRECISION": "tf32", "ASSEMBLY": not gpus.current().amd}
 
 
 def operand_type() -> Any:

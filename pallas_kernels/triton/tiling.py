@@ -11,6 +11,9 @@ from pallas_kernels import gpus
 TILES_PER_SPLIT = 4
 """At least: less work does not pay for a program of its own."""
 
+FILLED = 0.9
+"""Share of the places for programs, over all rounds, that is filled well enough."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -57,18 +60,29 @@ def choose(shape: Shape) -> Tiles:
         return Tiles(chunk=16, warps=8, stages=1)
     if shape.form == "dense":  # tall tiles, to use each part of a large matrix often
         return Tiles(blocks=2, chunk=64, warps=8, stages=1) if hopper else Tiles(blocks=2, chunk=16, warps=8)
-    light = shape.queries <= 8 and shape.bits in (2, 4) and not shape.norm
     if shape.form == "identity":
-        return Tiles(warps=8 if shape.bits == 8 or shape.queries > 16 else 4, fused=light)
-    return Tiles(
-        chunk=0 if hopper and shape.dim <= 128 else 16, warps=8 if shape.queries > 16 else 4, fused=hopper and light
-    )
+        light = shape.queries <= 8 and shape.bits in (2, 4) and not shape.norm
+        return Tiles(warps=8 if shape.queries > 32 else 4, fused=light)
+    return Tiles(chunk=0 if hopper and shape.dim <= 128 else 16)
+
+
+def most_queries(dim: int) -> int:
+    """Queries of a kv head that one program takes, new tokens times query heads that share it: more would spill."""
+    return (64 if gpus.current().capability >= 9 else 32) * 128 // max(dim, 128)
 
 
 def splits(programs: int, num_blocks: int, blocks: int) -> int:
-    """Parts to cut each sequence into: for no more programs than two rounds take, two at once on each multiprocessor.
+    """Parts to cut each sequence into: for two rounds of programs, or up to four if the last round would leave places
+    empty. Two programs run at once on a multiprocessor.
 
     blocks: of a tile
     """
-    wanted = 4 * gpus.current().multiprocessors // programs
-    return max(1, min(wanted, num_blocks // (TILES_PER_SPLIT * blocks)))
+    places = 2 * gpus.current().multiprocessors
+    longest = num_blocks // (TILES_PER_SPLIT * blocks)
+    fewest, most = (max(1, min(rounds * places // programs, longest)) for rounds in (2, 4))
+
+    def filled(parts: int) -> float:
+        rounds = -(-programs * parts // places)
+        return min(programs * parts / (rounds * places), FILLED)
+
+    return max(range(fewest, most + 1), key=filled)  # the first of the best

@@ -350,4 +350,4 @@ def test_kernels_lower_into_a_program_for_cuda(monkeypatch: pytest.MonkeyPatch) 
         lowered = jax.jit(layers).trace(call).lower(lowering_platforms=("cuda",))
     assert "triton_kernel_call" in lowered.as_text()
     (name, warps, *_), _ = plugin.TritonKernel.call_args
-    assert (name, warps) == ("decode", 4)
+    assert (name, warps) == ("decode_values", 4)

@@ -64,6 +64,7 @@ def lay_out(
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Dequantizes 128 columns of a tile, or its product with 128 columns of the matrix."""
     column, row, first, end, range_row = _tile(scalars, history_blocks, OUT_WIDTH, BATCH, TILES, BLOCKS)
@@ -80,14 +81,14 @@ def lay_out(
             right = tl.load(matrix + (channel + tl.arange(0, CHUNK))[:, None] * OUT_WIDTH + columns[None, :])
             left_low, left_high = load_vectors(
                 words, words_high, scales, zeros, first, exists, channel,
-                WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC,
+                WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC, ASSEMBLY,
             )  # fmt: skip
             low = tl.dot(left_low, right, low, input_precision=PRECISION)
             high = tl.dot(left_high, right, high, input_precision=PRECISION)
     else:
         low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, column,
-            WIDTH, BITS, GROUP, BLOCKS, COLUMNS, DTYPE, ARITHMETIC,
+            WIDTH, BITS, GROUP, BLOCKS, COLUMNS, DTYPE, ARITHMETIC, ASSEMBLY,
         )  # fmt: skip
     out += (range_row + _low_tokens(BLOCKS))[:, None] * OUT_WIDTH + columns[None, :]
     tl.store(out, low.to(DTYPE))
@@ -124,6 +125,7 @@ def add(
     BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Adds up 128 columns of a tile and quantizes them."""
     column, row, first, end, range_row = _tile(scalars, history_blocks, SUM_WIDTH, BATCH, TILES, BLOCKS)
@@ -138,7 +140,7 @@ def add(
         words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
         low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, column,
-            WIDTH, BITS, GROUP, BLOCKS, COLUMNS, tl.float32, tl.float32,
+            WIDTH, BITS, GROUP, BLOCKS, COLUMNS, tl.float32, tl.float32, ASSEMBLY,
         )  # fmt: skip
     sum_words, sum_words_high, sum_scales, sum_zeros = at_history(
         sum_words, sum_words_high, sum_scales, sum_zeros, row.to(tl.int64) * NUM_BLOCKS, SUM_WIDTH, 8, COLUMNS
@@ -146,7 +148,7 @@ def add(
     if ADD_SUM:
         sum_low, sum_high = load_vectors(
             sum_words, sum_words_high, sum_scales, sum_zeros, first, exists, column,
-            SUM_WIDTH, 8, COLUMNS, BLOCKS, COLUMNS, tl.float32, tl.float32,
+            SUM_WIDTH, 8, COLUMNS, BLOCKS, COLUMNS, tl.float32, tl.float32, ASSEMBLY,
         )  # fmt: skip
         low += sum_low
         high += sum_high

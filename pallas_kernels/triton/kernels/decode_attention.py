@@ -98,26 +98,26 @@ def _score_tile(
     if RESIDENT:
         low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, head * LATENT,
-            WIDTH, BITS, GROUP, BLOCKS, LATENT, DTYPE, ARITHMETIC,
+            WIDTH, BITS, GROUP, BLOCKS, LATENT, DTYPE, ARITHMETIC, ASSEMBLY,
         )  # fmt: skip
     elif FORM == "int8" or FORM == "fp8":
         low_first, low_second, high_first, high_second = rebuild8(
             words, words_high, scales, zeros, first, exists, matrix, sums, column_scales, head,
-            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, PRECISION,
+            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, PRECISION, ASSEMBLY,
         )  # fmt: skip
     elif FORM != "identity":
         low_first, low_second, high_first, high_second = rebuild(
             words, words_high, scales, zeros, first, exists, matrix, head,
-            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION,
+            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
     else:
         low_first, high_first = load_vectors(
             words, words_high, scales, zeros, first, exists, head * LATENT,
-            WIDTH, BITS, GROUP, BLOCKS, HALF, DTYPE, ARITHMETIC,
+            WIDTH, BITS, GROUP, BLOCKS, HALF, DTYPE, ARITHMETIC, ASSEMBLY,
         )  # fmt: skip
         low_second, high_second = load_vectors(
             words, words_high, scales, zeros, first, exists, head * LATENT + HALF,
-            WIDTH, BITS, GROUP, BLOCKS, HALF, DTYPE, ARITHMETIC,
+            WIDTH, BITS, GROUP, BLOCKS, HALF, DTYPE, ARITHMETIC, ASSEMBLY,
         )  # fmt: skip
     for half in tl.static_range(2):
         # one half of the tokens after the other: the accumulators of both would fill the registers
@@ -159,6 +159,7 @@ def _load_constants(
     matrix,
     row,
     head,
+    query,
     KV_HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -173,7 +174,7 @@ def _load_constants(
     HALF: tl.constexpr = DIM // 2
     LATENT: tl.constexpr = WIDTH // KV_HEADS
     i = tl.arange(0, HALF)
-    q += ((row * KV_HEADS + head) * QUERIES + tl.arange(0, QUERIES))[None, :] * DIM + i[:, None]
+    q += ((row * KV_HEADS + head) * tl.num_programs(2) * QUERIES + query)[None, :] * DIM + i[:, None]
     cos, sin, matrix_first, matrix_second = 0, 0, 0, 0
     if ROPE:
         at = tl.arange(0, BLOCKS * 64)[:, None] * HALF + i[None, :]
@@ -188,6 +189,23 @@ def _load_constants(
 
 @triton.jit
 @no_type_check
+def _load_value_scales(
+    scales, zeros, first, end, channel, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """Scales and zeros of a tile's low and high tokens, [BLOCKS * 64] each; past the end some that mean nothing."""
+    exists = first + tl.arange(0, BLOCKS) < end
+    if BLOCKS == 1:
+        first = tl.maximum(tl.minimum(first, end - 1), 0)
+    return (
+        load_scales(scales, first, exists, 0, channel, WIDTH, GROUP, BLOCKS),
+        load_scales(scales, first, exists, 1, channel, WIDTH, GROUP, BLOCKS),
+        load_scales(zeros, first, exists, 0, channel, WIDTH, GROUP, BLOCKS),
+        load_scales(zeros, first, exists, 1, channel, WIDTH, GROUP, BLOCKS),
+    )
+
+
+@triton.jit
+@no_type_check
 def _add_values(
     score_low,
     score_high,
@@ -197,50 +215,54 @@ def _add_values(
     acc,
     first,
     exists,
+    numbers,
     channel,
     words,
     words_high,
-    scales,
-    zeros,
+    scale_low,
+    scale_high,
+    zero_low,
+    zero_high,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,
     CHANNELS: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """One tile of the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867); acc is [CHANNELS, QUERIES].
 
-    The sum of values is acc + offset: acc weighs codes with p * scale, offset collects p * zero and takes the 128 back.
+    The sum of values is acc + offset: acc weighs codes with p * scale, offset collects p * zero and takes the 16 back.
     total and offset are summed over the rows of a tile by the caller, at the end.
     """
-    CODE_OFFSET: tl.constexpr = 128.0 if BITS < 8 else 0.0
+    CODE_OFFSET: tl.constexpr = 16.0 if BITS < 8 else 0.0
     higher = tl.maximum(top, tl.max(tl.maximum(score_low, score_high), axis=0))
     shrink = tl.exp2(top - higher)
     p_low = tl.exp2(score_low - higher[None, :])
     p_high = tl.exp2(score_high - higher[None, :])
     total = total * shrink[None, :] + (p_low + p_high)
 
-    scale_low = load_scales(scales, first, exists, 0, channel, WIDTH, GROUP, BLOCKS).to(tl.float32)[:, None]
-    scale_high = load_scales(scales, first, exists, 1, channel, WIDTH, GROUP, BLOCKS).to(tl.float32)[:, None]
-    zero_low = load_scales(zeros, first, exists, 0, channel, WIDTH, GROUP, BLOCKS).to(tl.float32)[:, None]
-    zero_high = load_scales(zeros, first, exists, 1, channel, WIDTH, GROUP, BLOCKS).to(tl.float32)[:, None]
+    scale_low, scale_high = scale_low.to(tl.float32)[:, None], scale_high.to(tl.float32)[:, None]
+    zero_low, zero_high = zero_low.to(tl.float32)[:, None], zero_high.to(tl.float32)[:, None]
     weight_low = (p_low * scale_low).to(DTYPE)
     weight_high = (p_high * scale_high).to(DTYPE)
-    # the rounded weights, so that what they make of 128 is taken back exactly
+    # the rounded weights, so that what they make of 16 is taken back exactly
     codes_offset = CODE_OFFSET * (weight_low.to(tl.float32) + weight_high.to(tl.float32))
     offset = offset * shrink[None, :] + (p_low * zero_low + p_high * zero_high - codes_offset)
 
     channels = channel + tl.arange(0, CHANNELS)
-    pairs, upper = load_pairs(words, words_high, first, exists, channels, WIDTH, BITS, 1, BLOCKS, CHANNELS)
+    pairs, upper = load_pairs(
+        words, words_high, first, exists, channels, WIDTH, BITS, 1, BLOCKS, CHANNELS, ASSEMBLY, numbers
+    )
     low, high = codes_of_half(pairs, upper, 0, BITS, ARITHMETIC), codes_of_half(pairs, upper, 1, BITS, ARITHMETIC)
     # tokens t and t + 64 side by side, as they lie in a register
     codes = tl.reshape(tl.join(low, high), (CHANNELS, BLOCKS * 128)).to(DTYPE)
     weights = tl.reshape(tl.permute(tl.join(weight_low, weight_high), (0, 2, 1)), (BLOCKS * 128, QUERIES))
-    acc = tl.dot(codes, weights, acc * shrink[None, :], input_precision=PRECISION)
+    # each tile is summed apart: a matrix unit that rounds towards zero would do so in all of them
+    acc = tl.fma(acc, tl.broadcast_to(shrink[None, :], acc.shape), tl.dot(codes, weights, input_precision=PRECISION))
     return higher, total, offset, acc
 
 
@@ -261,10 +283,10 @@ def _store_part(out, lse, at, real, channel, top, total, offset, acc, WIDTH: tl.
 @triton.jit
 @no_type_check
 def decode(
-    scalars,  # int32 [3]: layer, sliding window, tokens that are skipped
+    scalars,  # int32 [3 + 16]: layer, sliding window, tokens that are skipped; 0 ... 15
     bounds,  # int32 [B, 3]: first block, one past the last one, first token that all queries see
-    q,  # float32 [B, K, QUERIES, DIM]: turned by its position, times scale * log2(e)
-    query_positions,  # int32 [B, QUERIES]; -1: no query
+    q,  # float32 [B, K, all queries of a kv head, DIM]: turned by its position, times scale * log2(e)
+    query_positions,  # int32 [B, all queries of a kv head]; -1: no query
     tile_rotation,  # float32 [2, BLOCKS * 64, DIM/2]: cosine and sine for each row's number in the tile
     base_rotation,  # float32 [2, 2 N, DIM/2]: for 0, 64, 128, ...
     key_words,
@@ -283,7 +305,7 @@ def decode(
     NUM_BLOCKS: tl.constexpr,  # N, of each sequence
     BATCH: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    QUERIES: tl.constexpr,  # of a kv head: LENGTH * SHARED and padding
+    QUERIES: tl.constexpr,  # of a program; together, LENGTH * SHARED and padding
     LENGTH: tl.constexpr,
     SHARED: tl.constexpr,  # query heads of a kv head
     DIM: tl.constexpr,
@@ -318,17 +340,24 @@ def decode(
     value_words, value_words_high, value_scales, value_zeros = at_history(
         value_words, value_words_high, value_scales, value_zeros, history, VALUE_WIDTH, VALUE_BITS, VALUE_GROUP
     )
-    query = tl.arange(0, QUERIES)
-    query_position = tl.load(query_positions + row * QUERIES + query)
+    query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
+    query_position = tl.load(query_positions + row * tl.num_programs(2) * QUERIES + query)
     q_first, q_second, cos, sin, matrix_first, matrix_second = _load_constants(
-        q, tile_rotation, matrix, row, head, KV_HEADS, QUERIES, DIM, KEY_WIDTH, FORM, ROPE, BLOCKS, CHUNK, DTYPE
+        q, tile_rotation, matrix, row, head, query, KV_HEADS, QUERIES, DIM, KEY_WIDTH, FORM, ROPE, BLOCKS, CHUNK, DTYPE
     )
     top = tl.full((QUERIES,), LOWEST, tl.float32)
     total = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     offset = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     acc = tl.full((VALUE_DIM, QUERIES), 0.0, tl.float32)
+    scale_low, scale_high, zero_low, zero_high = _load_value_scales(
+        value_scales, value_zeros, begin, end, head * VALUE_DIM, VALUE_WIDTH, VALUE_GROUP, BLOCKS
+    )
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
+        # a tile ahead: nothing else would hide how long they take
+        following = _load_value_scales(
+            value_scales, value_zeros, first + BLOCKS, end, head * VALUE_DIM, VALUE_WIDTH, VALUE_GROUP, BLOCKS
+        )
         score_low, score_high = _score_tile(
             first, exists, head, q_first, q_second, query_position, sliding_window, skip, seen_from, end,
             cos, sin, base_rotation, key_words, key_words_high, key_scales, key_zeros,
@@ -337,10 +366,11 @@ def decode(
             BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
         top, total, offset, acc = _add_values(
-            score_low, score_high, top, total, offset, acc, first, exists, head * VALUE_DIM,
-            value_words, value_words_high, value_scales, value_zeros, VALUE_WIDTH, VALUE_BITS, VALUE_GROUP,
-            VALUE_DIM, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION,
+            score_low, score_high, top, total, offset, acc, first, exists, scalars + 3, head * VALUE_DIM,
+            value_words, value_words_high, scale_low, scale_high, zero_low, zero_high, VALUE_WIDTH, VALUE_BITS,
+            VALUE_DIM, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
+        scale_low, scale_high, zero_low, zero_high = following
     number = (query // SHARED) * (KV_HEADS * SHARED) + head * SHARED + query % SHARED  # t, then query head
     at = (row * tl.num_programs(1) + tl.program_id(1)) * (LENGTH * KV_HEADS * SHARED) + number
     _store_part(out, lse, at, query < LENGTH * SHARED, 0, top, total, offset, acc, VALUE_DIM, VALUE_DIM)
@@ -394,10 +424,10 @@ def decode_scores(
     sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
     seen_from = tl.load(bounds + 3 * row + 2)
     words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
-    query = tl.arange(0, QUERIES)
-    query_position = tl.load(query_positions + row * QUERIES + query)
+    query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
+    query_position = tl.load(query_positions + row * tl.num_programs(2) * QUERIES + query)
     q_first, q_second, cos, sin, matrix_first, matrix_second = _load_constants(
-        q, tile_rotation, matrix, row, head, KV_HEADS, QUERIES, DIM, WIDTH, FORM, ROPE, BLOCKS, CHUNK, DTYPE
+        q, tile_rotation, matrix, row, head, query, KV_HEADS, QUERIES, DIM, WIDTH, FORM, ROPE, BLOCKS, CHUNK, DTYPE
     )
     number = (query // SHARED) * (KV_HEADS * SHARED) + head * SHARED + query % SHARED
     token = (tl.arange(0, BLOCKS * 64) // 64) * 128 + tl.arange(0, BLOCKS * 64) % 64
@@ -444,6 +474,7 @@ def decode_values(
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """The second half: softmax of the scores of QUERIES query heads, and CHANNELS channels of their values."""
     TILES: tl.constexpr = WIDTH // CHANNELS
@@ -465,15 +496,22 @@ def decode_values(
     total = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     offset = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     acc = tl.full((CHANNELS, QUERIES), 0.0, tl.float32)
+    scale_low, scale_high, zero_low, zero_high = _load_value_scales(
+        scales, zeros, begin, end, channel, WIDTH, GROUP, BLOCKS
+    )
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
+        # a tile ahead: nothing else would hide how long they take
+        following = _load_value_scales(scales, zeros, first + BLOCKS, end, channel, WIDTH, GROUP, BLOCKS)
         there = tl.reshape(tl.broadcast_to(exists[:, None], (BLOCKS, 64)), (BLOCKS * 64,))
         known = there[:, None] & real[None, :]
         low = tl.load(scores + at + first * 128, mask=known, other=float("-inf"))
         high = tl.load(scores + at + first * 128 + 64, mask=known, other=float("-inf"))
         top, total, offset, acc = _add_values(
-            low, high, top, total, offset, acc, first, exists, channel, words, words_high, scales, zeros,
-            WIDTH, BITS, GROUP, CHANNELS, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION,
+            low, high, top, total, offset, acc, first, exists, scalars + 3, channel,
+            words, words_high, scale_low, scale_high, zero_low, zero_high, WIDTH, BITS,
+            CHANNELS, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
+        scale_low, scale_high, zero_low, zero_high = following
     at = (row * tl.num_programs(1) + tl.program_id(1)) * ROWS + query
     _store_part(out, lse, at, real, channel % VALUE_DIM, top, total, offset, acc, VALUE_DIM, CHANNELS)

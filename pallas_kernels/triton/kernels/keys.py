@@ -87,6 +87,7 @@ def rebuild(
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Keys of one head, CHUNK channels at a time: halves of the low tokens' keys, then halves of the high ones'."""
     HALF: tl.constexpr = DIM // 2
@@ -104,7 +105,7 @@ def rebuild(
         right = tl.load(matrix + (channel + done) * COLUMNS + HALF + at)
         low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, channel + done,
-            WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC,
+            WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC, ASSEMBLY,
         )  # fmt: skip
         a = tl.dot(low, left, a, input_precision=PRECISION)
         b = tl.dot(low, right, b, input_precision=PRECISION)
@@ -156,6 +157,7 @@ def rebuild8(
     CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """As `rebuild`, with codes and matrix [R, C] multiplied in 8 bits.
 
@@ -192,11 +194,11 @@ def rebuild8(
         right = tl.load(matrix + channel + HALF * WIDTH + at)
         channels = channel + tl.arange(0, CHUNK)
         PLANE: tl.constexpr = 4 if BITS >= 4 else 2
-        pairs = load_fields(words, first, exists, channels, WIDTH, PLANE, 0, BLOCKS, CHUNK)
+        pairs = load_fields(words, first, exists, channels, WIDTH, PLANE, 0, 0, 0, BLOCKS, CHUNK, ASSEMBLY)
         if BITS == 3:
-            pairs = pairs | (load_fields(words_high, first, exists, channels, WIDTH, 1, 0, BLOCKS, CHUNK) << 2)
+            pairs |= load_fields(words_high, first, exists, channels, WIDTH, 1, 2, 0, 0, BLOCKS, CHUNK, ASSEMBLY)
         if BITS == 8:
-            pairs = pairs | (load_fields(words_high, first, exists, channels, WIDTH, 4, 0, BLOCKS, CHUNK) << 4)
+            pairs |= load_fields(words_high, first, exists, channels, WIDTH, 4, 4, 0, 0, BLOCKS, CHUNK, ASSEMBLY)
             pairs = pairs ^ 0x800080
         low, high = pairs.to(tl.int8), (pairs >> 16).to(tl.int8)
         if FORM == "fp8":

@@ -28,6 +28,7 @@ def project(
     DTYPE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Dequantizes BLOCKS blocks and multiplies them by TILE columns of the weight."""
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -41,7 +42,7 @@ def project(
         right = tl.load(weight + channel * COLUMNS + at, mask=real[None, :], other=0)
         low, high = load_vectors(
             words, words_high, scales, zeros, first, exists, channel,
-            WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC,
+            WIDTH, BITS, GROUP, BLOCKS, CHUNK, DTYPE, ARITHMETIC, ASSEMBLY,
         )  # fmt: skip
         acc_low = tl.dot(low, right, acc_low, input_precision=PRECISION)
         acc_high = tl.dot(high, right, acc_high, input_precision=PRECISION)
