@@ -22,5 +22,7 @@ def refuse_stream(which: str, spec: StreamSpec, at_once: int) -> str | None:
     if spec.axis == "channel" and spec.group != BLOCK:
         return f"{which} has groups of {spec.group} tokens; it takes whole blocks of {BLOCK}"
     if spec.axis == "token" and spec.group % at_once:
-        return f"{which} has groups of {spec.group} channels; it takes multiples of {at_once}"
+        fitting = [size for size in range(at_once, spec.width + 1, at_once) if spec.width % size == 0]
+        way_out = max((size for size in fitting if size <= BLOCK), default=fitting[0])
+        return f"{which} has groups of {spec.group} channels; it takes multiples of {at_once}: choose group={way_out}"
     return None

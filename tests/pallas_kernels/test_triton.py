@@ -252,7 +252,7 @@ def test_sums_that_cannot_be_taken_are_refused_with_a_reason(monkeypatch: pytest
     assert reason(accumulation=three) == "3 matrices one after the other are not taken; up to 2 are"
     assert (
         reason(stream=blocks_of(StreamSpec(256, 2, group=64), 1))
-        == "the stream has groups of 64 channels; it takes multiples of 128"
+        == "the stream has groups of 64 channels; it takes multiples of 128: choose group=128"
     )
     with target.compiling_for("gpu", "NVIDIA B200"):
         assert reason() == "Triton's compiler fails on the products of sums for compute capability 10.0"
@@ -281,7 +281,7 @@ def test_what_cannot_be_taken_is_refused_with_a_reason() -> None:
     )
     assert (
         key_of(StreamSpec(128, 4, "token", group=16))
-        == "the key stream has groups of 16 channels; it takes multiples of 32"
+        == "the key stream has groups of 16 channels; it takes multiples of 32: choose group=128"
     )
 
 
