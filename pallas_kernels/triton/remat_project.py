@@ -31,7 +31,7 @@ def run(call: RematProject) -> Array:
         "project",
         *operands.arrays(stream),
         operands.operand(weight),
-        grid=(triton.cdiv(columns, COLUMNS), triton.cdiv(batch * blocks, tiles.blocks)),
+        grid=(triton.cdiv(columns, COLUMNS) * triton.cdiv(batch * blocks, tiles.blocks),),
         outputs=[jax.ShapeDtypeStruct((batch * blocks * BLOCK, columns), call.result_dtype)],
         warps=tiles.warps,
         stages=tiles.stages,

@@ -31,8 +31,10 @@ def project(
     ASSEMBLY: tl.constexpr,
 ):
     """Dequantizes BLOCKS blocks and multiplies them by TILE columns of the weight."""
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    first = tl.program_id(1) * BLOCKS
+    # one axis: the others have no more than 65,535 programs, and the columns of a tile of blocks are close together
+    across: tl.constexpr = (COLUMNS + TILE - 1) // TILE
+    column = tl.program_id(0) % across * TILE + tl.arange(0, TILE)
+    first = tl.program_id(0) // across * BLOCKS
     exists = first + tl.arange(0, BLOCKS) < NUM_BLOCKS
     real = column < COLUMNS
     acc_low = tl.full((BLOCKS * 64, TILE), 0.0, tl.float32)
