@@ -7,6 +7,7 @@ machine instructions. What a loop costs is known from that, short of stalls.
 import collections
 import dataclasses
 import functools
+import os
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,9 @@ from pallas_kernels import run, target
 from pallas_kernels.calls import Call
 from pallas_kernels.chips import GPU
 from pallas_kernels.shapes import DecodeShape, SumShape
+
+if not os.environ.get("TRITON_CACHE_DIR"):  # jax-triton 0.3 sets it to no folder, where Triton cannot write
+    os.environ.pop("TRITON_CACHE_DIR", None)
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "uint32": "*u32", "int8": "*i8"}
 

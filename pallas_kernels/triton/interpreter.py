@@ -56,6 +56,8 @@ def _interpreted_language() -> Iterator[None]:
         modules = tuple(sorted({value.__name__ for value in function.__globals__.values() if value in (tl, tl.core)}))
         if modules not in scopes:
             scopes[modules] = patch(function)
+            # Triton 3.6 makes a number of an array of one, which numpy 2.5 refuses
+            setattr(tl.tensor, "__index__", lambda tensor: tensor.handle.data.item())  # noqa: B010
         return types.SimpleNamespace(restore=lambda: None)  # what the interpreter believes to be the way back
 
     with _replaced(tl, **reductions), _replaced(interpreter, _patch_lang=patch_once):
