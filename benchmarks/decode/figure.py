@@ -21,7 +21,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for e in result["layers"]:
             if e["model"] == model:
-                label = f"{e['cache']} ({e['implementation']})"
+                label = f"{e['cache']} ({e['implementation']}{e['variant'] and ', '}{e['variant']})"
                 lines.setdefault(label, []).append((e["batch"] * e["context"], e["ns_per_token"]))
         for label, points in lines.items():
             axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=label)

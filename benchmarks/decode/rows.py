@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.decode import torch_bf16
+from benchmarks.decode.variants import chosen, named
 from benchmarks.models import decode_shape, sum_shape
 from pallas_kernels import Accumulate, DecodeAttention, KeyRebuild, run, target
 from pallas_kernels.eight_bits import name_of, quantize_matrix
@@ -36,6 +38,7 @@ class Row:
     """Attention to one layer of a model's cache, which is named as users type it.
 
     implementation: of `decode_attention`; of `bf16`, where keys and values are as they are, whose attention it is
+    variant: tiles other than the rule's, as `variants.named` reads them
     ragged: whether sequences have no block, one, an odd number, and so on
     """
 
@@ -45,6 +48,7 @@ class Row:
     context: int
     implementation: str
     ragged: bool = False
+    variant: str = ""
 
     kernel: ClassVar[str] = "decode"
 
@@ -83,6 +87,14 @@ class Row:
 
     def seconds(self, repeats: int = 5) -> float:
         """Median time of one layer."""
+        if self.implementation == "torch":
+            shape = self.shape
+            sizes = shape.heads, shape.kv_heads, shape.dim
+            return torch_bf16.seconds(self.batch, self.context, *sizes, self.layers, repeats)
+        with chosen(self.kernel, named(self.variant)):
+            return self._seconds(repeats)
+
+    def _seconds(self, repeats: int) -> float:
         attend, arrays = self.program()
         interpret = target.current().interpret
         # so often that a launch does not count
@@ -115,7 +127,8 @@ class Row:
         attend, arrays = self.program()
         reference, _ = dataclasses.replace(self, implementation="xla").program()
         q = self.queries()
-        return distance(*(jax.jit(f)(q, jnp.int32(1), *arrays) for f in (attend, reference)))
+        with chosen(self.kernel, named(self.variant)):
+            return distance(*(jax.jit(f)(q, jnp.int32(1), *arrays) for f in (attend, reference)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +229,10 @@ def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
 
 def plain(row: Row) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
     """Attention to keys and values as they are. Layers are separate arrays: a slice of one would be copied."""
-    size = (row.batch, row.context, row.shape.kv_heads, row.shape.dim)
+    kv_heads, dim = row.shape.kv_heads, row.shape.dim
+    size = (row.batch, row.context, kv_heads, dim)
+    if row.implementation == "pallas":  # as it reads them: otherwise it would transpose all of them in each call
+        size = (row.batch * kv_heads, row.context, dim)
     pairs = [
         tuple(jax.random.normal(jax.random.key(2 * i + j), size, jnp.bfloat16) for j in range(2))
         for i in range(row.layers)
@@ -231,7 +247,7 @@ def plain(row: Row) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
         if row.implementation == "pallas":
             from jax.experimental.pallas.ops.gpu import decode_attention as pallas_decode
 
-            return pallas_decode.gqa(q[:, 0], k, v)[:, None]
+            return pallas_decode.mqa(q.reshape(row.batch * kv_heads, -1, dim), k, v).reshape(q.shape)
         return jax.nn.dot_product_attention(q, k, v, implementation=cast(Literal["xla", "cudnn"], row.implementation))
 
     return attend, (pairs,)

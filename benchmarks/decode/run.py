@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode.run --json OUT.json --plot OUT.png    under 8 minutes: what does not fit is named
     python -m benchmarks.decode.run --tune --json TILES.json          the fastest tile sizes, beside the rule's
+    python -m benchmarks.decode.run --only layers --caches 'xquant:4*' bf16    some of it, without checks
     python -m benchmarks.decode.run --smoke                           tiny shapes on the interpreter, on any machine
 
 `of_copy` and `of_matrix` are the shares of this device's own bandwidth and matrix rate, which are measured first, that
@@ -11,12 +12,13 @@ the bytes and operations of a row take up.
 import argparse
 import contextlib
 import dataclasses
+import fnmatch
 import importlib.metadata
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import jax
 
 from benchmarks.decode.ceilings import ceilings
 from benchmarks.decode.figure import best_bf16, draw
-from benchmarks.decode.order import LLAMA_3, attention, checks, sums
+from benchmarks.decode.order import KERNELS, LLAMA_3, first_layers, more_checks, more_layers, sums
 from benchmarks.decode.rows import ALLOWED, Row
 from benchmarks.decode.steps import StepRow, steps
 from benchmarks.decode.tune import tune
@@ -35,7 +37,8 @@ from pallas_kernels import target
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.packing import BLOCK
 
-VERSIONS = ("jax", "jaxlib", "jax-triton", "triton", "tokamax", "xquant-jax")
+KINDS = ("checks", "layers", "steps", "sums")
+VERSIONS = ("jax", "jaxlib", "jax-triton", "triton", "tokamax", "torch", "xquant-jax")
 
 
 @dataclasses.dataclass
@@ -73,8 +76,10 @@ class Report:
             self.path.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
-def measure(smoke: bool, deadline: float, path: Path | None) -> dict[str, Any]:
-    """Checks, then times what matters most first."""
+def measure(
+    smoke: bool, deadline: float, path: Path | None, only: Collection[str] = KINDS, caches: Sequence[str] = ("*",)
+) -> dict[str, Any]:
+    """Checks and times what matters most first."""
     result: dict[str, Any] = {
         "device": jax.local_devices()[0].device_kind,
         "versions": {name: version for name in VERSIONS if (version := installed(name))},
@@ -83,30 +88,55 @@ def measure(smoke: bool, deadline: float, path: Path | None) -> dict[str, Any]:
         **{kind: [] for kind in ("checks", "wrong", "sums", "layers", "steps", "skipped")},
     }
     report = Report(result, deadline, path)
-    for row in checks(smoke):
-        entry = report.attempt("checks", row, "error", row.error)
-        if entry and not entry["error"] < ALLOWED:
-            result["wrong"].append(entry)
-    rows, whole_steps = list(attention(smoke)), steps(smoke)
-    first = [row for row in rows if (row.batch, row.context) == (rows[0].batch, rows[0].context)]
-    rest = [row for row in rows if row not in first]
-    if not smoke:  # attention of the steps to bf16
-        first.append(Row(LLAMA_3, "bf16", whole_steps[0].batch, whole_steps[0].context, "cudnn"))
-    for row in first:
-        time_layer(report, row)
-    for step in whole_steps:
-        report.attempt("steps", step, "seconds", step.seconds)
-    for row in sums(smoke):
-        report.attempt("sums", row, "seconds", row.seconds)
-    for row in rest:
-        time_layer(report, row)
+    for kind, row in jobs(smoke, only, caches):
+        if kind == "checks":
+            check(report, row)
+        elif kind == "layers":
+            time_layer(report, row)
+        else:
+            report.attempt(kind, row, "seconds", row.seconds)
     for entry in result["layers"]:
         best = best_bf16(result["layers"], entry["model"], entry["batch"], entry["context"])
         entry["times_as_fast_as_bf16"] = best and best / entry["seconds"]
     if not smoke:
-        result["steps"] += best_bf16_step(result, whole_steps[0])
+        result["steps"] += best_bf16_step(result, steps(smoke)[0])
     report.save()
     return result
+
+
+def jobs(smoke: bool, only: Collection[str], caches: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Kinds and rows in the order of what matters most, each kernel's check before it is timed; of the kinds in `only`,
+    and of caches like one of the patterns `caches`."""
+    seen: set[Any] = set()
+
+    def of(kind: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+        for row in rows:
+            if not any(fnmatch.fnmatch(row.cache, pattern) for pattern in caches):
+                continue
+            if row.implementation == KERNELS and not isinstance(row, StepRow):
+                short = row if kind == "checks" else row.shortened()
+                if "checks" in only and short not in seen:
+                    seen.add(short)
+                    yield "checks", short
+            if kind in only and kind != "checks":
+                yield kind, row
+
+    yield from of("layers", first_layers(smoke))
+    if "steps" in only:
+        whole_steps = steps(smoke)
+        if not smoke:  # attention of the steps to bf16
+            yield from of("layers", [Row(LLAMA_3, "bf16", whole_steps[0].batch, whole_steps[0].context, "cudnn")])
+        yield from of("steps", whole_steps)
+    yield from of("layers", more_layers(smoke))
+    yield from of("sums", sums(smoke))
+    yield from of("checks", more_checks(smoke))
+
+
+def check(report: Report, row: Any) -> None:
+    """Holds a row against the reference."""
+    entry = report.attempt("checks", row, "error", row.error)
+    if entry and not entry["error"] < ALLOWED:
+        report.result["wrong"].append(entry)
 
 
 def time_layer(report: Report, row: Row) -> None:
@@ -156,7 +186,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _name(e: dict[str, Any]) -> str:
-    return f"{e['model']:13} {e['cache']:26} {e['implementation']:8} {e['batch']:3} x {e['context']:6}"
+    variant = e.get("variant", "")
+    return f"{e['model']:13} {e['cache']:26} {e['implementation']:8} {variant:8} {e['batch']:3} x {e['context']:6}"
 
 
 def main() -> int:
@@ -164,6 +195,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write everything here")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write a picture here")
     parser.add_argument("--minutes", type=float, default=7.0, help="start no further row after this long")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="what to do")
+    parser.add_argument("--caches", nargs="+", metavar="NAME", default=["*"], help="which ones; patterns with * too")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, kernels on the interpreter")
     parser.add_argument("--tune", action="store_true", help="look for the fastest tile sizes instead")
     arguments = parser.parse_args()
@@ -174,7 +207,7 @@ def main() -> int:
             if arguments.json:
                 arguments.json.write_text(json.dumps(found, indent=1) + "\n")
             return 0
-        result = measure(arguments.smoke, deadline, arguments.json)
+        result = measure(arguments.smoke, deadline, arguments.json, arguments.only, arguments.caches)
     if arguments.plot:
         draw(result, arguments.plot)
     show(result)

@@ -1,6 +1,5 @@
 """Times tile sizes of the Triton kernels that read keys or add to sums, and says which are the fastest."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,7 +10,7 @@ from typing import Any
 
 from benchmarks.decode.order import KERNELS, LLAMA_2, LLAMA_3, SIZES, SMALL, SUMS, TINY
 from benchmarks.decode.rows import ALLOWED, Row, SumRow
-from pallas_kernels.triton import tiling
+from benchmarks.decode.variants import chosen
 from pallas_kernels.triton.tiling import Tiles
 
 
@@ -51,7 +50,7 @@ def tuned_row(row: Row | SumRow, smoke: bool, until: float) -> dict[str, Any]:
         if time.monotonic() > until:
             print(f"{row.cache}: {tiles} and what follows was not tried, out of time", file=sys.stderr)
             break
-        with chosen(row.kernel, tiles):
+        with chosen(row.kernel, lambda rule, tiles=tiles: tiles or rule):
             try:
                 taken = row.seconds(repeats=3)
                 faster = best is None or taken < best[0]
@@ -92,18 +91,3 @@ def candidates(row: Row | SumRow) -> list[Tiles]:
         return [Tiles(blocks, chunk, warps, stages, fused) for fused, chunk, (blocks, warps, stages) in cuts]
     cuts = itertools.product(chunks, ((2, 8, 1), (2, 8, 2), (2, 8, 3), (1, 4, 2), (1, 8, 2)))
     return [Tiles(blocks, chunk, warps, stages) for chunk, (blocks, warps, stages) in cuts]
-
-
-@contextlib.contextmanager
-def chosen(kernel: str, tiles: Tiles | None) -> Iterator[None]:
-    """These tiles for a kernel, while this lasts; those of other kernels, and all where it is None, are the rule's."""
-    rule = tiling.choose
-
-    def choose(shape: tiling.Shape) -> Tiles:
-        return tiles if tiles and shape.kernel == kernel else rule(shape)
-
-    tiling.choose = choose
-    try:
-        yield
-    finally:
-        tiling.choose = rule
