@@ -4,9 +4,10 @@
 
 Prints two tables of markdown: cycles of a multiprocessor for 1024 cached tokens of one layer, all heads. `issue`:
 machine instructions of the loops, four a cycle; code that masks tiles at the end of a sequence is counted, though most
-tiles skip it. `matrix`: multiplications over what the matrix units do in a cycle. Nothing is faster than the larger of
-the two; if they did not overlap it would be their sum. Stalls are not in it. `spills`: instructions that move registers
-to memory and back, in the innermost loop, in the loop around it, and outside of loops.
+tiles skip it. `shared`: cycles that shared memory is busy, at 128 bytes in one. `matrix`: multiplications over what the
+matrix units do in a cycle. Nothing is faster than the largest of the three; if they did not overlap it would be their
+sum. Stalls and bank conflicts are not in it. `spills`: instructions that move registers to memory and back, in the
+innermost loop, in the loop around it, and outside of loops.
 
 The second table is of `accumulate` at 2 bits: `issue` has the code outside of loops too, which a program passes once
 for a tile, and `memory` is what arrays take that are read and written once.
@@ -56,16 +57,15 @@ def products(launch: Launch, shape: DecodeShape) -> int:
     return rebuild + scores + values
 
 
-def issued(launch: Launch, machine: Machine, shape: DecodeShape) -> float:
-    """Instructions of all warps and programs for a token."""
+def of_loops(what: str, launch: Launch, machine: Machine, shape: DecodeShape) -> float:
+    """`what` loops have, instructions or cycles of shared memory, of all warps and programs for a token."""
     c = launch.constants
-    inner, *outer = machine.loops
+    inner, *outer = (getattr(loop, what) for loop in machine.loops)
     turns = 1
     if outer:
         turns = (shape.dim if c["FORM"] == "per_head" else shape.key.width) // c["CHUNK"]
-    a_tile = inner.instructions * turns + sum(loop.instructions for loop in outer)
     programs = c["WIDTH"] // c["CHANNELS"] if launch.kernel == "decode_values" else shape.kv_heads
-    return a_tile * launch.warps * programs / (BLOCK * c["BLOCKS"])
+    return (inner * turns + sum(outer)) * launch.warps * programs / (BLOCK * c["BLOCKS"])
 
 
 def decode_rows(model: str, cache: str, basis: str, gpu: GPU) -> list[dict[str, Any]]:
@@ -84,7 +84,8 @@ def decode_rows(model: str, cache: str, basis: str, gpu: GPU) -> list[dict[str, 
                 "bits": shape.key.bits,
                 "basis": basis,
                 "rebuild_dtype": cache.partition("rebuild_dtype=")[2] or "bf16",
-                "issue_per_1024": 1024 * issued(launch, machine, shape) / ISSUED,
+                "issue_per_1024": 1024 * of_loops("instructions", launch, machine, shape) / ISSUED,
+                "shared_per_1024": 1024 * of_loops("shared", launch, machine, shape),
                 "matrix_per_1024": 1024 * products(launch, shape) / gpu.matrix,
                 "registers": machine.registers,
                 "shared_bytes": machine.shared,
@@ -140,21 +141,26 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = GPUS[arguments.gpu]
     rows, sums = [], []
-    print("| model | basis | rebuild | bits | kernel | issue | matrix | ns per token | registers | shared | spills |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | basis | rebuild | bits | kernel | issue | shared | matrix | ns per token at best | registers |",
+        end="",
+    )
+    print(" shared bytes | spills |")
+    print("|---" * 12 + "|")
     for model, cache, basis in CASES:
         if model not in arguments.models or (cache.endswith(tuple(TYPES)) and gpu.capability < 9):
             continue
         for spec in dict.fromkeys(cache.format(bits) for bits in arguments.bits):
             for row in decode_rows(model, spec, basis, gpu):
-                best = nanoseconds(max(row["issue_per_1024"], row["matrix_per_1024"]), gpu)
+                cycles = [row[f"{what}_per_1024"] for what in ("issue", "shared", "matrix")]
                 print(
-                    f"| {model} | {basis} | {row['rebuild_dtype']} | {row['bits']} | {row['kernel']} | "
-                    f"{row['issue_per_1024']:,.0f} | {row['matrix_per_1024']:,.0f} | {best:.2f} | {row['registers']} | "
-                    f"{row['shared_bytes']:,} | {', '.join(map(str, row['spills']))} |"
+                    f"| {model} | {basis} | {row['rebuild_dtype']} | {row['bits']} | `{row['kernel']}` | "
+                    f"{' | '.join(f'{n:,.0f}' for n in cycles)} | {nanoseconds(max(cycles), gpu):.2f} | "
+                    f"{row['registers']} | {row['shared_bytes']:,} | {', '.join(map(str, row['spills']))} |"
                 )
                 rows.append(row)
-    print("\n| model | cache | kernel | issue | matrix | memory | ns per token at best | registers | shared | spills |")
+    print("\n| model | cache | kernel | issue | matrix | memory | ns per token at best | registers |", end="")
+    print(" shared bytes | spills |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for model, cache in SUMS:
         if model not in arguments.models:
@@ -163,7 +169,7 @@ def main() -> None:
             cycles = [row[f"{what}_per_1024"] for what in ("issue", "matrix", "memory")]
             best = nanoseconds(max(cycles), gpu)
             print(
-                f"| {model} | {cache} | {row['kernel']} | {' | '.join(f'{n:,.0f}' for n in cycles)} | "
+                f"| {model} | `{cache}` | `{row['kernel']}` | {' | '.join(f'{n:,.0f}' for n in cycles)} | "
                 f"{best:.2f} | {row['registers']} | {row['shared_bytes']:,} | {row['spills']} |"
             )
             sums.append(row)

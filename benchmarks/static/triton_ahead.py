@@ -53,13 +53,15 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Machine instructions a warp executes in one turn, those of loops inside it excluded; how many are spills."""
+    """Machine instructions a warp executes in one turn, those of loops inside it excluded; how many are spills; cycles
+    that shared memory, which moves 128 bytes in one, is busy for it, without bank conflicts."""
 
     start: int
     end: int
     instructions: int
     spills: int
     operations: collections.Counter[str]
+    shared: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +160,22 @@ def _read(code: str, registers: int, shared: int) -> Machine:
         own = [instructions[i] for i in range(start, end) if i not in inside]
         inside |= set(range(start, end))
         operations = collections.Counter(instruction.split()[0].split(".")[0] for instruction in own)
-        loops.append(Loop(start, end, len(own), _spills(own), operations))
+        loops.append(Loop(start, end, len(own), _spills(own), operations, sum(map(_shared, own))))
     return Machine(tuple(loops), len(instructions), _spills(instructions), registers, shared)
+
+
+def _shared(instruction: str) -> float:
+    """Cycles that a warp's instruction takes of shared memory."""
+    operation, *modifiers = instruction.split()[0].split(".")
+    if operation in ("LDS", "STS", "LDGSTS"):
+        return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
+    if operation == "LDSM":
+        return int(modifiers[-1]) if modifiers[-1] in ("2", "4") else 1
+    if found := re.match(
+        r"(?:HGMMA|IGMMA|QGMMA)\.64x(\d+)x(\d+)", instruction
+    ):  # four warps read the right operand once
+        return int(found[1]) * int(found[2]) * (2 if operation == "HGMMA" else 1) / 128 / 4
+    return 0
 
 
 def _spills(instructions: list[str]) -> int:
