@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import triton
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import eight_bits, gpus
 from pallas_kernels.calls import MOST_NEW_TOKENS, DecodeAttention
@@ -111,6 +111,7 @@ def run(call: DecodeAttention) -> Part:
     constants = {
         "NUM_BLOCKS": num_blocks,
         "BATCH": batch,
+        "ROWS": triton.next_power_of_2(batch),
         "KV_HEADS": num_kv_heads,
         "QUERIES": queries,
         "LENGTH": length,
@@ -126,16 +127,17 @@ def run(call: DecodeAttention) -> Part:
         **operands.types(),
     }
     splits = tiling.splits(batch * num_kv_heads * query_tiles, num_blocks, tiles.blocks)
+    parts = _number_of_parts(batch, splits)
     if tiles.fused and value_heads == num_kv_heads and channels == value_dim:
-        out, lse = launching.run(
+        out, lse, owners = launching.run(
             "decode",
             *inputs,
             matrices[0],
             bias,
             norm,
             *operands.arrays(value_stream),
-            grid=(batch * num_kv_heads, splits, query_tiles),
-            outputs=_parts(batch, splits, length * heads, value_dim),
+            grid=(num_kv_heads, parts, query_tiles),
+            outputs=_parts(parts, length * heads, value_dim),
             warps=tiles.warps,
             stages=tiles.stages,
             **constants,
@@ -149,7 +151,7 @@ def run(call: DecodeAttention) -> Part:
             *matrices,
             bias,
             norm,
-            grid=(batch * num_kv_heads, splits, query_tiles),
+            grid=(num_kv_heads, parts, query_tiles),
             outputs=[jax.ShapeDtypeStruct((batch, length * heads, num_blocks * BLOCK), jnp.float32)],
             warps=tiles.warps,
             stages=tiles.stages,
@@ -159,20 +161,22 @@ def run(call: DecodeAttention) -> Part:
         rows = length * (heads if value_heads == 1 else shared)
         at_once = min(VALUE_QUERIES, max(LEAST_QUERIES, triton.next_power_of_2(rows)))
         tiles = tiling.choose(tiling.Shape("values", "", channels, value_stream.spec.bits, at_once, width=width))
-        programs = batch * (width // channels), triton.cdiv(rows, at_once)
-        splits = tiling.splits(math.prod(programs), num_blocks, tiles.blocks)
-        out, lse = launching.run(
+        programs = width // channels, triton.cdiv(rows, at_once)
+        splits = tiling.splits(batch * math.prod(programs), num_blocks, tiles.blocks)
+        parts = _number_of_parts(batch, splits)
+        out, lse, owners = launching.run(
             "decode_values",
             scalars,
             bounds,
             scores,
             *operands.arrays(value_stream),
-            grid=(programs[0], splits, programs[1]),
-            outputs=_parts(batch, splits, length * heads, value_dim),
+            grid=(programs[0], parts, programs[1]),
+            outputs=_parts(parts, length * heads, value_dim),
             warps=tiles.warps,
             stages=tiles.stages,
             NUM_BLOCKS=num_blocks,
             BATCH=batch,
+            ROWS=triton.next_power_of_2(batch),
             KV_HEADS=num_kv_heads,
             QUERIES=at_once,
             LENGTH=length,
@@ -183,22 +187,32 @@ def run(call: DecodeAttention) -> Part:
             **operands.stream_constants(value_stream.spec),
             **operands.types(),
         )
-    part = _merge(out, lse)
+    part = _merge(out, lse, owners, batch)
     return Part(part.out.reshape(batch, length, heads, -1), part.lse.reshape(batch, length, heads))
 
 
-def _merge(out: Float[Array, "B splits rows C"], lse: Float[Array, "B splits rows"]) -> Part:
-    """Attention over all splits; as `attention.merge`, of parts that lie in one array."""
+def _merge(
+    out: Float[Array, "parts rows C"], lse: Float[Array, "parts rows"], owners: Int[Array, " parts"], batch: int
+) -> Part:
+    """Attention of each sequence over its parts; as `attention.merge`, of parts that lie in one array."""
+    own = owners[None] == jnp.arange(batch)[:, None]
+    lse = jnp.where(own[..., None], lse[None], -jnp.inf)  # [B, parts, rows]
     top = jnp.maximum(lse.max(axis=1), LOWEST)
     weights = jnp.exp(lse - top[:, None])
     total = weights.sum(axis=1)
-    merged = jnp.einsum("bsr,bsrc->brc", weights, out, precision="highest")
+    merged = jnp.einsum("bpr,prc->brc", weights, out, precision="highest")
     return Part(merged / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total))
 
 
-def _parts(batch: int, splits: int, rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
-    shapes = (batch, splits, rows, width), (batch, splits, rows)
-    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+def _number_of_parts(batch: int, splits: int) -> int:
+    """Of all sequences. Unequal ones make up to as many more, of one size, as there are sequences."""
+    return batch * (splits + 1) if splits > 1 else batch
+
+
+def _parts(parts: int, rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
+    """Of attention, its log-sum-exp, and whose it is."""
+    attention = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((parts, rows, width), (parts, rows))]
+    return [*attention, jax.ShapeDtypeStruct((parts,), jnp.int32)]
 
 
 def _form(rebuild: KeyRebuild) -> str:

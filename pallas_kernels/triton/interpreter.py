@@ -31,11 +31,13 @@ def interpret(
     updates: int = 0,
     **constants: Any,
 ) -> tuple[np.ndarray, ...]:
-    """Runs a kernel on numpy arrays; the first `updates` outputs begin as the last inputs, others as NaN."""
+    """Runs a kernel on numpy arrays; the first `updates` outputs begin as the last inputs, others as NaN or -1."""
     given = len(inputs) - updates
     arrays = [np.ascontiguousarray(a) for a in inputs[:given]]
     results = [np.array(a, order="C") for a in inputs[given:]]
-    results += [np.full(o.shape, np.nan, o.dtype) for o in outputs[updates:]]
+    results += [
+        np.full(o.shape, -1 if np.issubdtype(o.dtype, np.integer) else np.nan, o.dtype) for o in outputs[updates:]
+    ]
     with _one_at_a_time, _interpreted_language():
         _interpreted_kernels()[kernel][grid](*map(_Tensor, arrays + results), **constants)
     return tuple(results)
@@ -48,7 +50,7 @@ def _interpreted_language() -> Iterator[None]:
     By itself the interpreter patches it anew in every call of a function, and leaves it so: nothing could be compiled.
     """
     reductions: dict[str, Any] = {
-        name: interpreter.InterpretedFunction(getattr(tl, name).fn) for name in ("max", "min", "sum")
+        name: interpreter.InterpretedFunction(getattr(tl, name).fn) for name in ("cumsum", "max", "min", "sum")
     }
     patch, scopes = interpreter._patch_lang, {}
 

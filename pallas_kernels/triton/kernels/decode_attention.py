@@ -33,14 +33,34 @@ def _mask(score, first, exists, half, query_position, sliding_window, skip, BLOC
 
 @triton.jit
 @no_type_check
-def _share(bounds, row, BLOCKS: tl.constexpr):
-    """The blocks of a sequence that this program reads: an equal share of those that exist, in whole tiles."""
-    begin = tl.load(bounds + 3 * row)
-    end = tl.load(bounds + 3 * row + 1)
-    splits = tl.num_programs(1)
-    share = ((end - begin + splits - 1) // splits + BLOCKS - 1) // BLOCKS * BLOCKS
-    begin = begin + tl.program_id(1) * share
-    return begin, tl.minimum(begin + share, end)
+def _share(bounds, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The sequence and the blocks of it that this program reads, in whole tiles: all sequences are cut into shares of
+    one size, so that long ones have many programs and short ones few. ROWS: a power of two, BATCH or more."""
+    number = tl.arange(0, ROWS)
+    begin = tl.load(bounds + 3 * number, mask=number < BATCH, other=0)
+    end = tl.load(bounds + 3 * number + 1, mask=number < BATCH, other=0)
+    blocks = tl.maximum(end - begin, 0)
+    # rounded up in each sequence, there are no more shares than programs; or one for each sequence
+    more = tl.num_programs(1) - BATCH
+    several = (tl.sum(blocks, axis=0) + more - 1) // tl.maximum(more, 1)
+    share = tl.where(more > 0, several, tl.max(blocks, axis=0))
+    share = tl.maximum((share + BLOCKS - 1) // BLOCKS, 1) * BLOCKS
+    shares = (blocks + share - 1) // share
+    last = tl.cumsum(shares, axis=0)
+    row = tl.minimum(tl.sum((last <= tl.program_id(1)).to(tl.int32), axis=0), BATCH - 1)
+    # of the last sequence, what is past its end, if this program is one too many
+    first = tl.program_id(1) - tl.sum(tl.where(number == row, last - shares, 0), axis=0)
+    begin = tl.sum(tl.where(number == row, begin, 0), axis=0) + first * share
+    end = tl.sum(tl.where(number == row, end, 0), axis=0)
+    return row, begin, tl.minimum(begin + share, end)
+
+
+@triton.jit
+@no_type_check
+def _store_owner(owners, row):
+    """Notes whose part this program has, once for all programs that have it."""
+    if (tl.program_id(0) == 0) & (tl.program_id(2) == 0):
+        tl.store(owners + tl.program_id(1), row)
 
 
 @triton.jit
@@ -300,10 +320,12 @@ def decode(
     value_words_high,
     value_scales,
     value_zeros,
-    out,  # float32 [B, splits, LENGTH * H, VALUE_WIDTH / K], normalized within the split
-    lse,  # float32 [B, splits, LENGTH * H]
+    out,  # float32 [parts, LENGTH * H, VALUE_WIDTH / K], normalized within the part
+    lse,  # float32 [parts, LENGTH * H]
+    owners,  # int32 [parts]: whose it is
     NUM_BLOCKS: tl.constexpr,  # N, of each sequence
     BATCH: tl.constexpr,
+    ROWS: tl.constexpr,  # a power of two, BATCH or more
     KV_HEADS: tl.constexpr,
     QUERIES: tl.constexpr,  # of a program; together, LENGTH * SHARED and padding
     LENGTH: tl.constexpr,
@@ -327,10 +349,10 @@ def decode(
     PRECISION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """Attention of one kv head to one part of a sequence's blocks, values of each head side by side."""
-    row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    """Attention of one kv head to a share of a sequence's blocks, values of each head side by side."""
+    head = tl.program_id(0)
     VALUE_DIM: tl.constexpr = VALUE_WIDTH // KV_HEADS
-    begin, end = _share(bounds, row, BLOCKS)
+    row, begin, end = _share(bounds, BATCH, ROWS, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
     seen_from = tl.load(bounds + 3 * row + 2)
@@ -372,8 +394,9 @@ def decode(
         )  # fmt: skip
         scale_low, scale_high, zero_low, zero_high = following
     number = (query // SHARED) * (KV_HEADS * SHARED) + head * SHARED + query % SHARED  # t, then query head
-    at = (row * tl.num_programs(1) + tl.program_id(1)) * (LENGTH * KV_HEADS * SHARED) + number
+    at = tl.program_id(1) * (LENGTH * KV_HEADS * SHARED) + number
     _store_part(out, lse, at, query < LENGTH * SHARED, 0, top, total, offset, acc, VALUE_DIM, VALUE_DIM)
+    _store_owner(owners, row)
 
 
 @triton.jit
@@ -397,6 +420,7 @@ def decode_scores(
     scores,  # float32 [B, LENGTH * H, 128 N], in units of log2; blocks out of bounds are not written
     NUM_BLOCKS: tl.constexpr,
     BATCH: tl.constexpr,
+    ROWS: tl.constexpr,  # a power of two, BATCH or more
     KV_HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -418,8 +442,8 @@ def decode_scores(
     ASSEMBLY: tl.constexpr,
 ):
     """The first half of attention where all heads read the whole value stream: scores of one kv head."""
-    row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    begin, end = _share(bounds, row, BLOCKS)
+    head = tl.program_id(0)
+    row, begin, end = _share(bounds, BATCH, ROWS, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
     seen_from = tl.load(bounds + 3 * row + 2)
@@ -457,10 +481,12 @@ def decode_values(
     words_high,
     scales,
     zeros,
-    out,  # float32 [B, splits, LENGTH * H, WIDTH / VALUE_HEADS], normalized within the split
-    lse,  # float32 [B, splits, LENGTH * H]
+    out,  # float32 [parts, LENGTH * H, WIDTH / VALUE_HEADS], normalized within the part
+    lse,  # float32 [parts, LENGTH * H]
+    owners,  # int32 [parts]
     NUM_BLOCKS: tl.constexpr,
     BATCH: tl.constexpr,
+    ROWS: tl.constexpr,  # a power of two, BATCH or more
     KV_HEADS: tl.constexpr,
     QUERIES: tl.constexpr,  # of a program
     LENGTH: tl.constexpr,
@@ -477,11 +503,10 @@ def decode_values(
     ASSEMBLY: tl.constexpr,
 ):
     """The second half: softmax of the scores of QUERIES query heads, and CHANNELS channels of their values."""
-    TILES: tl.constexpr = WIDTH // CHANNELS
     VALUE_DIM: tl.constexpr = WIDTH // VALUE_HEADS
-    ROWS: tl.constexpr = LENGTH * KV_HEADS * SHARED
-    row, channel = tl.program_id(0) // TILES, tl.program_id(0) % TILES * CHANNELS
-    begin, end = _share(bounds, row, BLOCKS)
+    QUERY_ROWS: tl.constexpr = LENGTH * KV_HEADS * SHARED
+    channel = tl.program_id(0) * CHANNELS
+    row, begin, end = _share(bounds, BATCH, ROWS, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
     words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
@@ -489,9 +514,9 @@ def decode_values(
         real = query < LENGTH * SHARED
         query = (query // SHARED) * (KV_HEADS * SHARED) + channel // VALUE_DIM * SHARED + query % SHARED
     else:
-        real = query < ROWS
+        real = query < QUERY_ROWS
     token = (tl.arange(0, BLOCKS * 64) // 64) * 128 + tl.arange(0, BLOCKS * 64) % 64
-    at = (row * ROWS + query).to(tl.int64)[None, :] * (NUM_BLOCKS * 128) + token[:, None]
+    at = (row * QUERY_ROWS + query).to(tl.int64)[None, :] * (NUM_BLOCKS * 128) + token[:, None]
     top = tl.full((QUERIES,), LOWEST, tl.float32)
     total = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     offset = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
@@ -513,5 +538,6 @@ def decode_values(
             CHANNELS, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
         scale_low, scale_high, zero_low, zero_high = following
-    at = (row * tl.num_programs(1) + tl.program_id(1)) * ROWS + query
+    at = tl.program_id(1) * QUERY_ROWS + query
     _store_part(out, lse, at, real, channel % VALUE_DIM, top, total, offset, acc, VALUE_DIM, CHANNELS)
+    _store_owner(owners, row)
