@@ -60,6 +60,8 @@ def load_fields(
             "{ .reg .b32 t; shf.r.wrap.b32 t, $1, $1, $2; lop3.b32 $0, t, $3, $4, 0xEA; }",
             "=r,r,r,r,r", [w, turn, mask, BESIDE], dtype=tl.uint32, is_pure=True, pack=1,
         )  # fmt: skip
+    elif BIT == 0:
+        pairs = (w >> turn) & mask | BESIDE
     else:
         pairs = ((w >> turn) | (w << ((32 - turn) % 32))) & mask | BESIDE
     if AXIS == 0:

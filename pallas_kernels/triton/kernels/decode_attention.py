@@ -123,7 +123,7 @@ def _score_tile(
     elif FORM == "int8" or FORM == "fp8":
         low_first, low_second, high_first, high_second = rebuild8(
             words, words_high, scales, zeros, first, exists, matrix, sums, column_scales, head,
-            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, PRECISION, ASSEMBLY,
+            WIDTH, BITS, GROUP, FORM, DIM, KV_HEADS, BLOCKS, CHUNK, DTYPE, PRECISION,
         )  # fmt: skip
     elif FORM != "identity":
         low_first, low_second, high_first, high_second = rebuild(

@@ -157,7 +157,6 @@ def rebuild8(
     CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
 ):
     """As `rebuild`, with codes and matrix [R, C] multiplied in 8 bits.
 
@@ -194,11 +193,11 @@ def rebuild8(
         right = tl.load(matrix + channel + HALF * WIDTH + at)
         channels = channel + tl.arange(0, CHUNK)
         PLANE: tl.constexpr = 4 if BITS >= 4 else 2
-        pairs = load_fields(words, first, exists, channels, WIDTH, PLANE, 0, 0, 0, BLOCKS, CHUNK, ASSEMBLY)
+        pairs = load_fields(words, first, exists, channels, WIDTH, PLANE, 0, 0, 0, BLOCKS, CHUNK, False)
         if BITS == 3:
-            pairs |= load_fields(words_high, first, exists, channels, WIDTH, 1, 2, 0, 0, BLOCKS, CHUNK, ASSEMBLY)
+            pairs |= load_fields(words_high, first, exists, channels, WIDTH, 1, 0, 0, 0, BLOCKS, CHUNK, False) << 2
         if BITS == 8:
-            pairs |= load_fields(words_high, first, exists, channels, WIDTH, 4, 4, 0, 0, BLOCKS, CHUNK, ASSEMBLY)
+            pairs |= load_fields(words_high, first, exists, channels, WIDTH, 4, 0, 0, 0, BLOCKS, CHUNK, False) << 4
             pairs = pairs ^ 0x800080
         low, high = pairs.to(tl.int8), (pairs >> 16).to(tl.int8)
         if FORM == "fp8":
