@@ -376,7 +376,7 @@ def decode(
     )
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
-        # a tile ahead: nothing else would hide how long they take
+        # a tile ahead, as so few programs do not hide how long they take
         following = _load_value_scales(
             value_scales, value_zeros, first + BLOCKS, end, head * VALUE_DIM, VALUE_WIDTH, VALUE_GROUP, BLOCKS
         )
@@ -521,13 +521,11 @@ def decode_values(
     total = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     offset = tl.full((BLOCKS * 64, QUERIES), 0.0, tl.float32)
     acc = tl.full((CHANNELS, QUERIES), 0.0, tl.float32)
-    scale_low, scale_high, zero_low, zero_high = _load_value_scales(
-        scales, zeros, begin, end, channel, WIDTH, GROUP, BLOCKS
-    )
     for first in range(begin, end, BLOCKS):
         exists = first + tl.arange(0, BLOCKS) < end
-        # a tile ahead: nothing else would hide how long they take
-        following = _load_value_scales(scales, zeros, first + BLOCKS, end, channel, WIDTH, GROUP, BLOCKS)
+        scale_low, scale_high, zero_low, zero_high = _load_value_scales(
+            scales, zeros, first, end, channel, WIDTH, GROUP, BLOCKS
+        )
         there = tl.reshape(tl.broadcast_to(exists[:, None], (BLOCKS, 64)), (BLOCKS * 64,))
         known = there[:, None] & real[None, :]
         low = tl.load(scores + at + first * 128, mask=known, other=float("-inf"))
@@ -537,7 +535,6 @@ def decode_values(
             words, words_high, scale_low, scale_high, zero_low, zero_high, WIDTH, BITS,
             CHANNELS, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
-        scale_low, scale_high, zero_low, zero_high = following
     at = tl.program_id(1) * QUERY_ROWS + query
     _store_part(out, lse, at, real, channel % VALUE_DIM, top, total, offset, acc, VALUE_DIM, CHANNELS)
     _store_owner(owners, row)
