@@ -37,6 +37,11 @@ class TPU:
         """Multiply-adds of a core in a cycle, in bfloat16."""
         return 4 * self.mxu * self.mxu
 
+    @property
+    def mxus(self) -> int:
+        """Matrix units of a core as the compiler addresses them: two of the large ones are one."""
+        return 4 if self.mxu == 128 else 2
+
 
 TPUS = {
     "v5e": TPU(("TPU v5 lite", "TPU v5e"), "v5e:2x2", 128, False, 128 * 2**20, 1.5e9, 15.75),

@@ -1,9 +1,14 @@
 """`decode_attention` for TPU: one kernel that reads packed blocks of one layer and attends to them.
 
-A step of the grid takes a *tile* of up to 8 blocks of one sequence, and within it *chunks* of up to 2 blocks. For each
-chunk and bundle of heads: codes -> x^ -> keys (matrix unit) -> RoPE -> scores; then, for all heads, softmax and the
-product with the values' codes.
+A step of the grid takes a *tile* of blocks of one sequence, and within it *chunks* of a few of them. For each chunk and
+bundle of heads: codes -> x^ -> keys (matrix unit) -> RoPE -> scores; then, for all heads, softmax and the product with
+the values' codes.
 
+- Keys of a chunk are rebuilt while the chunk before it is scored and its values are weighed: the vector unit is busy
+  with the one while the matrix units wait for the other. Scores take keys as the stationary operand, which takes long
+  to load, so that it alternates with products of many rows. A tile's first chunk goes with the last one of the tile
+  before, whose words and scales are kept; only the last chunk of a sequence is attended to with nothing beside it.
+  Where bundles are a loop nothing overlaps, and chunks follow one another.
 - A *bundle* is as many heads as are as wide as the matrix unit; their rebuild matrices stand on the diagonal of one.
   Its columns are ordered so that the first halves of all its heads come first: then RoPE is one roll by half the width.
 - Rows are tokens in the order of `unpack.interleaved`; with a matrix of int8 (`rebuild8`) keys have another order, and
@@ -16,6 +21,7 @@ product with the values' codes.
   for all channels of a group: one number per query.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -115,8 +121,8 @@ def run(call: DecodeAttention) -> Part:
             sin = jnp.roll(sin, tiling.width // 2, axis=1)
         inputs["cos"], inputs["sin"] = (cos * wide).astype(table), sin.astype(table)
     if not tiling.rotated:
-        # of a query; the last, to the next tile
-        turns = -tiling.turn * BLOCK * jnp.arange(tiling.tile // tiling.turn + 1)
+        # of a query: from the chunk before a tile, up to the next tile
+        turns = BLOCK * (tiling.behind - jnp.arange(0, tiling.behind + tiling.tile + 1, tiling.turn))
         inputs["turn_cos"], inputs["turn_sin"] = (x[:, None] for x in _tables(tiling, turns, frequencies))
     reach = jnp.stack([window, jnp.asarray(call.skip, jnp.int32)])
     out, lse = _call(tiling, inputs, call, end, first, reach, jnp.maximum(steps.max(), 1))
@@ -149,8 +155,8 @@ def _matrix(tiling: DecodeTiling, matrix: Array | None) -> Array:
 
 def _queries(tiling: DecodeTiling, q: Array, relative: Array, frequencies: Array) -> Array:
     """Rotated by their distance to the first tile, float32 [pieces, K/g, rows of a bundle, g d]: each row has its own
-    head's columns and zeros elsewhere."""
-    q = rope.rotate_heads(q.astype(jnp.float32), relative, frequencies)
+    head's columns and zeros elsewhere. They are scaled so that scores are exponents of two."""
+    q = rope.rotate_heads(q.astype(jnp.float32) * (tiling.scale * math.log2(math.e)), relative, frequencies)
     q = q.reshape(tiling.pieces, tiling.new, tiling.bundles, tiling.head_bundle, -1, 2, tiling.dim // 2)
     q = jnp.einsum("btngqsc,gh->bngtqshc", q, jnp.eye(tiling.head_bundle))
     q = q.reshape(tiling.pieces, tiling.bundles, tiling.bundle_rows, tiling.width)
@@ -234,15 +240,20 @@ def _call(
         "total": pltpu.VMEM((rows, LANES), jnp.float32),
         "sums": pltpu.VMEM((value_tiles, cover, tiling.value_lanes), jnp.float32),
         "shifts": pltpu.VMEM((value_tiles, cover, LANES), jnp.float32),
-        "value_scales": pltpu.VMEM((tiling.tile, token_groups, LANES), jnp.float32),
-        "value_zeros": pltpu.VMEM((tiling.tile, token_groups, LANES), jnp.float32),
+        "value_scales": pltpu.VMEM((tiling.behind + tiling.tile, token_groups, LANES), jnp.float32),
+        "value_zeros": pltpu.VMEM((tiling.behind + tiling.tile, token_groups, LANES), jnp.float32),
     }
+    if not tiling.looped:
+        for plane, words in enumerate(call.values.planes):
+            scratch[f"words_behind{plane}"] = pltpu.VMEM((tiling.behind, *words.shape[3:]), jnp.uint32)
     if tiling.eight_bits:
         scratch |= rebuild8.scratch(tiling, tokens)
     else:
         for what in ("key_scales", "key_zeros"):  # rows that may be picked by a number known only when it runs
-            by_row = (1, tiling.key.width) if tiling.key.axis == "channel" else (tiling.key_groups, 1, LANES)
-            scratch[what] = pltpu.VMEM((tiling.tile, *by_row), jnp.float32)
+            if tiling.key.axis == "channel":
+                scratch[what] = pltpu.VMEM((-(-tiling.tile // 2), 1, tiling.key.width), jnp.uint32)
+            else:
+                scratch[what] = pltpu.VMEM((tiling.tile, tiling.key_groups, 1, LANES), jnp.float32)
     if tiling.looped and not tiling.eight_bits:
         scratch["x"] = pltpu.VMEM((tokens // 2, tiling.key.width), jnp.uint32)  # likewise
     if tiling.sines_apart and "cos" in inputs:

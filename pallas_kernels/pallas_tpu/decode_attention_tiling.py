@@ -10,10 +10,14 @@ from pallas_kernels.pallas_tpu.streams import LANES, SUBLANES
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import StreamSpec
 
-TILE, CHUNK, SMALL_CHUNK = 16, 4, 2
-"""Blocks of a step of the grid; of them, blocks that are worked on together, and that the last few are."""
-LOOPED_CHUNK = 8
-"""`CHUNK` where bundles are a loop: the matrix unit takes the more rows for each part of a large matrix."""
+LONGEST_TILE, LEAST_WORDS, MOST_WORDS = 64, 2**21, 2**22
+"""Blocks of a step of the grid at most, and bytes of their words: a larger step costs less for each token, but nothing
+is computed before the first has been read."""
+BUNDLES_AT_ONCE = 16
+"""Bundles of a block each that are worked on together; chunks are of 4 to 16 blocks."""
+LOOPED_TILE, LOOPED_CHUNK, SMALL_CHUNK = 16, 8, 2
+"""Where bundles are a loop: blocks of a step of the grid; of them, blocks that are worked on together, as the matrix
+unit takes the more rows for each part of a large matrix; and that the last few are."""
 WORKING_ROOM = 12 * 2**20
 """Bytes of vector memory for everything but words, a dense rebuild matrix and the results that go with it."""
 UNROLL_UP_TO = 2**20
@@ -69,11 +73,14 @@ class DecodeTiling:
     @property
     def tile(self) -> int:
         """Blocks of a step of the grid: fewer than usual where vector memory has no room for two steps' words."""
-        room = self._room - self._chunk_bytes(self._looped_chunk) if self.looped else self._room
         streams = [self.key] if self.shared else [self.key, self.value]
         words = sum(BLOCK * spec.width * spec.bits // 8 for spec in streams)
-        tile = TILE
-        while tile > 1 and 2 * tile * words > room:
+        if self.looped:
+            tile, room = LOOPED_TILE, (self._room - self._chunk_bytes(self._looped_chunk)) // 2
+        else:
+            most = min(max(LEAST_WORDS, self.num_blocks * words // 8), MOST_WORDS)  # an eighth of a short history
+            tile, room = LONGEST_TILE, min(self._room // 2, most)
+        while tile > 1 and tile * words > room:
             tile //= 2
         return min(tile, self.num_blocks)
 
@@ -108,15 +115,27 @@ class DecodeTiling:
 
     @property
     def chunks(self) -> tuple[int, int]:
-        """Blocks that are worked on together: while there are enough of them, and where fewer are left."""
-        small = math.gcd(SMALL_CHUNK, self.tile)
-        return math.gcd(self._looped_chunk if self.looped else CHUNK, self.tile), small
+        """Blocks that are worked on together: while there are enough of them, and where fewer are left. Where nothing
+        is a loop there is one size, and what does not exist is masked."""
+        if self.looped:
+            return math.gcd(self._looped_chunk, self.tile), math.gcd(SMALL_CHUNK, self.tile)
+        chunk = math.gcd(max(4, BUNDLES_AT_ONCE // self.bundles), self.tile)
+        return chunk, chunk
+
+    @property
+    def behind(self) -> int:
+        """Blocks by which scores and values follow the rebuilt keys: a chunk, if the two are to overlap."""
+        return 0 if self.looped else self.chunks[0]
 
     @property
     def turn(self) -> int:
-        """Blocks that share the constant tables of RoPE, and a product with a part of the matrix."""
-        large, small = self.chunks
-        return large if self.looped else small
+        """Blocks that share the constant tables of RoPE: of a chunk."""
+        return self.chunks[0]
+
+    @property
+    def product(self) -> int:
+        """Blocks of a product with a part of the matrix: of a chunk's products each matrix unit has one."""
+        return self.turn if self.looped else max(1, self.turn // self.chip.mxus)
 
     @property
     def sines_apart(self) -> bool:

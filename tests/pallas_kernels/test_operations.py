@@ -17,6 +17,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import Accumulate, Accumulation, DecodeAttention, KeyRebuild, Quantize, RematProject, api, target
 from pallas_kernels.eight_bits import quantize_matrix
+from pallas_kernels.pallas_tpu import decode_attention_tiling
 from tests.compiled import dequantized, quantized, unpacked
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.attention import Geometry
@@ -35,6 +36,12 @@ RUNS |= {f"pallas_tpu-{chip}": ("pallas_tpu", kind) for chip, kind in KINDS.item
 
 
 run = jax.jit(pallas_kernels.run, static_argnames="implementation")
+
+
+@pytest.fixture(autouse=True)
+def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A history of a few blocks has several tiles on a TPU."""
+    monkeypatch.setattr(decode_attention_tiling, "LONGEST_TILE", 8)
 
 
 @pytest.fixture
