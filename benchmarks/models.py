@@ -41,13 +41,28 @@ def _tiny(kv_heads: int) -> ModelConfig:
     )
 
 
+def _narrow(heads: int, kv_heads: int, head_dim: int, width: int, **options: bool) -> ModelConfig:
+    """Sizes of a layer's attention; the rest of the model has no part in what is compiled of it."""
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "width": width}
+    return dataclasses.replace(_tiny(1), **sizes, dtype="bfloat16", **options)
+
+
+NARROW = {
+    "Llama-3.2-1B": _narrow(32, 8, 64, 2048),
+    "Qwen2.5-0.5B": _narrow(14, 2, 64, 896, qkv_bias=True),
+    "Gemma-3-1B": _narrow(4, 1, 256, 1152, qk_norm=True),
+    "Gemma-3-4B": _narrow(8, 4, 256, 2560, qk_norm=True),
+}
+"""Models with little to read of a token, or few heads; by their sizes alone."""
+
 TINY = {"tiny": _tiny(kv_heads=2), "tiny, K = H": _tiny(kv_heads=4)}
 
 
 @functools.cache
 def config_of(model: str) -> ModelConfig:
-    """What a model is, by its name in `FILES` or `TINY`."""
-    return TINY[model] if model in TINY else model_config(read_json(CONFIGS / FILES[model]))
+    """What a model is, by its name in `FILES`, `NARROW` or `TINY`."""
+    known = NARROW | TINY
+    return known[model] if model in known else model_config(read_json(CONFIGS / FILES[model]))
 
 
 @functools.cache

@@ -1,13 +1,17 @@
 """What the kernels cost on a TPU by the compiler's own schedule, with no TPU at hand.
 
-    python -m benchmarks.static.tpu [--chips v5e v6e] [--models Llama-3.1-8B] [--bits 4] [--kernels quantize]
-        [--json OUT]
+    python -m benchmarks.static.tpu [--chips v5e v6e] [--models Llama-3.1-8B] [--bits 4] [--bases per_head]
+        [--kernels quantize] [--new-tokens 4] [--json OUT]
 
 Compiles the operations ahead of time (libtpu) for one layer at 32 k context and reads what libtpu writes down: the
 bundles (instruction words; one a cycle when nothing stalls) of every loop, what each unit does in them, and spills.
 The bundles of a step of the grid, divided by the tokens that it takes, times 1024, are set against the least that
 the matrix unit, the vector unit or the memory needs for the same tokens: ratio = bound / bundles. A ratio above 1 means
 that the schedule issues matrix products faster than the unit takes them: then the bound is what it costs.
+
+step: bundles of a step outside its loops, which the above has; mostly scalars of the grid. once: bundles of a sequence
+whatever its length, which it has not. layer_us: microseconds of one layer and one sequence at 32 k context: all steps,
+what comes once, and the read of the first tile, which nothing hides.
 
 basis: what keys are rebuilt from, `per_head`, `joint`, `x` (K = H) or `cl` (the running sum of xquant-cl's latents, 8
 bits); of sums, `paper` is that of X with `predict=paper`; of what is quantized, the axis of its groups. group: channels
@@ -28,8 +32,8 @@ from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.models import FILES, config_of, decode_shape, streams, sum_shape
-from benchmarks.static.tpu_schedule import clear, dumping, read_schedule, sum_trips, trips
+from benchmarks.models import FILES, NARROW, config_of, decode_shape, streams, sum_shape
+from benchmarks.static.tpu_schedule import Schedule, clear, dumping, once, read_schedule, sum_trips, trips
 from pallas_kernels import Quantize, RematProject, eight_bits, run, target
 from pallas_kernels.calls import Call
 from pallas_kernels.chips import TPUS
@@ -52,11 +56,13 @@ class Case:
     model: str
     cache: str
     basis: str
+    new: int = 1  # tokens that attend
 
     def columns(self, spec: StreamSpec, rebuild_dtype: str = "bf16") -> dict[str, Any]:
         return {
             "model": self.model,
             "basis": self.basis,
+            "new": self.new,
             "bits": spec.bits,
             "rebuild_dtype": rebuild_dtype,
             "group": spec.group,
@@ -122,13 +128,14 @@ def decode_cost(dump: Path, chip: str, case: Case) -> dict[str, Any] | None:
     small = matrix and eight_bits.name_of(matrix.dtype)
     if small not in (None, TPUS[chip].eight_bits):
         return None
-    call = shape.call(layers=LAYERS, batch=1, blocks=BLOCKS)
+    call = shape.call(layers=LAYERS, batch=1, blocks=BLOCKS, new=case.new)
     clear(dump)
     compile_for(chip, call)
     with target.compiling_for("tpu", TPUS[chip].kinds[0]):
         tiling = DecodeTiling.of(call)
-    schedule = read_schedule(dump, "decode_attention", trips(tiling))
-    macs = shape.macs - (shape.rebuild_macs / 2 if small else 0)  # in bfloat16, or what takes as long
+    schedule = read_schedule(dump, "decode_attention", trips(tiling), once(tiling))
+    rebuilt = shape.rebuild_macs / 2 if small else shape.rebuild_macs  # in bfloat16, or what takes as long
+    macs = rebuilt + case.new * (shape.macs - shape.rebuild_macs)
     columns = case.columns(shape.key, small or "bf16")
     return row(chip, "decode_attention", columns, schedule, tiling.tile, macs, shape.bytes)
 
@@ -170,25 +177,31 @@ def project_cost(dump: Path, chip: str, case: Case) -> dict[str, Any]:
     return row(chip, "remat_project", case.columns(spec), schedule, tile, matrix.size, moved)
 
 
-def row(chip: str, kernel: str, columns: dict[str, Any], schedule: Any, tile: int, macs: float, moved: float) -> dict:
+def row(
+    chip: str, kernel: str, columns: dict[str, Any], schedule: Schedule, tile: int, macs: float, moved: float
+) -> dict[str, Any]:
     """One row of the table. tile: blocks of a step of the grid. macs, moved: multiply-adds and bytes of a token."""
-    total, vector, spills = schedule
     tpu, per_1024 = TPUS[chip], 1024 / (tile * BLOCK)
+    bandwidth = find_device(chip).bandwidth
     bounds = {
         "matrix": 1024 * macs / tpu.macs,
-        "vector": vector * per_1024,
-        "memory": 1024 * moved * tpu.clock * tpu.cores / find_device(chip).bandwidth,
+        "vector": schedule.vector * per_1024,
+        "memory": 1024 * moved * tpu.clock * tpu.cores / bandwidth,
     }
     unit = max(bounds, key=lambda key: bounds[key])
+    layer = (schedule.step * BLOCKS / tile + schedule.once) / tpu.clock + tile * BLOCK * moved / bandwidth
     return {
         "kernel": kernel,
         "chip": chip,
         **columns,
-        "bundles_per_1024": round(total * per_1024),
+        "bundles_per_1024": round(schedule.step * per_1024),
         "bound_per_1024": round(bounds[unit]),
         "bound_unit": unit,
-        "ratio": round(bounds[unit] / (total * per_1024), 2),
-        "spills": spills,
+        "ratio": round(bounds[unit] / (schedule.step * per_1024), 2),
+        "spills": schedule.spills,
+        "step": round(schedule.outside),
+        "once": round(schedule.once),
+        "layer_us": round(1e6 * layer, 1),
     }
 
 
@@ -203,8 +216,10 @@ KERNELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=TPUS, default=list(TPUS))
-    parser.add_argument("--models", nargs="+", choices=FILES, default=list(FILES))
+    parser.add_argument("--models", nargs="+", choices=[*FILES, *NARROW], default=list(FILES))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8])
+    parser.add_argument("--bases", nargs="+", help="per_head, joint, x ...; all if left out")
+    parser.add_argument("--new-tokens", type=int, default=1, help="tokens that attend at once (decode_attention)")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
     arguments = parser.parse_args()
@@ -215,6 +230,10 @@ def main() -> None:
             for kernel in arguments.kernels:
                 cases, cost = KERNELS[kernel]
                 for case in cases(model, arguments.bits):
+                    if arguments.bases and case.basis not in arguments.bases:
+                        continue
+                    if kernel == "decode_attention":
+                        case = dataclasses.replace(case, new=arguments.new_tokens)
                     rows += [found for chip in arguments.chips if (found := cost(dump, chip, case))]
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
