@@ -97,13 +97,15 @@ def once(tiling: DecodeTiling) -> tuple[int, ...]:
     return (3, 1) if tiling.looped else (4, 2, 1)
 
 
-def sum_trips(tiling: SumTiling) -> list[tuple[int, int]]:
-    """`trips` of `accumulate`: only what is multiplied is laid out beforehand; one strip comes before their loop."""
+def sum_trips(tiling: SumTiling) -> list[tuple[int, float]]:
+    """`trips` of `accumulate`: only what is multiplied is laid out, once a chunk, in the loop over strips, which turns
+    twice more than there are any."""
     laid_out = [width for name, width in tiling.left.items() if name in ("sum", "stored")]
     between = [width for name, width in tiling.left.items() if name.startswith("between")]
     loops = [width // 128 // (2 - width // 128 % 2) for width in laid_out] + [width // 128 for width in between]
-    strips = tiling.sum.width // tiling.strip - 1
-    return [(1, 1), (2, tiling.tile // tiling.chunk), *((3, count) for count in (*loops, strips))]
+    chunks = tiling.tile // tiling.chunk
+    turns = chunks * (tiling.sum.width // tiling.strip) + 2
+    return [(1, 1), (2, turns), *((3, count * chunks / turns) for count in loops)]
 
 
 @dataclasses.dataclass

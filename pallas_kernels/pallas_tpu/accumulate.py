@@ -1,10 +1,15 @@
 """`accumulate` for TPU: the running sum of the history read, added to and quantized again, in place.
 
 A step of the grid takes a *tile* of blocks of one sequence, with the matrices whole in vector memory, and within it
-*chunks* of blocks. For each chunk: what is multiplied with a matrix -> bfloat16 in vector memory; then, strip by strip
-of as many channels as the matrix unit is wide: products, while those of the strip before are added to and, in every
-block and group of 128 channels, quantized. Rows are tokens in their own order, so that packing is shifts of whole
-registers; what is known for each token (minimum, maximum, scale, zero) lies along the lanes, one register for a block.
+*chunks* of blocks. For each chunk: what is multiplied with a matrix -> bfloat16 in vector memory; then by strips of
+as many channels as the matrix unit is wide, three strips at once: one is added up (products, and what is only added),
+of the one before every block and group of 128 channels is measured (minimum and maximum), and the one before that is
+packed. Each of these waits for another unit.
+
+Rows are tokens in their own order, so that packing is shifts of whole registers; what is known for each token (minimum,
+maximum, scale, zero) lies along the lanes, one register for a block. The transposing unit turns it around, a register
+of rows in the time of one of 128 equal ones; where nothing is multiplied, the matrix unit takes over most of that: it
+spreads many rows, turned around together, over lanes.
 """
 
 from typing import Any
@@ -32,7 +37,7 @@ def refuse(call: Accumulate) -> str | None:
         if reason := refuse_stream(f"the {name}", spec, LANES):
             return reason
         if spec.axis == "token" and spec.group != LANES:
-            return f"the {name} has groups of {spec.group} channels; it takes 128"
+            return f"the {name} has groups of {spec.group} channels; it takes 128: group=128"
     total = call.running_sum.spec
     if total.bits != 8 or total.axis != "token":
         return f"the sum has {total.bits} bits along the {total.axis}; it takes 8 along the token"
@@ -91,13 +96,14 @@ def run(call: Accumulate) -> Blocks:
         add(name, array, spec if tiling.predict is not None else pl.BlockSpec(memory_space=pl.ANY))
 
     scratch = {name: pltpu.VMEM((tiling.chunk, BLOCK // 2, width), jnp.uint32) for name, width in tiling.left.items()}
-    scratch["products"] = pltpu.VMEM((2, tiling.chunk * BLOCK, tiling.strip), jnp.float32)
+    scratch["totals"] = pltpu.VMEM((3, tiling.chunk * BLOCK, tiling.strip), jnp.float32)
     rows = (tile, tiling.sum.width // LANES, 1, LANES)
     scratch |= {
-        f"{which}_{what}s": pltpu.VMEM(rows, jnp.float32) for which in ("sum", "new") for what in ("scale", "zero")
+        "sum_scales": pltpu.VMEM(rows, jnp.uint32),  # and zeros, in the halves of words
+        "stored_scales": pltpu.VMEM((tile, tiling.stream.width // LANES, 1, LANES), jnp.uint32),
+        "new_scales": pltpu.VMEM(rows, jnp.float32),
+        "new_zeros": pltpu.VMEM(rows, jnp.float32),
     }
-    by_row = (tiling.stream.width // LANES, 1, LANES)
-    scratch |= {f"stored_{what}s": pltpu.VMEM((tile, *by_row), jnp.float32) for what in ("scale", "zero")}
 
     def body(layer: Any, history_blocks: Any, steps: Any, *refs: Any) -> None:
         del layer

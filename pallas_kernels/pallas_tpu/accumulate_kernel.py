@@ -23,20 +23,46 @@ def kernel(tiling: SumTiling, history_blocks: Any, steps: Any, refs: dict[str, A
 
     @pl.when((count > 0) | (j == 0))
     def _tile() -> None:
-        for what in ("scales", "zeros"):
-            refs[f"new_{what}"][...] = jnp.zeros_like(refs[f"new_{what}"])
-            for name, spec in {"sum": tiling.sum, "stored": tiling.stream}.items():
-                if name == "sum" and tiling.predict is None:
-                    continue
-                given = refs[f"{name}_{what[:-1]}"][...].astype(jnp.float32)
-                rows = given.reshape(tiling.tile, -1, LANES) if spec.axis == "channel" else given
-                refs[f"{name}_{what}"][...] = rows[:, :, None]
-        lax.fori_loop(0, pl.cdiv(count, tiling.chunk), lambda i, _: _chunk(tiling, i * tiling.chunk, refs), None)
+        for name in ("stored",) if tiling.predict is None else ("sum", "stored"):
+            scale, zero = (refs[f"{name}_{what}"][...].astype(jnp.float32) for what in ("scale", "zero"))
+            words = unpack.together(scale, zero)
+            refs[f"{name}_scales"][...] = words.reshape(tiling.tile, -1, 1, LANES)
+        _strips(tiling, pl.cdiv(count, tiling.chunk), refs)
         for what in ("scale", "zero"):
-            refs[f"out_sum_{what}"][...] = jnp.squeeze(refs[f"new_{what}s"][...], 2).astype(jnp.bfloat16)
+            rows = jnp.squeeze(refs[f"new_{what}s"][...], 2)
+            block = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
+            refs[f"out_sum_{what}"][...] = jnp.where(block < count, rows, 0.0).astype(jnp.bfloat16)
 
 
-def _chunk(tiling: SumTiling, first: Array, refs: dict[str, Any]) -> None:
+def _strips(tiling: SumTiling, chunks: Array, refs: dict[str, Any]) -> None:
+    """Strip after strip of chunk after chunk: one is added up while the one before is measured, and the one before that
+    packed. At both ends a strip is done twice instead of nothing, the first time from what was there before."""
+    strips = tiling.sum.width // tiling.strip
+    last = chunks * strips - 1
+
+    def place(strip: Array) -> tuple[Array, Array, Array]:
+        """First block of a strip's chunk, its number therein, and where its totals are."""
+        strip = jnp.clip(strip, 0, last)
+        first = lax.div(strip, jnp.int32(strips)) * tiling.chunk
+        return first, lax.rem(strip, jnp.int32(strips)), lax.rem(strip, jnp.int32(3))
+
+    def step(strip: Array, _: None) -> None:
+        first, number, slot = place(strip)
+
+        @pl.when((number == 0) & (strip <= last))
+        def _next_chunk() -> None:
+            _lay_out(tiling, first, refs)
+
+        _pack(tiling, *place(strip - 2), refs)  # in this order no load waits for a store
+        scales = _scales(tiling, first, number, refs)
+        _measure(tiling, *place(strip - 1), refs)
+        _add_up(tiling, first, number, slot, scales, refs)
+
+    lax.fori_loop(0, jnp.where(chunks > 0, last + 3, 0), step, None)
+
+
+def _lay_out(tiling: SumTiling, first: Array, refs: dict[str, Any]) -> None:
+    """What is multiplied of a chunk to vector memory, and the products before the last."""
     for name in ("sum", "stored"):
         if name in tiling.left:
             _dequantize(tiling, name, first, refs)
@@ -44,62 +70,77 @@ def _chunk(tiling: SumTiling, first: Array, refs: dict[str, Any]) -> None:
     for number, (name, between) in enumerate(itertools.pairwise(products)):
         _multiply(tiling, name, f"predict{number}", between, refs)
 
-    def multiply(number: Array | int) -> None:
-        lanes = _lanes(number, tiling.strip)
-        terms = []
-        if products:
-            terms.append(_product(tiling, products[-1], f"predict{len(products) - 1}", lanes, refs))
-        if tiling.lift is not None:
-            terms.append(_product(tiling, "stored", "lift", lanes, refs))
-        if terms:
-            refs["products"][number % 2] = sum(terms[1:], terms[0])
 
-    def quantize(number: Array | int) -> None:
-        for group in range(tiling.strip // LANES):
-            at = number * (tiling.strip // LANES) + group
-            for i in range(tiling.chunk):
-                terms = []
-                if tiling.left:
-                    rows, lanes = slice(i * BLOCK, (i + 1) * BLOCK), slice(group * LANES, (group + 1) * LANES)
-                    terms.append(refs["products"][number % 2, rows, lanes])
-                if tiling.predict == ():
-                    terms.append(_numbers(tiling, "sum", first + i, at, refs))
-                if tiling.lift is None:
-                    terms.append(_numbers(tiling, "stored", first + i, at, refs))
-                _quantize(sum(terms[1:], terms[0]), first + i, at, refs)
+def _add_up(
+    tiling: SumTiling, first: Array, number: Array, slot: Array, scales: dict[str, Any], refs: dict[str, Any]
+) -> None:
+    """A strip of a chunk of the new sum to `totals`: products, and what is only added, with its `_scales`."""
+    lanes = _lanes(number, tiling.strip)
+    products = [name for name in tiling.left if name != "stored"]
+    terms = []
+    if products:
+        terms.append(_product(tiling, products[-1], f"predict{len(products) - 1}", lanes, refs))
+    if tiling.lift is not None:
+        terms.append(_product(tiling, "stored", "lift", lanes, refs))
+    for at, (i, group) in enumerate(_units(tiling)):
+        rows, columns = slice(i * BLOCK, (i + 1) * BLOCK), slice(group * LANES, (group + 1) * LANES)
+        total = [term[rows, columns] for term in terms]
+        for name in scales:
+            numbers = _numbers(tiling, name, first + i, _group(tiling, number, group), *scales[name][at], refs)
+            total.append(numbers)
+        refs["totals"][slot, rows, columns] = sum(total[1:], total[0])
 
-    def both(number: Array, _: None) -> None:
-        quantize(number - 1)  # first, so that its loads wait for no store
-        multiply(number)
 
-    strips = tiling.sum.width // tiling.strip
-    multiply(0)
-    lax.fori_loop(1, strips, both, None)
-    quantize(strips - 1)
+def _units(tiling: SumTiling) -> list[tuple[int, int]]:
+    """Blocks of a chunk and, of a strip, groups of 128 channels."""
+    return [(i, group) for group in range(tiling.strip // LANES) for i in range(tiling.chunk)]
+
+
+def _group(tiling: SumTiling, number: Array, group: int) -> Array:
+    """A strip's group, counted through the whole width."""
+    return number * (tiling.strip // LANES) + group
+
+
+def _scales(tiling: SumTiling, first: Array, number: Array, refs: dict[str, Any]) -> dict[str, Any]:
+    """Of the sum and the stream, if they are only added: scale and zero of every unit of a strip, to be multiplied with
+    numbers [128, 128]."""
+    scales = {}
+    for name in ["sum"] * (tiling.predict == ()) + ["stored"] * (tiling.lift is None):
+        given = [refs[f"{name}_scales"][first + i, _group(tiling, number, group)] for i, group in _units(tiling)]
+        if (tiling.sum if name == "sum" else tiling.stream).axis == "channel":
+            scales[name] = [unpack.apart(row) for row in given]
+        elif tiling.left or name == "sum":  # the matrix unit has more to do than the transposing one, or as much
+            scales[name] = [unpack.apart(unpack.turned(row)) for row in given]
+        else:
+            spread = _spread([row for words in given for row in unpack.apart(words)], 1)
+            scales[name] = list(zip(spread[::2], spread[1::2], strict=True))
+    return scales
 
 
 def _lanes(number: Array | int, size: int) -> Any:
     return pl.ds(number * size, size) if isinstance(number, int) else pl.ds(pl.multiple_of(number * size, size), size)
 
 
-def _numbers(tiling: SumTiling, name: str, block: Array, group: Array | int, refs: dict[str, Any]) -> Array:
+def _numbers(
+    tiling: SumTiling, name: str, block: Array, group: Array, scale: Array, zero: Array, refs: dict[str, Any]
+) -> Array:
     """128 channels of a block of the sum or the stream, float32 [128, 128]."""
     spec = tiling.sum if name == "sum" else tiling.stream
     lanes = _lanes(group, LANES)
     planes = [refs[f"{name}_words{n}"][block, :, lanes] for n in range(len(PLANES[spec.bits]))]
-    scale, zero = (refs[f"{name}_{what}"][block, group] for what in ("scales", "zeros"))
-    if spec.axis == "token":
-        scale, zero = unpack.columns(scale, zero)
     codes = jnp.concatenate(unpack.halves(unpack.pairs(planes, spec.bits), spec.bits), axis=0)
     return (codes - unpack.offset(spec.bits)) * scale + zero
 
 
 def _dequantize(tiling: SumTiling, name: str, first: Array, refs: dict[str, Any]) -> None:
     """A chunk of the sum or the stream to vector memory, as a left operand."""
+    spec = tiling.sum if name == "sum" else tiling.stream
 
     def strip(number: Array, _: None) -> None:
         for i in range(tiling.chunk):
-            numbers = _numbers(tiling, name, first + i, number, refs)
+            words = refs[f"{name}_scales"][first + i, number]
+            scale, zero = unpack.apart(unpack.turned(words) if spec.axis == "token" else words)
+            numbers = _numbers(tiling, name, first + i, number, scale, zero, refs)
             refs[name][i, :, _lanes(number, LANES)] = _in_pairs(numbers)
 
     lax.fori_loop(0, tiling.left[name] // LANES, strip, None, unroll=2 - tiling.left[name] // LANES % 2)
@@ -125,10 +166,58 @@ def _in_pairs(x: Array) -> Array:
     return pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32)
 
 
-def _quantize(x: Array, block: Array, group: Array | int, refs: dict[str, Any]) -> None:
-    """128 channels of a block [128, 128] to the sum, at 8 bits along the token."""
-    scale, zero = grid_of(*lowest_highest(x, along_tokens=True), 8)
-    lanes = _lanes(group, LANES)
-    for plane, words in enumerate(packed(x, *by_token(scale, zero), 8)):
-        refs[f"out_sum_words{plane}"][block, :, lanes] = words
-    refs["new_scales"][block, group], refs["new_zeros"][block, group] = scale, zero
+def _total(slot: Array, i: int, group: int, refs: dict[str, Any]) -> Array:
+    """128 channels of a block of a strip, float32 [128, 128]."""
+    return refs["totals"][slot, i * BLOCK : (i + 1) * BLOCK, group * LANES : (group + 1) * LANES]
+
+
+def _measure(tiling: SumTiling, first: Array, number: Array, slot: Array, refs: dict[str, Any]) -> None:
+    """Scales and zeros of a strip of a chunk, for 8 bits along the token."""
+    for i, group in _units(tiling):
+        scale, zero = grid_of(*lowest_highest(_total(slot, i, group, refs), along_tokens=True), 8)
+        at = first + i, _group(tiling, number, group)
+        refs["new_scales"][at], refs["new_zeros"][at] = scale, zero
+
+
+def _pack(tiling: SumTiling, first: Array, number: Array, slot: Array, refs: dict[str, Any]) -> None:
+    """Codes of a strip of a chunk, by its scales and zeros."""
+    places = [(first + i, _group(tiling, number, group)) for i, group in _units(tiling)]
+    grids = [(refs["new_scales"][at], refs["new_zeros"][at]) for at in places]
+    if tiling.left:  # the matrix unit has more to do than the transposing one
+        to_units = [by_token(scale, zero) for scale, zero in grids]
+    else:
+        rows = []
+        for scale, zero in grids:
+            rows += [*_thirds(1 / scale), zero, jnp.zeros_like(zero), jnp.zeros_like(zero)]
+        # what is no number would be none in every row; it stays so in the scale
+        spread = _spread([jnp.where(jnp.abs(row) < jnp.inf, row, 0.0) for row in rows], 3)
+        to_units = list(zip(spread[::2], spread[1::2], strict=True))
+    for (i, group), (block, lanes), of_unit in zip(_units(tiling), places, to_units, strict=True):
+        for plane, words in enumerate(packed(_total(slot, i, group, refs), *of_unit, 8)):
+            refs[f"out_sum_words{plane}"][block, :, _lanes(lanes, LANES)] = words
+
+
+def _spread(rows: list[Array], parts: int) -> list[Array]:
+    """Rows [1, 128] of numbers that bfloat16 can hold, with a token in each lane -> [128, 128] with a token in each
+    row, the same in all lanes: of every `parts` rows their sum, exactly.
+
+    All rows are turned around together, and a product with ones and zeros spreads each of them over lanes.
+    """
+    padded = -(-len(rows) // 16) * 16
+    stacked = jnp.concatenate([*rows, *[jnp.zeros_like(rows[0])] * (padded - len(rows))])
+    width = len(rows) // parts * LANES
+    row, lane = (lax.broadcasted_iota(jnp.int32, (padded, width), axis) for axis in (0, 1))
+    ones = (lax.div(row, jnp.int32(parts)) == lax.div(lane, jnp.int32(LANES))).astype(jnp.bfloat16)
+    spread = jnp.dot(stacked.T.astype(jnp.bfloat16), ones, preferred_element_type=jnp.float32)
+    return [spread[:, lane : lane + LANES] for lane in range(0, width, LANES)]
+
+
+def _thirds(x: Array) -> list[Array]:
+    """Three numbers that bfloat16 can hold, of which float32 is the sum."""
+    high = _truncated(x)
+    middle = _truncated(x - high)
+    return [high, middle, x - high - middle]
+
+
+def _truncated(x: Array) -> Array:
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)

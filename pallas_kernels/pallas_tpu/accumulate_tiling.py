@@ -10,8 +10,8 @@ from pallas_kernels.pallas_tpu.streams import LANES
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import StreamSpec
 
-TILE = 8
-"""Blocks of a step of the grid."""
+TILE, LEAST_TILE = 16, 8
+"""Blocks of a step of the grid, and where that takes more than half of the vector memory."""
 AT_ONCE = 2**16
 """Values of the sum that are worked on together: with more, more registers spill than products hide."""
 
@@ -41,12 +41,16 @@ class SumTiling:
 
     @property
     def tile(self) -> int:
-        return min(TILE, self.num_blocks)
+        return min(TILE if self._bytes(TILE) <= self.chip.vmem // 2 else LEAST_TILE, self.num_blocks)
 
     @property
     def chunk(self) -> int:
         """Blocks of a tile that are worked on together."""
-        return math.gcd(AT_ONCE // (BLOCK * self.strip), self.tile)
+        return math.gcd(self._at_once, self.tile)
+
+    @property
+    def _at_once(self) -> int:
+        return AT_ONCE // (BLOCK * self.strip)
 
     @property
     def strip(self) -> int:
@@ -66,11 +70,14 @@ class SumTiling:
     @property
     def bytes(self) -> int:
         """Of vector memory: matrices, left operands, words of a step and of the next, as they come and as they go."""
+        return self._bytes(self.tile)
+
+    def _bytes(self, tile: int) -> int:
         matrices = [*(self.predict or ()), *([self.lift] if self.lift else [])]
         words = BLOCK * (self.stream.width * self.stream.bits + 2 * self.sum.width * self.sum.bits) // 8
         scales = 3 * 8 * self.sum.width
         return (
             sum(2 * a * b for a, b in matrices)
-            + 2 * self.chunk * BLOCK * sum(self.left.values())
-            + 2 * self.tile * (words + scales)
+            + 2 * self._at_once * BLOCK * sum(self.left.values())
+            + 2 * tile * (words + scales)
         )

@@ -139,8 +139,17 @@ def scaled_along_tokens(planes: list[Array], bits: int, scales: list[tuple[Array
 def columns(scale: Array, zero: Array) -> tuple[Array, Array]:
     """Rows of 128 tokens [1, 128], float32 that bfloat16 can hold, to columns [128, 128], the same in all lanes: turned
     around together, two in a word."""
-    both = turned(pltpu.bitcast(scale, jnp.uint32) >> 16 | pltpu.bitcast(zero, jnp.uint32))
-    return pltpu.bitcast(both << 16, jnp.float32), pltpu.bitcast(both & jnp.uint32(0xFFFF0000), jnp.float32)
+    return apart(turned(together(scale, zero)))
+
+
+def together(low: Array, high: Array) -> Array:
+    """Two float32 arrays that bfloat16 can hold as the halves of 32-bit words."""
+    return pltpu.bitcast(low, jnp.uint32) >> 16 | pltpu.bitcast(high, jnp.uint32)
+
+
+def apart(words: Array) -> tuple[Array, Array]:
+    """The two arrays of `together`."""
+    return pltpu.bitcast(words << 16, jnp.float32), pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
 def turned(row: Array) -> Array:
