@@ -53,7 +53,10 @@ def refuse(call: DecodeAttention) -> str | None:
     if dim != 64 and dim % LANES:
         return f"head dimension {dim} is neither 64 nor a multiple of 128"
     if num_kv_heads * dim % LANES:
-        return f"{num_kv_heads} key/value head of dimension {dim} is narrower than 128"
+        return (
+            f"{num_kv_heads} key/value heads of dimension {dim} are {num_kv_heads * dim} channels, no multiple of 128; "
+            "with an even number of heads on a device they would be"
+        )
     for name, spec in {"key": key, "value": value}.items():
         if reason := refuse_stream(f"the {name} stream", spec, LANES):
             return reason
