@@ -15,6 +15,9 @@ from pallas_kernels.pallas_tpu.quantize_kernel import by_token, grid_of, lowest_
 from pallas_kernels.pallas_tpu.streams import LANES
 from xquant_jax.numerics.packing import BLOCK, PLANES
 
+type Scales = list[tuple[Array, Array]]
+"""Scale and zero of each of `_units`."""
+
 
 def kernel(tiling: SumTiling, history_blocks: Any, steps: Any, refs: dict[str, Any]) -> None:
     b, j = pl.program_id(0), pl.program_id(2)
@@ -72,7 +75,7 @@ def _lay_out(tiling: SumTiling, first: Array, refs: dict[str, Any]) -> None:
 
 
 def _add_up(
-    tiling: SumTiling, first: Array, number: Array, slot: Array, scales: dict[str, Any], refs: dict[str, Any]
+    tiling: SumTiling, first: Array, number: Array, slot: Array, scales: dict[str, Scales], refs: dict[str, Any]
 ) -> None:
     """A strip of a chunk of the new sum to `totals`: products, and what is only added, with its `_scales`."""
     lanes = _lanes(number, tiling.strip)
@@ -86,8 +89,8 @@ def _add_up(
         rows, columns = slice(i * BLOCK, (i + 1) * BLOCK), slice(group * LANES, (group + 1) * LANES)
         total = [term[rows, columns] for term in terms]
         for name in scales:
-            numbers = _numbers(tiling, name, first + i, _group(tiling, number, group), *scales[name][at], refs)
-            total.append(numbers)
+            scale, zero = scales[name][at]
+            total.append(_numbers(tiling, name, first + i, _group(tiling, number, group), scale, zero, refs))
         refs["totals"][slot, rows, columns] = sum(total[1:], total[0])
 
 
@@ -101,10 +104,10 @@ def _group(tiling: SumTiling, number: Array, group: int) -> Array:
     return number * (tiling.strip // LANES) + group
 
 
-def _scales(tiling: SumTiling, first: Array, number: Array, refs: dict[str, Any]) -> dict[str, Any]:
+def _scales(tiling: SumTiling, first: Array, number: Array, refs: dict[str, Any]) -> dict[str, Scales]:
     """Of the sum and the stream, if they are only added: scale and zero of every unit of a strip, to be multiplied with
     numbers [128, 128]."""
-    scales = {}
+    scales: dict[str, Scales] = {}
     for name in ["sum"] * (tiling.predict == ()) + ["stored"] * (tiling.lift is None):
         given = [refs[f"{name}_scales"][first + i, _group(tiling, number, group)] for i, group in _units(tiling)]
         if (tiling.sum if name == "sum" else tiling.stream).axis == "channel":
