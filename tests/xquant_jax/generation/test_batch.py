@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,11 +10,12 @@ import pytest
 
 import xquant_jax as xq
 from tests.conftest import counted_compilations
-from tests.xquant_jax.generation.conftest import EXACT, STARTS
+from tests.xquant_jax.generation.conftest import EXACT, STARTS, score
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.generation.batch import prepare
-from xquant_jax.generation.request import Answer, Options, Request
+from xquant_jax.generation.engine import Engine
+from xquant_jax.generation.request import Answer, Completion, Options, Request
 
 
 def requests(number: int, longest: int = 60, **asked: Any) -> list[Request]:
@@ -33,10 +33,7 @@ def assert_likeliest(model: xq.Model, asked: Sequence[Request], answers: Sequenc
     for answer in answers:
         got, request = answer.completion, asked[answer.index]
         assert got is not None
-        whole = [*prompt_of(model, request), *got.tokens]
-        padded = np.zeros((1, -len(whole) % 256 + len(whole)), np.int32)
-        padded[0, : len(whole)] = whole
-        logprobs = score(model, padded)[len(whole) - len(got.tokens) - 1 : len(whole) - 1]
+        logprobs = score(model, [*prompt_of(model, request), *got.tokens])[-len(got.tokens) - 1 : -1]
         assert got.tokens == logprobs.argmax(axis=-1).tolist()
         np.testing.assert_allclose(got.logprobs, logprobs.max(axis=-1), atol=1e-4)
         stops = model.stop_ids if request.stop_ids is None else request.stop_ids
@@ -49,52 +46,29 @@ def prompt_of(model: xq.Model, request: Request) -> list[int]:
     return model.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
 
 
-def score(model: xq.Model, tokens: np.ndarray) -> np.ndarray:
-    """Log-probabilities [T, V] after every token."""
-    return np.asarray(_score(model.transformer, model.params, tokens)[0])
-
-
-@partial(jax.jit, static_argnames="transformer")
-def _score(transformer: xq.Transformer, params: Any, tokens: Any) -> Any:
-    return jax.nn.log_softmax(transformer.apply({"params": params}, tokens, method="score"))
-
-
-def assert_as_generated(
-    model: xq.Model, asked: Sequence[Request], answers: list[Answer], *, atol: float = 1e-4, **options: Any
-) -> None:
-    """`generate` answers all prompts up to the longest limit; an answer is what it begins with."""
-    limits, (one, *_) = [request.max_new_tokens for request in asked], asked
-    alike = {"sampling": one.sampling, "stop": one.stop, "stop_ids": one.stop_ids}
-    prompts, seeds = [request.prompt for request in asked], [request.seed or 0 for request in asked]
-    expected = xq.generate(model, prompts, max_new_tokens=max(limits), seed=seeds, **alike, **options).results
-    assert sorted(answer.index for answer in answers) == list(range(len(asked)))
-    for answer in answers:
-        got, whole, limit = answer.completion, expected[answer.index], limits[answer.index]
-        assert got is not None
-        assert got.prompt == whole.prompt
-        assert got.tokens == whole.tokens[:limit]
-        np.testing.assert_allclose(got.logprobs, whole.logprobs[:limit], atol=atol)
-        ended = len(whole.tokens) <= limit
-        assert got.finish_reason == (whole.finish_reason if ended else "length")
-        assert got.text == whole.text if ended else whole.text.startswith(got.text.rstrip("\N{REPLACEMENT CHARACTER}"))
-
-
-@pytest.mark.parametrize("slots", [3, 50])
-def test_every_token_is_the_likeliest_whatever_the_number_of_slots(model: xq.Model, slots: int) -> None:
-    asked = requests(11)
+@pytest.mark.parametrize(("slots", "number"), [(2, 11), (50, 2)])
+def test_every_token_is_the_likeliest_whatever_the_number_of_slots(model: xq.Model, slots: int, number: int) -> None:
+    asked = requests(number)
     assert_likeliest(model, asked, list(prepare(model, Options(EXACT, slots=slots)).answers(asked)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", ["xquant-cl:4", "kvquant:4"])
-def test_quantized_slots_are_refilled_across_flushes(model: xq.Model, demo: xq.Model, spec: str) -> None:
+def test_quantized_slots_are_refilled_across_flushes(model: xq.Model) -> None:
     """Sequences of up to 310 tokens in two slots: blocks that a finished one left behind are not read."""
-    model = demo if spec == "kvquant:4" else model  # its calibration is of all layers
     long = [int(t) for t in np.random.default_rng(1).integers(259, 500, 290)]
     asked = [Request(long[:n], new, stop_ids=[]) for n, new in ((290, 20), (70, 30), (250, 10), (110, 25), (120, 12))]
-    answers = list(prepare(model, Options(spec, 64, slots=2)).answers(asked))
-    # codes on the edge may round otherwise
-    assert_as_generated(model, asked, answers, atol=0.1, cache=spec, prefill_chunk=64)
+
+    def answers(requests: list[Request]) -> list[Completion]:
+        """Of an engine whose slots nobody had before."""
+        engine = Engine(model, Options("xquant:4", 64), slots=2, tokens=310)
+        ids, done = [engine.submit(request) for request in requests], {}
+        while engine.busy:
+            done |= {p.id: p.completion for p in engine.step() if p.completion is not None}
+        return [done[id] for id in ids]
+
+    for got, request in zip(answers(asked), asked, strict=True):
+        (alone,) = answers([request])
+        assert got.tokens == alone.tokens
+        np.testing.assert_allclose(got.logprobs, alone.logprobs, atol=0.1)  # codes on the edge may round otherwise
 
 
 def test_chunked_prompts_and_short_ones_side_by_side(model: xq.Model) -> None:
@@ -105,17 +79,29 @@ def test_chunked_prompts_and_short_ones_side_by_side(model: xq.Model) -> None:
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_slot(model: xq.Model) -> None:
-    asked = requests(9, sampling=xq.Sampling(1.1, temperature=0.9, top_p=0.9), stop=["self", "("])
-    answers = list(prepare(model, Options(EXACT, slots=4)).answers(asked))
-    assert_as_generated(model, asked, answers, cache=EXACT)
-    assert {a.completion.finish_reason for a in answers if a.completion} == {"stop", "length"}
+    """Four requests in two slots; `generate` answers the prompts two at a time, up to the longest limit."""
+    asked = requests(4, sampling=xq.Sampling(1.1, temperature=0.9, top_p=0.9), stop=["self", "("])
+    answers = {a.index: a.completion for a in prepare(model, Options(EXACT, slots=2)).answers(asked)}
+    alike = {"sampling": asked[0].sampling, "stop": asked[0].stop, "max_new_tokens": 60, "cache": EXACT}
+    expected: list[Completion] = []
+    for pair in (asked[:2], asked[2:]):
+        expected += xq.generate(model, [r.prompt for r in pair], seed=[r.seed or 0 for r in pair], **alike).results
+    for index, (whole, request) in enumerate(zip(expected, asked, strict=True)):
+        got, limit = answers[index], request.max_new_tokens
+        assert got is not None
+        assert (got.prompt, got.tokens) == (whole.prompt, whole.tokens[:limit])
+        np.testing.assert_allclose(got.logprobs, whole.logprobs[:limit], atol=1e-4)
+        ended = len(whole.tokens) <= limit
+        assert got.finish_reason == (whole.finish_reason if ended else "length")
+        assert got.text == whole.text if ended else whole.text.startswith(got.text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert {a.finish_reason for a in answers.values() if a} == {"stop", "length"}
 
 
 def test_refilling_slots_compiles_nothing(model: xq.Model) -> None:
-    """13 prompts of many lengths and options through three slots: after the first answer no program is new."""
+    """13 prompts of many lengths and options through two slots: after the first answer no program is new."""
     asked = requests(13)
     asked[5] = dataclasses.replace(asked[5], sampling=xq.Sampling(1.2, 0.7, top_k=9), stop=["x"], logprobs=3)
-    answers = prepare(model, Options(slots=3)).answers(asked)
+    answers = prepare(model, Options(EXACT, slots=2)).answers(asked)
     next(answers)
     with counted_compilations() as compiled:
         assert len(list(answers)) == 12
@@ -141,17 +127,14 @@ def test_an_iterator_is_read_as_slots_are_freed(model: xq.Model) -> None:
 
 def test_a_freed_slot_is_taken_at_once(model: xq.Model) -> None:
     """Two slots, one long answer: every short one is finished before it."""
-    asked = [Request(STARTS[0], 200, stop_ids=[]), *(Request(STARTS[1], 8) for _ in range(10))]
+    asked = [Request(STARTS[0], 90, stop_ids=[]), *(Request(STARTS[1], 8) for _ in range(10))]
     finished = [answer.index for answer in prepare(model, Options(EXACT, slots=2)).answers(asked)]
     assert finished[-1] == 0
 
 
-MEMORY = 75_000_000
-
-
 def test_memory_decides_the_slots_and_is_kept(model: xq.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences first and few at once; then a cache of smaller slots, and more of them."""
-    sizes = []
+    sizes, memory = [], 50_000_000
 
     def noted(cache_config: CacheConfig, config: xq.ModelConfig, **sizes_asked: int) -> xq.Cache:
         cache = allocate(cache_config, config, **sizes_asked)
@@ -160,14 +143,14 @@ def test_memory_decides_the_slots_and_is_kept(model: xq.Model, monkeypatch: pyte
         return cache
 
     monkeypatch.setattr("xquant_jax.generation.engine.allocate", noted)
-    long = [int(t) for t in np.random.default_rng(3).integers(259, 500, 1200)]
-    asked = [Request(long[:n], 4, stop_ids=[]) for n in (1200, 60, 1150, 90, 1100, 200, 30, 70, 50, 40)]
-    answers = list(prepare(model, Options(EXACT, 256, memory=MEMORY)).answers(asked))
+    long = [int(t) for t in np.random.default_rng(3).integers(259, 500, 600)]
+    asked = [Request(long[:n], 4, stop_ids=[]) for n in (600, 60, 560, 90, 540, 100, 30, 70)]
+    answers = list(prepare(model, Options(EXACT, 256, memory=memory)).answers(asked))
     (few, large, one), (many, small, other) = sizes
     assert_likeliest(model, asked, answers)
     assert few < many
-    assert large > 1200 > small
-    assert max(one, other) < MEMORY
+    assert large > 600 > small
+    assert max(one, other) < memory
 
 
 def as_it_came(**fields: Any) -> Request:

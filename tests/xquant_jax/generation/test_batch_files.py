@@ -59,9 +59,8 @@ def test_every_prompt_gets_the_answer_of_generate(small: str, tmp_path: Path, ca
     written = {record["line"]: record for record in read(results)}
     model, sampling = xq.load(small), xq.Sampling(temperature=0.8, top_k=40)
     prompts: list[Any] = ["Once upon a time", [1, 403, 407], "Tom"]
-    expected = xq.generate(
-        model, prompts, cache="bf16", max_new_tokens=6, sampling=sampling, seed=[3, 3, 5], stop_ids=[2]
-    ).results
+    alike = {"cache": "bf16", "max_new_tokens": 6, "sampling": sampling, "stop_ids": [2]}
+    expected = [xq.generate(model, [p], seed=s, **alike).results[0] for p, s in zip(prompts, (3, 3, 5), strict=True)]
     assert written.keys() == {1, 3, 4}
     assert written[1]["id"] == 7
     assert set(written[3]) == {"line", "text", "tokens", "logprobs", "finish_reason", "seed"}
@@ -74,7 +73,9 @@ def test_every_prompt_gets_the_answer_of_generate(small: str, tmp_path: Path, ca
     assert "3 answers, 15 tokens" in capsys.readouterr().err
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_stopped(small: str, prompts: Path, tmp_path: Path, capsys) -> None:
+def test_killed_at_any_moment_it_goes_on_where_it_stopped(
+    small: str, prompts: Path, tmp_path: Path, capsys, own_buckets: None
+) -> None:
     """Killed as soon as there are results, then started again; the results equal those of a run that was let be."""
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     command = ["batch", small, str(prompts), "RESULTS", "--cache", "bf16", "--slots", "2"]

@@ -1,4 +1,4 @@
-"""Lines of prompts as people have them: what they ask for, and which columns are left or kept. No model is needed."""
+"""Lines of prompts as people have them: what they ask for, and which columns are left or kept."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import xquant_jax as xq
-from xquant_jax.cli import main
+from tests.xquant_jax.generation.conftest import EXACT
+from xquant_jax.cli import main, options
 from xquant_jax.generation.batch_lines import Line, parse_prompts, unknown_columns
 from xquant_jax.generation.prompts import Chat
 from xquant_jax.generation.request import Answer, Completion, Request
@@ -143,10 +144,13 @@ def test_blank_lines_count_but_ask_for_nothing() -> None:
     assert [line.number for line in parse_prompts(text, DEFAULT)] == [2, 5]
 
 
-def test_the_command_warns_once_of_columns_and_carries_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_warns_once_of_columns_and_carries_them(
+    model: xq.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(options, "load", lambda *_, **__: model)
     asked, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     asked.write_text('{"prompt": "import", "topic": 1}\n{"prompt": "class", "topic": "b\\t:x:"}\n')
-    command = ["batch", "demo", str(asked), str(results), "--cache", "bf16", "--max-new-tokens", "2"]
+    command = ["batch", "demo", str(asked), str(results), "--cache", EXACT, "--max-new-tokens", "2"]
     assert main(command) == 0
     said = capsys.readouterr().err
     assert said.count("warning: columns of the prompts that mean nothing here are left: topic") == 1

@@ -100,7 +100,7 @@ def test_every_turn_is_what_the_whole_conversation_would_get_and_feeds_only_what
     """Exactly cached; over a block of the cache. A long first message makes the others small."""
     sampling = xq.Sampling(1.2, 0.9, frequency_penalty=0.3)
     conversation = xq.Conversation(
-        talking, Request("", 70, 3, sampling, stop_ids=[]), Options(EXACT), context=500, system="x = 1\n" * 20
+        talking, Request("", 64, 3, sampling, stop_ids=[]), Options(EXACT), context=255, system="x = 1\n" * 12
     )
     (first, said), (second, _) = talk(conversation, "def f(a):", "class A:")
     before = conversation.messages[:-1]
@@ -115,14 +115,14 @@ def test_every_turn_is_what_the_whole_conversation_would_get_and_feeds_only_what
         talking.tokenizer.encode(text) for text in (prompt[: prompt.index(said)], "\nuser:class A:\nassistant:")
     )
     (whole,) = xq.generate(
-        talking, [[*head, *first, *tail]], cache=EXACT, max_new_tokens=70, seed=3, sampling=sampling, stop_ids=[]
+        talking, [[*head, *first, *tail]], cache=EXACT, max_new_tokens=64, seed=3, sampling=sampling, stop_ids=[]
     ).results
     assert second == whole.tokens
 
 
 def test_a_quantized_conversation_goes_on_over_turns(talking: xq.Model) -> None:
-    conversation = xq.Conversation(talking, Request("", 60, 3, stop_ids=[]), Options("xquant:8"), context=400)
-    exact = xq.Conversation(talking, Request("", 60, 3, stop_ids=[]), Options(EXACT), context=400)
+    conversation = xq.Conversation(talking, Request("", 60, 3, stop_ids=[]), Options(), context=255)
+    exact = xq.Conversation(talking, Request("", 60, 3, stop_ids=[]), Options(EXACT), context=255)
     for (made, _), (expected, _) in zip(
         *(talk(c, "def f(a):", "class A:") for c in (conversation, exact)), strict=True
     ):
@@ -131,7 +131,7 @@ def test_a_quantized_conversation_goes_on_over_turns(talking: xq.Model) -> None:
 
 def test_a_template_that_forgets_has_all_fed_again(model: xq.Model, fed: list[list[int]]) -> None:
     talking = with_template(model, FORGETS)
-    conversation = xq.Conversation(talking, Request("", 5, stop_ids=[]), Options(EXACT), context=200)
+    conversation = xq.Conversation(talking, Request("", 5, stop_ids=[]), Options(EXACT), context=255)
     answers = talk(conversation, "def f(a):", "class A:")
     alone = xq.generate(talking, "user:class A:\nassistant:", cache=EXACT, max_new_tokens=5, stop_ids=[]).results[0]
     assert answers[1][0] == alone.tokens
@@ -139,7 +139,7 @@ def test_a_template_that_forgets_has_all_fed_again(model: xq.Model, fed: list[li
 
 
 def test_an_answer_that_is_closed_early_stays_as_far_as_it_came(talking: xq.Model, fed: list[list[int]]) -> None:
-    conversation = xq.Conversation(talking, Request("", 40, stop_ids=[]), Options(EXACT), context=300)
+    conversation = xq.Conversation(talking, Request("", 40, stop_ids=[]), Options(EXACT), context=255)
     answer = conversation.say("def f(a):")
     seen = [next(answer).text for _ in range(5)]
     answer.close()
@@ -151,7 +151,7 @@ def test_an_answer_that_is_closed_early_stays_as_far_as_it_came(talking: xq.Mode
 
 
 def test_another_message_ends_the_answer_before_it(talking: xq.Model) -> None:
-    conversation = xq.Conversation(talking, Request("", 20, stop_ids=[]), Options(EXACT), context=300)
+    conversation = xq.Conversation(talking, Request("", 20, stop_ids=[]), Options(EXACT), context=255)
     first = conversation.say("def f(a):")
     began = [next(first).text for _ in range(3)]
     talk(conversation, "x")
@@ -161,7 +161,7 @@ def test_another_message_ends_the_answer_before_it(talking: xq.Model) -> None:
 
 
 def test_a_message_that_is_no_text_is_an_error_and_the_next_is_answered(talking: xq.Model) -> None:
-    conversation = xq.Conversation(talking, Request("", 3, stop_ids=[]), Options(EXACT), context=300)
+    conversation = xq.Conversation(talking, Request("", 3, stop_ids=[]), Options(EXACT), context=255)
     with pytest.raises(xq.PromptError, match="not valid Unicode"):
         talk(conversation, "a \udcff")
     assert conversation.messages == []
@@ -189,7 +189,7 @@ def test_the_command_answers_the_lines_of_stdin(
 ) -> None:
     monkeypatch.setattr(options, "load", lambda *_, **__: talking)
     monkeypatch.setattr("sys.stdin", io.StringIO("def f(a):\n\n/clear\n/what\ndef f(a):\n/exit\nnever\n"))
-    command = ["chat", "talking", "--cache", "bf16", "--max-new-tokens", "8", "--seed", "4", "--system", "a"]
+    command = ["chat", "talking", "--cache", EXACT, "--max-new-tokens", "8", "--seed", "4", "--system", "a"]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "sampling: temperature 0.8, top_p 0.9, seed 4" in printed.err
@@ -197,7 +197,7 @@ def test_the_command_answers_the_lines_of_stdin(
     half = len(printed.out) // 2
     assert printed.out[:half] == printed.out[half:]  # the same question in a new conversation
     out = tmp_path / "out.json"
-    asked = ["generate", "talking", "--cache", "bf16", "--max-new-tokens", "8", "--seed", "4", "--sampling", "model"]
+    asked = ["generate", "talking", "--cache", EXACT, "--max-new-tokens", "8", "--seed", "4", "--sampling", "model"]
     assert main([*asked, "--chat", "def f(a):", "--system", "a", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["results"][0]["text"] + "\n" == printed.out[:half]
 

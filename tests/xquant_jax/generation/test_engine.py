@@ -48,7 +48,7 @@ def assert_same(one: Completion, other: Completion, atol: float = 1e-4) -> None:
 @pytest.fixture(scope="module")
 def alone(model: xq.Model) -> list[Completion]:
     """Every request of MIXED answered by itself, exactly cached."""
-    engine = Engine(model, Options(EXACT), slots=1, tokens=128)
+    engine = Engine(model, Options(EXACT), slots=2, tokens=128)
     return [run(engine, [request])[i] for i, request in enumerate(MIXED)]
 
 
@@ -56,17 +56,17 @@ def alone(model: xq.Model) -> list[Completion]:
 def test_requests_of_different_options_in_one_batch_are_answered_as_if_alone(
     model: xq.Model, alone: list[Completion], in_place: bool
 ) -> None:
-    together = run(Engine(model, Options(EXACT), slots=4, tokens=128, in_place=in_place), MIXED)
+    together = run(Engine(model, Options(EXACT), slots=2, tokens=128, in_place=in_place), MIXED)
     for i, expected in enumerate(alone):
         assert_same(together[i], expected)
         assert (together[i].top_logprobs is None) == (MIXED[i].logprobs == 0)
 
 
 def test_requests_of_different_options_share_a_quantized_cache(model: xq.Model) -> None:
-    engine = Engine(model, Options("xquant:8"), slots=1, tokens=255)
-    requests = [Request([7 + i, *range(300, 420)], 30, r.seed, r.sampling) for i, r in enumerate(MIXED[:3])]
+    engine = Engine(model, Options(), slots=2, tokens=255, in_place=True)
+    requests = [Request([7 + i, *range(300, 420)], 30, r.seed, r.sampling) for i, r in enumerate(MIXED[:2])]
     expected = [run(engine, [request])[i] for i, request in enumerate(requests)]
-    together = generate_requests(model, requests, Options("xquant:8")).results
+    together = generate_requests(model, requests, Options()).results
     for one, other in zip(together, expected, strict=True):
         assert_same(one, other, atol=0.02)
 
@@ -140,7 +140,7 @@ def test_an_interrupted_step_goes_on_where_it_was(
         interrupted.append(False)
         return wait(arrays)
 
-    engine = Engine(model, Options(EXACT), slots=4, tokens=128, in_place=in_place)
+    engine = Engine(model, Options(EXACT), slots=2, tokens=128, in_place=in_place)
     for request in MIXED:
         engine.submit(request)
     monkeypatch.setattr(engine_module.jax, "device_get", interrupt)
@@ -156,8 +156,8 @@ def test_an_interrupted_step_goes_on_where_it_was(
 
 
 def test_engines_in_two_threads_do_not_mix(model: xq.Model, alone: list[Completion]) -> None:
-    engines = [Engine(model, Options(cache), slots=2, tokens=128) for cache in (EXACT, "xquant:8")]
-    quantized = run(Engine(model, Options("xquant:8"), slots=2, tokens=128), MIXED)
+    engines = [Engine(model, Options(cache), slots=2, tokens=128) for cache in (EXACT, "xquant:4")]
+    quantized = run(Engine(model, Options("xquant:4"), slots=2, tokens=128), MIXED)
     done: list[dict[int, Completion]] = [{}, {}]
 
     def work(number: int) -> None:

@@ -68,7 +68,7 @@ def test_a_token_that_the_model_says_itself_ends_the_answer_behind_it(damaged: x
     embed = damaged.params["embed"]["embedding"].at[first].set(jnp.nan)
     model = dataclasses.replace(damaged, params={**damaged.params, "embed": {"embedding": embed}})
     with pytest.warns(xq.XQuantWarning, match="token 2 of the answer"):
-        (result,) = xq.generate(model, [5, 6], max_new_tokens=5, n=1).results
+        (result,) = xq.generate(model, [5, 6], max_new_tokens=5).results
     assert (result.tokens, len(result.logprobs), result.finish_reason) == ([first], 1, "error")
 
 
