@@ -1,6 +1,5 @@
 """A model and its cache on a mesh of eight (simulated) devices: the same answers, an eighth of the bytes each."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -24,7 +23,7 @@ from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush, flush_when_due
 from xquant_jax.cache.partition import cache_specs, constrain_cache
 from xquant_jax.cache.state import Cache, allocate, cache_bytes
-from xquant_jax.generation import batch
+from xquant_jax.generation import batch, buckets
 from xquant_jax.generation.request import Options, Request
 from xquant_jax.model.loading import Model
 from xquant_jax.model.transformer import forward
@@ -35,16 +34,12 @@ WHOLE = ["kivi:4", "fp8,scale=token", "xquant:4,basis=joint", "xquant:8,value_ba
 ACROSS_LAYERS = ["xquant-cl:2,first=1@4,predict=latent", "xquant-cl:4,first=2@4,predict=paper,accumulator=bf16"]
 MULTI_HEAD = ["xquant:4", "xquant:3,rebuild_dtype=int8", "xquant-cl:4,first=1@4,input=residual"]
 EVERY = [(spec, False) for spec in BY_HEAD + WHOLE + ACROSS_LAYERS] + [(spec, True) for spec in MULTI_HEAD]
-QUICK = ["xquant:4,group=8,rotate=true", "kivi:4", "xquant-cl:2,first=1@4,predict=latent"]
-"""One that lies by head, one that lies whole, one with a running sum."""
+BY_HEAD_ROTATED, LATENT = BY_HEAD[-1], ACROSS_LAYERS[0]
 ANSWERED = [  # how it is quantized is nothing to a mesh, only how it lies: by head, whole, in latents, with sums
-    *((spec, False, SHAPES[3]) for spec in QUICK),
-    ("xquant:8,value_basis=joint", False, SHAPES[3]),
-    (ACROSS_LAYERS[1], False, SHAPES[3]),
-    *((spec, True, SHAPES[3]) for spec in MULTI_HEAD[1:]),
-    ("xquant:4,group=8,rotate=true", False, SHAPES[0]),
-    ("xquant-cl:2,first=1@4,predict=latent", False, SHAPES[1]),
+    (BY_HEAD_ROTATED, False, SHAPES[3]),
     ("kivi:4", False, SHAPES[2]),  # what cannot be split by head is split by block instead
+    (LATENT, False, SHAPES[1]),
+    ("xquant:3,rebuild_dtype=int8", True, SHAPES[3]),
 ]
 TOKENS = 2**20
 """Enough that a tile's temporaries are nothing beside the cache, of which only shapes are made."""
@@ -81,6 +76,11 @@ def models(directories: dict[bool, Path]) -> dict[bool, xq.Model]:
     return {multi_head: xq.load(directory) for multi_head, directory in directories.items()}
 
 
+@pytest.fixture(scope="module")
+def on_mesh(directories: dict[bool, Path]) -> xq.Model:
+    return xq.load(directories[False], mesh=xq.make_mesh(2, 2, 2))
+
+
 @pytest.fixture(autouse=True)
 def levels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for `xquant calibrate`: levels that are not evenly spaced."""
@@ -111,19 +111,13 @@ def alone(models: dict[bool, xq.Model]) -> Callable[[str, bool], tuple[np.ndarra
     def answer(spec: str, multi_head: bool) -> tuple[np.ndarray, np.ndarray, float]:
         model = models[multi_head]
         tokens, logprobs = answers(model, spec)
-        logits: Any = model.transformer.apply({"params": model.params}, jnp.asarray(tokens), method="score")
-        return tokens, logprobs, float(np.ptp(jax.nn.log_softmax(logits)))
+        score = jax.jit(functools.partial(model.transformer.apply, method="score"))
+        return tokens, logprobs, float(np.ptp(jax.nn.log_softmax(score({"params": model.params}, tokens))))
 
     return answer
 
 
-@pytest.mark.parametrize(
-    ("spec", "multi_head", "shape"),
-    [
-        *ANSWERED[: len(QUICK)],
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ANSWERED[len(QUICK) :]),
-    ],
-)
+@pytest.mark.parametrize(("spec", "multi_head", "shape"), ANSWERED)
 def test_same_answers(
     models: dict[bool, xq.Model], alone: Callable, spec: str, multi_head: bool, shape: tuple[int, int, int]
 ) -> None:
@@ -159,17 +153,7 @@ def flushed_alone(models: dict[bool, xq.Model]) -> Callable[[str], Cache]:
     return functools.cache(lambda spec: flushed(models[False], spec))
 
 
-@pytest.mark.parametrize(
-    ("spec", "shape"),
-    [
-        *(
-            (spec, SHAPES[3])
-            for spec in ("int8,group=8", "kivi:4", "kvquant:3", "xquant-cl:2,first=1@4,predict=latent")
-        ),
-        *(pytest.param("kivi:4", shape, marks=pytest.mark.slow) for shape in SHAPES[:3]),
-        pytest.param("xquant-cl:2,first=1@4,predict=latent", SHAPES[1], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("spec", "shape"), [("kivi:4", SHAPES[3]), ("kvquant:3", SHAPES[2]), (LATENT, SHAPES[1])])
 def test_flushes_write_the_same_bits(
     models: dict[bool, xq.Model], flushed_alone: Callable[[str], Cache], spec: str, shape: tuple[int, int, int]
 ) -> None:
@@ -185,14 +169,15 @@ def test_flushes_write_the_same_bits(
                 np.testing.assert_array_equal(window[:, row, :count], theirs.window[name][:, row, :count])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("spec", "multi_head"), EVERY)
+@pytest.mark.parametrize(
+    ("spec", "multi_head", "shape"), [(*case, SHAPES[i % len(SHAPES)]) for i, case in enumerate(EVERY)]
+)
 def test_every_device_holds_its_share(
     models: dict[bool, xq.Model], spec: str, multi_head: bool, shape: tuple[int, int, int]
 ) -> None:
     config = models[multi_head].config
     sizes: dict[str, Any] = {"batch": 8, "tokens": 1024}
-    whole = cache_bytes(allocate(CacheConfig.parse(spec), config, **sizes))
+    whole = cache_bytes(jax.eval_shape(lambda: allocate(CacheConfig.parse(spec), config, **sizes)))
     mesh = xq.make_mesh(*shape)
     with jax.set_mesh(mesh):
         cache = allocate(CacheConfig.parse(spec), config, **sizes)
@@ -207,7 +192,7 @@ def test_every_device_holds_its_share(
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("spec", ["xquant:4,group=8,rotate=true", "xquant:4,basis=joint", "kvquant:3"])
+@pytest.mark.parametrize("spec", [BY_HEAD_ROTATED, "kvquant:3"])
 def test_history_never_travels(models: dict[bool, xq.Model], spec: str) -> None:
     """The compiled step copies nothing that is as large as a layer's history, and exchanges nothing of the kind."""
     mesh, cache_config = xq.make_mesh(2, 2, 2), CacheConfig.parse(spec)
@@ -263,32 +248,29 @@ def test_weights_are_read_shard_by_shard(
         for mine, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(expected.params), strict=True):
             assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
             np.testing.assert_array_equal(mine, theirs)
-        for spec in ("xquant:4,group=8,rotate=true", "xquant-cl:2,first=1@4,predict=latent"):
+        for spec in (BY_HEAD_ROTATED, LATENT):
             method_params = model.method_params(CacheConfig.parse(spec))
             alone = models[False].method_params(CacheConfig.parse(spec))
             jax.tree.map(np.testing.assert_array_equal, method_params, alone)
 
 
-def test_a_second_call_on_a_mesh_compiles_nothing(directories: dict[bool, Path]) -> None:
-    model = xq.load(directories[False], mesh=xq.make_mesh(2, 2, 2))
-    options: dict[str, Any] = {"max_new_tokens": 4, "stop_ids": []}
-    xq.generate(model, [[1, 2, 3], [4]], **options)
+def test_a_second_call_on_a_mesh_compiles_nothing(on_mesh: xq.Model) -> None:
+    first, _ = answers(on_mesh, BY_HEAD_ROTATED)
     with counted_compilations() as compiled:
-        xq.generate(model, [[3, 2], [1, 5, 6]], **options)
-        list(xq.stream(model, [[7], [1, 5, 6]], **options))
+        answers(on_mesh, BY_HEAD_ROTATED)
+        options: dict[str, Any] = {"cache": BY_HEAD_ROTATED, "stop_ids": [], "prefill_chunk": 64, "max_new_tokens": 2}
+        streamed = list(xq.stream(on_mesh, prompts_of(on_mesh), **options))
     assert compiled == []
+    assert {token.index: token.token for token in streamed} == dict(enumerate(first[:, 1]))
 
 
-def test_a_batch_of_slots_on_a_mesh(directories: dict[bool, Path], models: dict[bool, xq.Model]) -> None:
-    requests = [Request(prompt, 5 + i, stop_ids=[]) for i, prompt in enumerate(prompts_of(models[False]))]
-    options = Options("bf16,dtype=float32", prefill_chunk=64)
-    eight, four = (dataclasses.replace(options, slots=slots) for slots in (8, 4))
-    alone = {a.index: a for a in batch.prepare(models[False], eight).answers(requests)}
-    mesh = xq.make_mesh(2, 2, 2)
-    model = xq.load(directories[False], mesh=mesh)
-    found = {a.index: a for a in batch.prepare(model, four).answers(requests)}
-    for index, answer in alone.items():
-        assert found[index].completion.tokens == answer.completion.tokens
+def test_a_batch_of_slots_on_a_mesh(on_mesh: xq.Model, alone: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "SMALLEST_BUCKET", 64)  # one program for all prompts
+    requests = [Request(prompt, 5 + i, stop_ids=[]) for i, prompt in enumerate(prompts_of(on_mesh))]
+    options = Options(BY_HEAD_ROTATED, prefill_chunk=64, slots=4)
+    found = {a.index: a for a in batch.prepare(on_mesh, options).answers(requests)}
+    for index, tokens in enumerate(alone(BY_HEAD_ROTATED, False)[0]):
+        assert found[index].completion.tokens == tokens[: 5 + index].tolist()
 
 
 @pytest.mark.parametrize(
@@ -324,7 +306,6 @@ def test_meshes_are_named_in_words() -> None:
         sharding.checked(jax.make_mesh((8,), ("model",)))
 
 
-def test_a_model_on_one_mesh_is_not_moved_to_another(directories: dict[bool, Path]) -> None:
-    model = xq.load(directories[False], mesh=xq.make_mesh(2, 2, 2))
+def test_a_model_on_one_mesh_is_not_moved_to_another(on_mesh: xq.Model) -> None:
     with pytest.raises(xq.ConfigError, match="load it with mesh"):
-        xq.generate(model, [[1, 2]] * 8, mesh=xq.make_mesh(8))
+        xq.generate(on_mesh, [[1, 2]] * 8, mesh=xq.make_mesh(8))

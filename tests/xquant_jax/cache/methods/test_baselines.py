@@ -19,7 +19,7 @@ from tests.xquant_jax.reference import Reference, bf16, directed, fake_quantize,
 from xquant_jax.cache import attend
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
-from xquant_jax.cache.state import allocate, cache_bytes
+from xquant_jax.cache.state import Cache, allocate, cache_bytes
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.quantization import StreamSpec, dequantize, quantize
@@ -119,16 +119,11 @@ class KeysValues(Reference):
 @pytest.mark.parametrize(
     ("spec", "quantizers"),
     [
-        ("kivi:2", [(along_channel(2), along_token(2))] * 2),
-        ("kivi:3", [(along_channel(3), along_token(3))] * 2),
-        ("kivi:4,rope=post", [(along_channel(4), along_token(4))] * 2),
         ("kivi:2,rope=post,group=8", [(along_channel(2, 8), along_token(2, 8))] * 2),
-        ("kivi:2;1=8", [(along_channel(2), along_token(2)), (along_channel(8), along_token(8))]),
         ("kivi:3,first=1@4", [(along_channel(4), along_token(4)), (along_channel(3), along_token(3))]),
         ("kivi:2,clip=true,sink=5", [(along_channel(2, clip=True), along_token(2, clip=True))] * 2),
         ("int8,group=8", [(along_token(8, 8), along_token(8, 8))] * 2),
         ("fp8,sink=2", [(e4m3(8), e4m3(8))] * 2),
-        ("fp8,scale=token", [(e4m3(16), e4m3(16))] * 2),
     ],
 )
 def test_prefill_and_decode_equal_the_reference(spec: str, quantizers: list[tuple[Quantizer, Quantizer]]) -> None:
@@ -149,24 +144,23 @@ def test_prefill_and_decode_equal_the_reference(spec: str, quantizers: list[tupl
                 start += segment.num_layers
 
 
-@pytest.mark.parametrize("spec", ["bf16", "int8", "fp8", "kivi:3", "kivi:3,rope=post,group=8"])
+@pytest.mark.parametrize("spec", ["int8", "kivi:3,rope=post,group=8"])
 def test_values_rebuilt_or_absorbed_give_the_same(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of up to 16 tokens absorb values, longer ones rebuild them; here both for the same step."""
     model = random_model(tiny_config())
-    tokens = jnp.asarray(random_tokens(model.config, 2, 300))
+    tokens = random_tokens(model.config, 2, 300)
     cache_config = CacheConfig.parse(spec)
     method_params = cache_config.method_params(model.source)
-    cache = allocate(cache_config, model.config, batch=2, tokens=300)
-    counts = jnp.asarray([270, 140])
-    _, cache = model.transformer.apply({"params": model.params}, tokens, cache, method_params, counts)
-    cache = flush(cache, method_params)
+
+    def fed(tokens: np.ndarray, cache: Cache, *counts: int) -> Any:
+        apply = jax.jit(partial(model.transformer.apply, {"params": model.params}))
+        return apply(tokens, cache, method_params, np.asarray(counts))
+
+    cache = flush(fed(tokens, allocate(cache_config, model.config, batch=2, tokens=300), 270, 140)[1], method_params)
     logits = []
     for bound in (0, 16):
         monkeypatch.setattr(attend, "MOST_NEW_TOKENS", bound)
-        step = model.transformer.apply(
-            {"params": model.params}, tokens[:, :3], cache, method_params, jnp.asarray([3, 3])
-        )
-        logits.append(np.asarray(step[0]))
+        logits.append(np.asarray(fed(tokens[:, :3], cache, 3, 3)[0]))
     assert np.abs(logits[0] - logits[1]).max() <= TOLERANCE * np.ptp(logits[0])
 
 

@@ -53,7 +53,7 @@ class Codebooks(KeysValues):
                     blocks.append(read)
 
 
-@pytest.mark.parametrize("spec", ["kvquant:2", "kvquant:3,outliers=0.125,sink=3", "kvquant:4,sink=0"])
+@pytest.mark.parametrize("spec", ["kvquant:2", "kvquant:3,outliers=0.125,sink=3"])
 def test_prefill_and_decode_equal_the_reference(spec: str) -> None:
     model = random_model(tiny_config(qkv_bias=True, qk_norm=True, sliding_windows=(140, None)))
     tokens = random_tokens(model.config, len(PROMPTS), max(PROMPTS) + STEPS)

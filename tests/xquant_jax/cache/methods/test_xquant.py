@@ -14,7 +14,7 @@ from xquant_jax.cache.methods.xquant import XQuant
 from xquant_jax.cache.state import Cache, allocate
 from xquant_jax.errors import ConfigError
 
-PROMPTS = (127, 128, 129, 255, 256, 257)  # one below, on and above a flush
+PROMPTS = (127, 128, 255, 257)  # one below, on and above a flush
 STEPS = 3  # so that decode crosses 128 and 256 as well
 TOLERANCE = 2e-4  # of the logits' range: float32 against float64
 
@@ -53,16 +53,13 @@ def run_library(
     ("kind", "spec"),
     [
         ("K=H", "xquant:2"),
-        ("K<H", "xquant:3,rotate=true"),
-        *(pytest.param(kind, "xquant:4", marks=pytest.mark.optimized) for kind in ("K=H", "K<H")),
-        *(("K=H", f"xquant:4,rebuild_dtype={dtype}") for dtype in ("int8", "fp8")),
-        ("K<H", "xquant:8,basis=joint"),
-        ("K=H", "xquant:2,rotate=false,clip=false,sink=0"),
-        ("K<H", "xquant:2,clip=true,sink=0"),
+        pytest.param("K<H", "xquant:4", marks=pytest.mark.optimized),
+        ("K=H", "xquant:4,rebuild_dtype=int8"),
+        ("K=H", "xquant:4,rebuild_dtype=fp8,rotate=false,clip=false,sink=0"),
+        ("K<H", "xquant:8,key_basis=joint"),
         ("K<H", "xquant:2,rotate=true,clip=false,sink=127"),
-        ("K<H", "xquant:3,key_basis=joint"),
         ("K<H, wide keys", "xquant:3,basis=joint,rotate=true"),
-        ("K<H, wide keys", "xquant:3,rotate=true"),
+        ("K<H, wide keys", "xquant:3,clip=true,sink=0"),
     ],
 )
 def test_prefill_and_decode_equal_the_reference(kind: str, spec: str) -> None:
