@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
+import xquant_jax as xq
 from scripts import pod_generate
 from tests.checkpoints import write_checkpoint
 from tests.conftest import random_tokens, tiny_config
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # until a test gives up on its processes; they take a few, on a busy machine a minute
+CACHE = "bf16,dtype=float32"
+OPTIONS = ("--cache", CACHE, "--slots", "2", "--mesh", "data=2,tensor=2")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """Nine prompts, two lines that are none, and a blank one."""
-    lines = [json.dumps({"tokens": random_tokens(tiny_config(), 3 + 7 * i, seed=i).tolist()}) for i in range(9)]
+    """Nine prompts of one bucket, two lines that are none, and a blank one."""
+    lines = [json.dumps({"tokens": random_tokens(tiny_config(), 3 + i, seed=i).tolist()}) for i in range(9)]
     lines[3:3] = ["{not JSON", "", '{"tokens": []}']
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -76,44 +79,39 @@ def check(results: Path, new: int) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_answer_as_one_does(model: Path, prompts: Path, tmp_path: Path) -> None:
-    alone, four = (tmp_path / f"{name}.jsonl" for name in ("alone", "four"))
-    options = ("--cache", "bf16,dtype=float32", "--max-new-tokens", "9", "--slots", "4")
-    jobs = {
-        alone: start(1, model, prompts, alone, *options, "--mesh", "tensor=2"),
-        four: start(4, model, prompts, four, *options, "--mesh", "data=2,sequence=2,tensor=2"),
-    }
-    for results, processes in jobs.items():
-        errors = ends(processes)
-        assert [process.returncode for process in processes] == [1] * len(processes), errors  # lines failed
-        assert "line 4: not JSON" in errors[0]
-        check(results, 9)
-    tokens = [{line: r.get("tokens") for line, r in records(results).items()} for results in jobs]
-    assert tokens[0] == tokens[1]
+def test_two_processes_answer_as_generate_does(model: Path, prompts: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    processes = start(2, model, prompts, results, *OPTIONS, "--max-new-tokens", "9")
+    errors = ends(processes)
+    assert [process.returncode for process in processes] == [1, 1], errors  # lines failed
+    assert "line 4: not JSON" in errors[0]
+    check(results, 9)
+    asked = {n: json.loads(line) for n, line in enumerate(prompts.read_text().splitlines(), 1) if line.startswith('{"')}
+    answered = {n: record["tokens"] for n, record in records(results).items() if "tokens" in record}
+    wanted = [asked[n]["tokens"] for n in answered]
+    alone = xq.generate(xq.load(model), wanted, cache=CACHE, max_new_tokens=9).results
+    assert [*answered.values()] == [result.tokens for result in alone]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "victim", "mesh"), [(2, 1, "data=2,tensor=2")])  # four take 5 minutes on 2 cores
-def test_a_killed_job_goes_on_where_it_stopped(
-    model: Path, prompts: Path, tmp_path: Path, count: int, victim: int, mesh: str
-) -> None:
+def test_a_killed_job_goes_on_where_it_stopped(model: Path, prompts: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    options = ("--mesh", mesh, "--max-new-tokens", "80", "--slots", "2")
-    processes = start(count, model, prompts, results, *options)
+    options = (*OPTIONS, "--max-new-tokens", "80")
+    processes = start(2, model, prompts, results, *options)
     deadline = time.monotonic() + SECONDS
     while not (results.exists() and results.read_bytes().count(b"\n") >= 4):
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes), ends(processes)
         time.sleep(0.05)
-    processes[victim].kill()
+    processes[1].kill()
     ends(processes)
     assert all(process.returncode != 0 for process in processes)
     before = records(results)
     assert 4 <= len(before) < 11
 
-    processes = start(count, model, prompts, results, *options)
+    processes = start(2, model, prompts, results, *options)
     errors = ends(processes)
-    assert [process.returncode for process in processes] == [1] * count, errors
+    assert [process.returncode for process in processes] == [1, 1], errors
     check(results, 80)
     after = records(results)
     assert all(after[line] == record for line, record in before.items())
@@ -192,8 +190,10 @@ def test_a_process_that_is_named_wrongly_is_an_error(
     assert message in capsys.readouterr().err
 
 
-def test_a_mesh_of_other_devices_is_an_error(model: Path, prompts: Path, tmp_path: Path) -> None:
-    processes = start(1, model, prompts, tmp_path / "results.jsonl", "--mesh", "tensor=3")
-    (error,) = ends(processes)
-    assert processes[0].returncode == 2
-    assert "takes 3 devices, and there are 2" in error
+def test_a_mesh_of_other_devices_is_an_error(
+    model: Path, prompts: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["pod_generate.py", *map(str, (model, prompts, tmp_path / "results.jsonl"))]
+    monkeypatch.setattr(sys, "argv", [*command, "--processes", "1", "--mesh", "tensor=3"])
+    assert pod_generate.main() == 2
+    assert "takes 3 devices, and there are" in capsys.readouterr().err
