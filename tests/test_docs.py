@@ -11,8 +11,6 @@ import pytest
 from xquant_jax.cli import main
 from xquant_jax.model.loading import DEMO
 
-pytestmark = pytest.mark.optimized
-
 ROOT = Path(__file__).parents[1]
 PLAN, BATCH = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("plan.md", "batch.md"))
 

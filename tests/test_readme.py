@@ -3,10 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.optimized
-
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
