@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import write_checkpoint
 from xquant_jax.cli import main
 from xquant_jax.model.loading import DEMO
 
@@ -51,9 +52,10 @@ def test_the_python_of_a_batch_runs(capsys) -> None:
 
 
 def test_the_python_of_a_chat_runs(tmp_path: Path, capsys) -> None:
-    """With the demo model, which never learned to chat."""
+    """With a small model, which never learned to chat."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8"), re.S)
-    directory = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    directory = write_checkpoint(tmp_path, layers=2, vocab_size=4096)
+    shutil.copy(DEMO / "tokenizer.json", directory)
     (directory / "chat_template.jinja").write_text("{% for m in messages %}# {{ m.content }}\n{% endfor %}")
     exec(compile(code, "prompts.md", "exec"), {"directory": directory})
     assert len(capsys.readouterr().out) > 100

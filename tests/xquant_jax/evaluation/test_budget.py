@@ -44,12 +44,11 @@ def divergence(model: RandomModel, spec: str, tokens: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("changes", "spec"),
     [
-        (FOUR, "xquant"),
         (FOUR, "kvquant"),
         (FOUR, "xquant-cl:2,first=2@4"),
         (MULTI_HEAD, "xquant-cl:2,first=1@8"),
     ],
-    ids=["grouped", "codebooks", "differences", "differences-multi-head"],
+    ids=["codebooks", "differences", "differences-multi-head"],
 )
 def test_divergences_are_those_of_the_specs_own_programs(
     changes: dict, spec: str, monkeypatch: pytest.MonkeyPatch

@@ -49,7 +49,7 @@ def fed_one_by_one(spec: str, tokens: int) -> tuple[jax.Array, xq.Cache]:
     return logits, cache
 
 
-@pytest.mark.parametrize("spec", ["bf16", "xquant:4", "xquant-cl:2,first=1@4"])
+@pytest.mark.parametrize("spec", ["bf16", "xquant-cl:2,first=1@4"])
 class TestBeyondTheCapacity:
     def test_lengths_stop_and_the_rest_is_counted(self, spec: str) -> None:
         _, cache = fed_one_by_one(spec, CAPACITY)
