@@ -102,7 +102,7 @@ def test_loops_of_known_length_count_and_others_are_kept_apart() -> None:
     assert count(jaxpr) == Operations(once=(3 + 1) * 128, per_round=2 * 128)
 
 
-@pytest.mark.parametrize("spec", ["kvquant:4", "xquant:2,basis=joint", "xquant-cl:2,predict=latent,rank=16"])
+@pytest.mark.parametrize("spec", ["xquant:2,basis=joint", "xquant-cl:2,predict=latent,rank=16"])
 def test_bytes_are_those_that_a_compiled_step_is_given(spec: str) -> None:
     """Weights, factors and cache against the compiler's account of a decode step's arguments."""
     sizes = {"width": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "num_layers": 4}
