@@ -45,7 +45,7 @@ class Backend:
 
 
 BACKENDS = {
-    "pallas_gpu": Backend("gpu", kernels=("remat_project",)),
+    "pallas_gpu": Backend("gpu", kernels=("decode_attention", "remat_project"), left_to_xla=("accumulate", "quantize")),
     "pallas_tpu": Backend("tpu", kernels=OPERATIONS),
     "triton": Backend(
         "gpu",

@@ -1,1 +1,1 @@
-"""Pallas Mosaic kernels for Hopper GPUs: `remat_project` only, and no decoding."""
+"""Pallas Mosaic kernels for Hopper GPUs: `decode_attention` of some forms and `remat_project`."""

@@ -142,7 +142,8 @@ def test_loading_refuses_a_backend_that_the_device_cannot_run() -> None:
         xq.load("demo", implementation="pallas_tpu")
 
 
-def test_loading_refuses_a_backend_that_cannot_decode() -> None:
+def test_loading_refuses_a_backend_that_cannot_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(api.BACKENDS, "pallas_gpu", api.Backend("gpu", kernels=("remat_project",)))
     message = (
         r"'pallas_gpu' has kernels for remat_project only, none for accumulate, decode_attention, quantize; "
         r"choose None or \['triton', 'xla'\]"
