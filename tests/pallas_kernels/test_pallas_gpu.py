@@ -1,4 +1,4 @@
-"""`pallas_gpu` without a GPU: its interpreter, what each thread loads, and lowering for an H200.
+"""`remat_project` of `pallas_gpu` without a GPU: its interpreter, what each thread loads, and lowering for an H200.
 
 The interpreter has stand-ins for operands in registers and for the two functions written below Pallas. One of these,
 the loads of packed words, is run here thread by thread; the other is a multiply-add.
@@ -7,18 +7,15 @@ the loads of packed words, is run here thread by thread; the other is a multiply
 from typing import Any
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.interpreters.mlir import make_ir_context
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import func
 
 import pallas_kernels
-from pallas_kernels import Quantize, RematProject, target
+from pallas_kernels import RematProject, target
 from pallas_kernels.pallas_gpu import remat_project, remat_project_kernel
 from tests.compiled import dequantized, quantized
+from tests.pallas_kernels import lanes
 from xquant_jax.errors import ConfigError
 from xquant_jax.numerics.packing import PLANES, pack
 from xquant_jax.numerics.quantization import Blocks, StreamSpec, allocate_blocks
@@ -40,9 +37,8 @@ def expected(stream: Blocks, weight: jax.Array) -> np.ndarray:
     return x.reshape(x.shape[0], -1, x.shape[-1]) @ np.asarray(weight, np.float64)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("axis", ["token", "channel"])
-def test_interpreted(bits: int, axis: str) -> None:
+@pytest.mark.parametrize(("bits", "axis"), [(2, "channel"), (3, "token"), (4, "channel"), (8, "token")])
+def test_interpreted(bits: int, axis: Any) -> None:
     stream = quantized(jnp.asarray(random(3, 1, 128, 384)), StreamSpec(384, bits, axis))  # more steps than stages
     weight = jnp.asarray(random(384, 128), jnp.bfloat16)
     np.testing.assert_allclose(project(stream, weight), expected(stream, weight), rtol=BF16_ROUNDING, atol=1e-3)
@@ -55,42 +51,6 @@ def test_interpreted_with_several_tiles_of_columns(columns: int, group: int) -> 
     np.testing.assert_allclose(project(stream, weight), expected(stream, weight), rtol=BF16_ROUNDING, atol=1e-3)
 
 
-def run(block: Any, words: np.ndarray) -> dict[Any, np.ndarray]:
-    """Evaluates straight-line code for the 128 threads of a warpgroup: the value of every result, threads first."""
-    thread = np.arange(128)
-    values: dict[Any, np.ndarray] = {}
-    for op in block.operations:
-        operands = [values.get(operand) for operand in op.operands]
-        match op.operation.name:
-            case "gpu.thread_id":
-                result = thread if "dim<x>" in str(op) else 0 * thread
-            case "gpu.block_dim":
-                result = np.full(128, 128 if "dim<x>" in str(op) else 1)
-            case "arith.constant":
-                result = np.full(128, ir.IntegerAttr(op.attributes["value"]).value)
-            case "arith.addi":
-                result = operands[0] + operands[1]
-            case "arith.muli":
-                result = operands[0] * operands[1]
-            case "arith.divui":
-                result = operands[0] // operands[1]
-            case "arith.remui":
-                result = operands[0] % operands[1]
-            case "arith.shrui":
-                result = operands[0] >> operands[1]
-            case "arith.index_cast" | "arith.index_castui":
-                result = operands[0]
-            case "vector.broadcast":
-                result = operands[0][:, None]
-            case "vector.load":
-                *where, last = operands[1:]
-                result = np.stack([words[(*where, last + i)] for i in range(2)], axis=-1).astype(np.int64)
-            case name:
-                raise NotImplementedError(name)
-        values[op.results[0]] = result
-    return values
-
-
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_every_thread_loads_the_codes_that_wgmma_wants_of_it(p: int) -> None:
     codes = np.random.default_rng(p).integers(0, 2**p, (128, 64))
@@ -99,24 +59,9 @@ def test_every_thread_loads_the_codes_that_wgmma_wants_of_it(p: int) -> None:
     words = np.asarray(pack(jnp.asarray(codes, jnp.uint32) << low, bits)[-1])  # [4p, 64]
     rows = min(8, 4 * p)
     tiles = words.reshape(4 * p // rows, rows, 8, 8).transpose(0, 2, 1, 3)
-    with make_ir_context() as context, ir.Location.unknown():
-        mgpu.dialect.register_dialect(context)
-        module = ir.Module.create()
-        with ir.InsertionPoint(module.body):
-            function = func.FuncOp("load", ([ir.Type.parse(f"memref<{'x'.join(map(str, tiles.shape))}xi32>")], []))
-            with ir.InsertionPoint(function.add_entry_block()):
-                loaded = remat_project_kernel._load_fields(function.arguments[0], p)
-        values = run(function.entry_block, tiles)
-        registers = [values[register] for register in loaded.registers.flat]
-    # PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16", matrix A, four such operands side by side
-    warp, row, column = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
-    assert len(registers) == 16
-    for number, register in enumerate(registers):
-        token = 16 * warp + row + 8 * (number % 2)
-        for i in range(2):
-            channel = 8 * (number // 2) + 2 * column + i
-            np.testing.assert_array_equal(register[:, i] & (2**p - 1), codes[token, channel])
-            np.testing.assert_array_equal(register[:, i] >> 16 & (2**p - 1), codes[token + 64, channel])
+    (found,) = lanes.run(lambda tiles: [remat_project_kernel._load_fields(tiles, p)], tiles)
+    np.testing.assert_array_equal(found & (2**p - 1), codes[:64])
+    np.testing.assert_array_equal(found >> 16 & (2**p - 1), codes[64:])
 
 
 SHAPES = {
@@ -125,10 +70,16 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("axis", ["token", "channel"])
-def test_lowers_for_an_h200(model: str, bits: int, axis: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "bits", "axis"),
+    [
+        ("llama-3.1-8b", 2, "token"),
+        ("llama-3.1-8b", 3, "channel"),
+        ("llama-2-7b", 4, "token"),
+        ("llama-2-7b", 8, "channel"),
+    ],
+)
+def test_lowers_for_an_h200(model: str, bits: int, axis: Any) -> None:
     width, columns = SHAPES[model]
     stream = jax.eval_shape(lambda: allocate_blocks(StreamSpec(width, bits, axis), (1, 32768 // 128)))
     weight = jax.ShapeDtypeStruct((width, columns), jnp.bfloat16)
@@ -170,9 +121,3 @@ def test_a_gpu_that_is_not_a_hopper_is_an_error() -> None:
 def test_an_empty_history_is_refused() -> None:
     call = RematProject(allocate_blocks(StreamSpec(128, 4), (1, 0)), jnp.zeros((128, 64), jnp.bfloat16))
     assert remat_project.refuse(call) == "a history without blocks"
-
-
-def test_what_it_has_no_kernel_for_is_an_error_by_name() -> None:
-    message = r"has kernels for remat_project only, none for quantize; choose None or \['triton', 'xla'\]"
-    with target.interpreted(), pytest.raises(ConfigError, match=message):
-        pallas_kernels.run(Quantize(jnp.zeros((1, 1, 128, 128)), StreamSpec(128, 4)), "pallas_gpu")
