@@ -3,6 +3,7 @@
 A model is named as in `FILES`, a cache as users type it. Of a cache with several kinds of layers, it is the last ones'.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
