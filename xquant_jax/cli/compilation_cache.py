@@ -30,12 +30,14 @@ def folder() -> Path:
 
 
 def switch(on: bool) -> None:
-    """Switches the cache on or off in this process. A folder that JAX was given already is kept, with its settings.
+    """Switches the cache on or off in this process. A folder that JAX was given already is kept, with its settings, and
+    so is that JAX was told to have none.
 
     Warns with `XQuantWarning` where the folder cannot be written.
     """
-    jax.config.update("jax_enable_compilation_cache", on)
-    if not on or jax.config.jax_compilation_cache_dir:
+    if not on:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
     path = folder()
     try:
