@@ -17,9 +17,15 @@ CONFIG: ModelConfig = tiny_config(
 )
 
 
-@pytest.mark.parametrize("spec", ["xquant:4", "xquant-cl:2,first=2@4"])
-@pytest.mark.parametrize("flushing", [flush, flush_when_due])
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize(
+    ("spec", "flushing", "implementation"),
+    [
+        ("xquant:4", flush, "xla"),
+        ("xquant:4", flush_when_due, "pallas_tpu"),
+        ("xquant-cl:2,first=2@4", flush_when_due, "xla"),
+        ("xquant-cl:2,first=2@4", flush, "pallas_tpu"),
+    ],
+)
 def test_a_flush_takes_the_kernels_of_its_cache(spec: str, flushing: Callable, implementation: str) -> None:
     model, cache_config = random_model(CONFIG), xq.CacheConfig.parse(spec)
     method_params = cache_config.method_params(model.source)

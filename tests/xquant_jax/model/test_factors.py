@@ -19,8 +19,6 @@ from xquant_jax.cache.config import CacheConfig
 from xquant_jax.model import factors
 from xquant_jax.model.calibration_file import Calibration
 
-SPECS = ["xquant:4", "xquant:4,basis=joint", "xquant:4,input=unit_norm", "xquant-cl:2,first=1@4"]
-
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -52,8 +50,15 @@ def rebuilt_weights(params: Any, side: str) -> np.ndarray:
     return heads.reshape(*heads.shape[:2], -1)
 
 
-@pytest.mark.parametrize("kind", ["source", "converted"])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("source", "xquant:4,basis=joint"),
+        ("source", "xquant:4,input=unit_norm"),
+        ("converted", "xquant:4"),
+        ("converted", "xquant-cl:2,first=1@4"),
+    ],
+)
 def test_other_parameters_have_factors_of_their_own(directories: dict[str, Path], kind: str, spec: str) -> None:
     model, cache_config = xq.load(directories[kind]), CacheConfig.parse(spec)
     before = model.method_params(cache_config)[-1]
