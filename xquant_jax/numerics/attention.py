@@ -84,16 +84,21 @@ def attend(
         q = rope.rotate(q, *rope.turned(ahead, rope.rotation(first - origin[:, None, None], geometry.frequencies)))
         k = rope.rotate(k, *rope.rotation(numbers[:, None], geometry.frequencies))
 
-    grouped = q.reshape(batch, kv_heads, -1, dim)
-    score = lax.dot_general(grouped, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-    score = score.reshape(batch, heads, length, keys)
-    score = jnp.where(mask[:, None], score * geometry.scale, -jnp.inf)
+    by_head = (((4,), (3,)), ((0, 1), (0, 1)))
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, dim)
+    score = lax.dot_general(grouped, k, by_head, preferred_element_type=jnp.float32)  # [B, K, G, T, S]
+    score = jnp.where(mask[:, None, None], score * geometry.scale, -jnp.inf)
     top = jnp.maximum(score.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(score - top)
     total = weights.sum(axis=-1, keepdims=True)
     sets = v.shape[1]  # of values: one for each kv head, or one that all query heads share
-    shared = weights.astype(v.dtype).reshape(batch, sets, -1, keys)
-    out = jnp.matmul(shared, v, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
+    shared = weights.astype(v.dtype).reshape(batch, sets, heads // sets, length, keys)
+    by_set = (((4,), (2,)), ((0, 1), (0, 1)))
+    out = lax.dot_general(shared, v, by_set, preferred_element_type=jnp.float32).reshape(*total.shape[:-1], -1)
     out = out / jnp.where(total > 0, total, 1.0)
     lse = (top + jnp.log(total))[..., 0]
-    return Part(jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2))
+
+    def by_token(a: Array) -> Array:  # [B, K, G, T, ...] -> [B, T, H, ...]
+        return jnp.moveaxis(a, 3, 1).reshape(batch, length, heads, *a.shape[4:])
+
+    return Part(by_token(out), by_token(lse))

@@ -139,8 +139,7 @@ def rotate(
 ) -> Float[Array, "*rest d"]:
     """Rotates pairs (i, i + d/2) of the last axis; computed in float32, returned in x's type."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    halves = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)  # XLA fuses it on a CPU, too
-    return halves.reshape(x.shape).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def rotate_heads(
