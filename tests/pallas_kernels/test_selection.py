@@ -174,6 +174,8 @@ def test_two_threads_do_not_record_each_others_backends() -> None:
 @pytest.mark.slow
 def test_generate_says_which_implementation_ran() -> None:
     """As many layers as there are kinds: a plain one, the base of the running sum and one above it."""
+    if reason := api.not_installed("triton"):  # its interpreter compiles nothing
+        pytest.skip(reason)
     demo = xq.load("demo")
     config = dataclasses.replace(demo.config, num_layers=3, sliding_windows=(None,) * 3)
     layers = jax.tree.map(lambda a: a[:3], demo.params["layers"])
@@ -183,8 +185,8 @@ def test_generate_says_which_implementation_ran() -> None:
     reference = xq.generate(model, [prompt], **options)
     assert reference.implementation == "xla"
     with target.interpreted():
-        result = xq.generate(dataclasses.replace(model, implementation="pallas_tpu"), [prompt], **options)
-    assert result.implementation == "pallas_tpu"
+        result = xq.generate(dataclasses.replace(model, implementation="triton"), [prompt], **options)
+    assert result.implementation == "triton"
     assert result.results[0].tokens == reference.results[0].tokens
 
 

@@ -114,7 +114,6 @@ def check(case: Case, tolerance: float = TOLERANCE) -> None:
     "case",
     [
         Case(value_heads=1),  # keys of each head's own basis, values of a joint one
-        Case(form="dense", key_axis="token", value_heads=1, shared_stream=True),  # X itself, as of Llama 2
         Case(new=3, sliding_window=200, norm=True, bias=True),
     ],
     ids=str,
@@ -126,14 +125,14 @@ def test_both_ways_to_read_values_agree_with_the_reference(case: Case) -> None:
 @pytest.mark.parametrize(
     ("tiles", "splits"),
     [
-        *((Tiles(fused=True), splits) for splits in (1, 3, 5)),
+        *((Tiles(fused=True), splits) for splits in (1, 5)),
         *((Tiles(blocks=2, chunk=16, fused=True), splits) for splits in (2, 3)),
-        *((Tiles(blocks=4), splits) for splits in (1, 2)),
+        (Tiles(blocks=4), 2),
     ],
     ids=str,
 )
 def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """5 blocks over 2, 3 and 5 parts: lengths end within, at and one block next to the end of a part and of a tile.
+    """5 blocks over up to 5 parts: lengths end within, at and one block next to the end of a part and of a tile.
     What is skipped is a part's beginning, or all of it."""
     monkeypatch.setattr(tiling, "choose", lambda shape: tiles)
     monkeypatch.setattr(tiling, "splits", lambda *_: splits)

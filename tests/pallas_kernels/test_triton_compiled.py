@@ -22,9 +22,10 @@ SHARED = 100_000
 """Bytes of shared memory that a program may have on Ada, the least of the three."""
 
 
-def each_with_each(forms: list[tuple[str, str]], bits: tuple[int, int, int]) -> list[tuple[str, str, int, str]]:
-    """Every form with every GPU, every form with every number of bits, and every GPU with every number of bits."""
-    return [(*form, bits[(i + j) % 3], gpu) for i, form in enumerate(forms) for j, gpu in enumerate(NVIDIA)]
+def on_two_of_three(forms: list[tuple[str, str]], bits: tuple[int, int, int]) -> list[tuple[str, str, int, str]]:
+    """Every form for Hopper, and for one of the two before it; numbers of bits in turn."""
+    gpus = [(form, NVIDIA[i % 2], bits[(i + 1) % 3]) for i, form in enumerate(forms)]
+    return [(*form, bits[i % 3], "H200") for i, form in enumerate(forms)] + [(*form, b, gpu) for form, gpu, b in gpus]
 
 
 def has_products(gpu: str, operations: dict[str, int]) -> bool:
@@ -35,7 +36,7 @@ def has_products(gpu: str, operations: dict[str, int]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options", "bits", "gpu"),
-    each_with_each(
+    on_two_of_three(
         [("Llama-3.1-8B", ""), ("Llama-3.1-8B", ",basis=joint"), ("Llama-2-7B", ""), ("Qwen3-8B", "")], (2, 3, 4)
     ),
 )
@@ -50,7 +51,7 @@ def test_the_innermost_loops_do_not_spill(model: str, options: str, bits: int, g
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options", "bits", "gpu"),
-    each_with_each(SUMS, (2, 3, 8)),  # bits of one plane, of two, the widest words
+    on_two_of_three(SUMS, (2, 3, 8)),  # bits of one plane, of two, the widest words
 )
 def test_kernels_of_sums_do_not_spill(model: str, options: str, bits: int, gpu: str) -> None:
     for launch in ahead.sum_launches(sum_shape(model, f"xquant-cl:{bits}{options}"), GPUS[gpu]):
@@ -64,7 +65,8 @@ def test_kernels_of_sums_do_not_spill(model: str, options: str, bits: int, gpu: 
 @pytest.mark.parametrize(
     ("model", "cache"),
     [
-        *(("Llama-2-7B", f"xquant:{bits},rebuild_dtype={dtype}") for dtype in ("int8", "fp8") for bits in (2, 3, 4)),
+        ("Llama-2-7B", "xquant:3,rebuild_dtype=int8"),
+        ("Llama-2-7B", "xquant:4,rebuild_dtype=fp8"),
         ("Llama-3.1-8B", "xquant-cl:2,rebuild_dtype=int8"),
     ],
 )
@@ -88,7 +90,7 @@ def test_kernels_compile_for_amd_without_spills(options: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "options"), SUMS)
+@pytest.mark.parametrize(("model", "options"), SUMS[1:3])
 def test_kernels_of_sums_compile_for_amd_without_spills(model: str, options: str) -> None:
     for launch in ahead.sum_launches(sum_shape(model, f"xquant-cl:2{options}"), GPUS["MI300X"]):
         code = ahead.compiled_for_amd(launch, GPUS["MI300X"])
