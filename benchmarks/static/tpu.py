@@ -11,7 +11,7 @@ that the schedule issues matrix products faster than the unit takes them: then t
 
 step: bundles of a step outside its loops, which the above has; mostly scalars of the grid. once: bundles of a sequence
 whatever its length, which it has not. layer_us: microseconds of one layer and one sequence at 32 k context: all steps,
-what comes once, and the read of the first tile, which nothing hides.
+what comes once, and the read of the first tile, which nothing hides; cores share the sequence.
 
 basis: what keys are rebuilt from, `per_head`, `joint`, `x` (K = H) or `cl` (the running sum of xquant-cl's latents, 8
 bits); of sums, `paper` is that of X with `predict=paper`; of what is quantized, the axis of its groups. group: channels
@@ -189,7 +189,8 @@ def row(
         "memory": 1024 * moved * tpu.clock * tpu.cores / bandwidth,
     }
     unit = max(bounds, key=lambda key: bounds[key])
-    layer = (schedule.step * BLOCKS / tile + schedule.once) / tpu.clock + tile * BLOCK * moved / bandwidth
+    computed = (schedule.step * BLOCKS / tile / tpu.cores + schedule.once) / tpu.clock
+    layer = computed + tpu.cores * tile * BLOCK * moved / bandwidth
     return {
         "kernel": kernel,
         "chip": chip,

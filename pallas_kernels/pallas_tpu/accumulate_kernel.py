@@ -1,6 +1,7 @@
 """The kernel of `accumulate` for TPU; `accumulate` says how it works and hands over what it reads."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def _scales(tiling: SumTiling, first: Array, number: Array, refs: dict[str, Any]
         elif tiling.left or name == "sum":  # the matrix unit has more to do than the transposing one, or as much
             scales[name] = [unpack.apart(unpack.turned(row)) for row in given]
         else:
-            spread = _spread([row for words in given for row in unpack.apart(words)], 1)
+            spread = _spread([row for words in given for row in unpack.apart(words)], 2 * len(given), lambda row: row)
             scales[name] = list(zip(spread[::2], spread[1::2], strict=True))
     return scales
 
@@ -191,28 +192,28 @@ def _pack(tiling: SumTiling, first: Array, number: Array, slot: Array, refs: dic
     else:
         rows = []
         for scale, zero in grids:
-            rows += [*_thirds(1 / scale), zero, jnp.zeros_like(zero), jnp.zeros_like(zero)]
+            rows += [*_thirds(1 / scale), zero]
         # what is no number would be none in every row; it stays so in the scale
-        spread = _spread([jnp.where(jnp.abs(row) < jnp.inf, row, 0.0) for row in rows], 3)
+        rows = [jnp.where(jnp.abs(row) < jnp.inf, row, 0.0) for row in rows]
+        spread = _spread(rows, 2 * len(grids), lambda row: 2 * (row >> 2) + jnp.where(row & 3 == 3, 1, 0))
         to_units = list(zip(spread[::2], spread[1::2], strict=True))
     for (i, group), (block, lanes), of_unit in zip(_units(tiling), places, to_units, strict=True):
         for plane, words in enumerate(packed(_total(slot, i, group, refs), *of_unit, 8)):
             refs[f"out_sum_words{plane}"][block, :, _lanes(lanes, LANES)] = words
 
 
-def _spread(rows: list[Array], parts: int) -> list[Array]:
-    """Rows [1, 128] of numbers that bfloat16 can hold, with a token in each lane -> [128, 128] with a token in each
-    row, the same in all lanes: of every `parts` rows their sum, exactly.
+def _spread(rows: list[Array], count: int, place: Callable[[Array], Array]) -> list[Array]:
+    """Rows [1, 128] of numbers that bfloat16 can hold, with a token in each lane -> `count` arrays [128, 128] with a
+    token in each row, the same in all lanes: each the exact sum of the rows that `place` gives its number.
 
     All rows are turned around together, and a product with ones and zeros spreads each of them over lanes.
     """
     padded = -(-len(rows) // 16) * 16
     stacked = jnp.concatenate([*rows, *[jnp.zeros_like(rows[0])] * (padded - len(rows))])
-    width = len(rows) // parts * LANES
-    row, lane = (lax.broadcasted_iota(jnp.int32, (padded, width), axis) for axis in (0, 1))
-    ones = (lax.div(row, jnp.int32(parts)) == lax.div(lane, jnp.int32(LANES))).astype(jnp.bfloat16)
+    row, lane = (lax.broadcasted_iota(jnp.int32, (padded, count * LANES), axis) for axis in (0, 1))
+    ones = (place(row) == lax.div(lane, jnp.int32(LANES))).astype(jnp.bfloat16)
     spread = jnp.dot(stacked.T.astype(jnp.bfloat16), ones, preferred_element_type=jnp.float32)
-    return [spread[:, lane : lane + LANES] for lane in range(0, width, LANES)]
+    return [spread[:, lane : lane + LANES] for lane in range(0, count * LANES, LANES)]
 
 
 def _thirds(x: Array) -> list[Array]:

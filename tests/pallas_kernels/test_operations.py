@@ -294,7 +294,7 @@ LONG_SUMS = [  # tiles and ranges of Triton's are for its own tests
         (run, case)
         for run in sorted(RUNS)
         if run != "pallas_tpu-v7x"
-        for case in (SUMS[:2] if run == "pallas_tpu-v6e" else SUMS if run == "triton" else SUMS + LONG_SUMS)
+        for case in {"pallas_tpu-v6e": (SUMS[0], LONG_SUMS[1]), "triton": SUMS}.get(run, SUMS + LONG_SUMS)
         if run != "pallas_tpu-v5p" or len(case.history_blocks) % 2
     ],
     indirect=["implementation"],
