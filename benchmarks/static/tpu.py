@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,8 @@ def main() -> None:
                         case = dataclasses.replace(case, new=arguments.new_tokens)
                     rows += [found for chip in arguments.chips if (found := cost(dump, chip, case))]
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
+        arguments.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     table = Table(*rows[0])
     for found in rows:
         table.add_row(*map(str, found.values()))

@@ -15,6 +15,7 @@ for a tile, and `memory` is what arrays take that are read and written once.
 
 import argparse
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ def main() -> None:
             )
             sums.append(row)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "sums": sums}, indent=1) + "\n")
+        found = {"gpu": arguments.gpu, "versions": f"Triton {version('triton')}", "rows": rows, "sums": sums}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
