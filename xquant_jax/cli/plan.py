@@ -124,7 +124,9 @@ def remarks(planned: Plan) -> list[str]:
     if any(not row.fits for row in planned.rows):
         lines.append(f"! does not fit into {gib(planned.usable)}; its times are what they would be if it did.")
     if any(row.counted for row in planned.rows):
-        lines.append("* the history by what its kernels take, counted from their machine code; the rest is a roofline.")
+        lines.append(
+            "* history by what kernels take, where they were counted from their machine code; the rest is a roofline."
+        )
     slower: dict[tuple[str, str], list[Row]] = {}
     for row in planned.rows:
         if planned.speed(row) < 1:
