@@ -26,7 +26,7 @@ from xquant_jax.numerics.packing import BLOCK
 
 METHODS = ("bf16", "int8", "xquant:4", "xquant:4,basis=joint", "xquant:2")
 LENGTHS = (1024, 8192, 32768)
-TIMED = 32
+TIMED = 16
 """Decoded tokens per measurement."""
 
 PROMPT = 1024
@@ -143,7 +143,7 @@ def prefilling(model: xq.Model, spec: str) -> Callable[[], float]:
     return lambda: xq.generate(model, [prompt], cache=spec, max_new_tokens=1, stop_ids=[]).prefill_s
 
 
-def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int = 5) -> dict[str, float]:
+def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int = 3) -> dict[str, float]:
     """The median of each run over the rounds. One round goes through all of them, so that a machine whose speed drifts
     does not decide; the first, which compiles, is not counted."""
     times = [{name: run() for name, run in runs.items()} for _ in range(rounds + 1)][1:]
@@ -153,7 +153,7 @@ def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int = 5) -> dict[st
 def decoding(model: xq.Model, specs: Sequence[str]) -> list[dict[str, Any]]:
     """Milliseconds per token by tokens in the cache, and seconds of prefill; a row for each cache."""
     by_length = {str(n): in_turn({spec: stepping(model, spec, n) for spec in specs}) for n in LENGTHS}
-    prefill = in_turn({spec: prefilling(model, spec) for spec in specs}, rounds=3)
+    prefill = in_turn({spec: prefilling(model, spec) for spec in specs})
     return [
         {"cache": spec, **{n: times[spec] for n, times in by_length.items()}, "prefill_s": prefill[spec]}
         for spec in specs
