@@ -109,7 +109,7 @@ dispatching operations one by one, which a compiled loop does not do; the ratio 
 """
 
 
-REAL = ("bf16", "int8", "xquant:4", "xquant-cl:2")
+REAL = ("bf16", "int8", "xquant:4")
 """Caches of a real model; the first is what the others are compared with."""
 
 SECTIONS = {

@@ -199,7 +199,9 @@ def test_what_the_kernel_cannot_take_is_said() -> None:
     assert "head dimension 32 is neither 64 nor a multiple of 128" in (refusal(dim=32) or "")
     assert "up to 16 new tokens, and these are 17" in (refusal(new=17) or "")
     assert "groups of 32 tokens" in (refusal(group=32) or "")
-    assert "groups of 64 channels; it takes multiples of 128: choose group=128" in (refusal(axis="token", group=64) or "")
+    assert "groups of 64 channels; it takes multiples of 128: choose group=128" in (
+        refusal(axis="token", group=64) or ""
+    )
     assert "is not quantized" in (refusal(bits=16) or "")
     assert "3 key/value heads of dimension 64 are 192 channels, no multiple of 128" in (refusal(width=192) or "")
     with target.compiling_for("tpu", "TPU v5p"):

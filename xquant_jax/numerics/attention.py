@@ -84,9 +84,10 @@ def attend(
         q = rope.rotate(q, *rope.turned(ahead, rope.rotation(first - origin[:, None, None], geometry.frequencies)))
         k = rope.rotate(k, *rope.rotation(numbers[:, None], geometry.frequencies))
 
-    by_head = (((4,), (3,)), ((0, 1), (0, 1)))
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, dim)
-    score = lax.dot_general(grouped, k, by_head, preferred_element_type=jnp.float32)  # [B, K, G, T, S]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, *([length] if length > 1 else []), dim)
+    by_head = (((grouped.ndim - 1,), (3,)), ((0, 1), (0, 1)))  # with an axis of one token, XLA would transpose all keys
+    score = lax.dot_general(grouped, k, by_head, preferred_element_type=jnp.float32)
+    score = score.reshape(batch, kv_heads, heads // kv_heads, length, keys)
     score = jnp.where(mask[:, None, None], score * geometry.scale, -jnp.inf)
     top = jnp.maximum(score.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(score - top)

@@ -8,6 +8,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from xquant_jax.errors import ConfigError
@@ -138,8 +139,17 @@ def rotate(
     x: Float[Array, "*rest d"], cos: Float[Array, "*#rest half"], sin: Float[Array, "*#rest half"]
 ) -> Float[Array, "*rest d"]:
     """Rotates pairs (i, i + d/2) of the last axis; computed in float32, returned in x's type."""
+
+    def joined(first: Array, second: Array) -> Array:
+        return jnp.concatenate([first, second], axis=-1)
+
+    def stacked(first: Array, second: Array) -> Array:
+        return jnp.stack([first, second], axis=-2).reshape(*first.shape[:-1], -1)
+
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    halves = first * cos - second * sin, second * cos + first * sin
+    # the same, but XLA for CPU computes only what is stacked in one loop, and XLA for TPU copies it
+    return lax.platform_dependent(*halves, cpu=stacked, default=joined).astype(x.dtype)
 
 
 def rotate_heads(
