@@ -219,11 +219,9 @@ def _attend_recent(q: Float[Array, "B T H d"], layer_cache: LayerCache, geometry
     if sink := layer_cache.sink():
         vectors = {name: jnp.concatenate([sink[name], new], axis=1) for name, new in vectors.items()}
         kept = jnp.arange(layer_cache.segment.method.sink)[None]
-        there = ((layer_cache.history_blocks > 0) & (layer_cache.first_block == 0))[:, None]
-        numbers, exists = (
-            jnp.concatenate([jnp.broadcast_to(a, (q.shape[0], a.shape[1])) for a in both], axis=1)
-            for both in ((kept - origin[:, None], numbers), (there & (kept >= 0), exists))
-        )
+        there = (layer_cache.history_blocks > 0) & (layer_cache.first_block == 0)
+        numbers = jnp.concatenate([kept - origin[:, None], jnp.broadcast_to(numbers, exists.shape)], axis=1)
+        exists = jnp.concatenate([jnp.broadcast_to(there[:, None], (len(there), kept.shape[1])), exists], axis=1)
     vectors = {name: own.astype(q.dtype) for name, own in vectors.items()}
     return attention.attend(q, *keys_values(vectors), geometry, origin=origin, numbers=numbers, exists=exists)
 
