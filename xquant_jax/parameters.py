@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from xquant_jax.config import ModelConfig
 
 Tree = dict[str, Any]  # nested dicts of arrays
+Layers = Tree | tuple[Tree, ...]  # arrays with the leading axis L, or each layer's own
 
 KERNEL = jax.nn.initializers.lecun_normal()
 EMBEDDING = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
@@ -119,3 +121,20 @@ def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + name] = node
     return leaves
+
+
+def layer_name(index: int) -> str:
+    """Where the parameters of a layer are, if those of all layers are not stacked."""
+    return f"layers_{index}"
+
+
+def layers_of(params: Mapping[str, Any]) -> Layers:
+    """The layers of a transformer's parameters."""
+    if "layers" in params:
+        return params["layers"]
+    return tuple(params[layer_name(i)] for i in range(sum(name.startswith(layer_name(0)[:-1]) for name in params)))
+
+
+def stacked(layers: Layers) -> Tree:
+    """The arrays of all layers as one, with the leading axis L; they themselves if they are."""
+    return jax.tree.map(lambda *own: jnp.stack(own), *layers) if isinstance(layers, tuple) else layers

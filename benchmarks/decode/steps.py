@@ -14,8 +14,10 @@ from benchmarks.decode.order import KERNELS, LLAMA_3, SMALL, TINY
 from benchmarks.models import config_of
 from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.config import ModelConfig
+from xquant_jax.model import factors
 from xquant_jax.model.transformer import forward
 from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.parameters import layers_of, stacked
 
 STEPS = 12  # fewer than fill a window
 
@@ -35,7 +37,9 @@ class StepRow:
         config = config_of(self.model)
         transformer, params = random_model(self.model)
         cache_config = xq.CacheConfig.parse(self.cache)
-        method_params = cache_config.method_params(random_factors(config, params))
+        method_params = factors.method_params(
+            random_factors(config, params), cache_config, None, scan_layers=transformer.scan_layers
+        )
         cache = xq.allocate(
             cache_config,
             config,
@@ -84,9 +88,9 @@ def filled_up(a: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=1)  # of all steps: drawing 16 GB takes longer than they do
 def random_model(model: str) -> tuple[xq.Transformer, Any]:
-    """A transformer and its parameters."""
-    config = config_of(model)
-    transformer, tokens = xq.Transformer(config), jnp.zeros((1, 1), jnp.int32)
+    """A transformer, as `load` makes it, and its parameters."""
+    config, tokens = config_of(model), jnp.zeros((1, 1), jnp.int32)
+    transformer = xq.Transformer(config, scan_layers=jax.default_backend() != "gpu")
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), tokens, method="score")["params"])
     leaves, tree = jax.tree.flatten(shapes)
     dtype = jnp.dtype(config.dtype)
@@ -112,4 +116,4 @@ def random_factors(config: ModelConfig, params: Any) -> FactorSource:
     def calibrated(need: Any) -> dict[str, Any]:
         raise xq.ConfigError(f"{need.cache} needs calibration, and random weights have none; choose another cache")
 
-    return FactorSource(config, params["layers"], svd, calibrated)
+    return FactorSource(config, stacked(factors.needed(layers_of(params))), svd, calibrated)

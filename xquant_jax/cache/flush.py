@@ -14,6 +14,7 @@ from xquant_jax.cache.state import Cache, pad, window_room
 from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks, allocate_blocks
+from xquant_jax.parameters import stacked
 
 
 def flush(cache: Cache, method_params: tuple[Any, ...]) -> Cache:
@@ -44,7 +45,7 @@ def _quantize_whole_blocks(cache: Cache, method_params: tuple[Any, ...]) -> tupl
 
     On a mesh every device gathers the windows, layer after layer, and keeps the blocks that are its own.
     """
-    specs = cache_specs(cache)
+    specs, method_params = cache_specs(cache), tuple(map(stacked, method_params))
     histories = tuple(segment.history for segment in specs.segments)
     of_params = cache.partition.stacked_params(method_params)
     return sharding.on_shards(_quantize_own_blocks, (specs, of_params), histories)(cache, method_params)

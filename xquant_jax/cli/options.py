@@ -65,6 +65,12 @@ def add_options(
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
     parser.add_argument("--context", type=int, help=f"tokens of {context}")
     parser.add_argument(
+        "--scan-layers",
+        action=argparse.BooleanOptionalAction,
+        help="compile a loop over the layers, or (the default on GPUs) one after another: slower to compile, and there "
+        "faster to run",
+    )
+    parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="of xquant calibrate (default: the model's own)"
     )
 
@@ -82,7 +88,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(arguments: argparse.Namespace, mesh: Mesh | None = None) -> Model:
     """The model that the options name."""
-    given = {name: getattr(arguments, name) for name in ("dtype", "calibration", "context")}
+    given = {name: getattr(arguments, name) for name in ("dtype", "calibration", "context", "scan_layers")}
     if given["context"] is not None and given["context"] < 1:
         raise ConfigError(f"--context {given['context']} is not possible; choose 1 or more")
     return load(arguments.model, **given, mesh=mesh)

@@ -27,6 +27,7 @@ from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks, allocate_blocks
+from xquant_jax.parameters import layers_of, stacked
 
 Run = tuple[int, tuple[Method, ...]]
 """Layers that are built alike: how many there are, and what each way of storing them is."""
@@ -161,7 +162,7 @@ def _layer(
     def attend(*inputs: Array) -> tuple[Array, Any]:
         return lax.switch(way, branches, *inputs)
 
-    return layers.layer(jax.tree.map(pick, params["layers"]), h, attend, c)
+    return layers.layer(jax.tree.map(pick, stacked(layers_of(params))), h, attend, c)
 
 
 def _attend_exactly(

@@ -27,7 +27,9 @@ from xquant_jax.cache.partition import PER_HEAD_PARAMS, partition_of
 from xquant_jax.config import ModelConfig
 from xquant_jax.model.weights import stack_layers
 from xquant_jax.numerics import bases
-from xquant_jax.parameters import Tree, build_tree, leaves_of
+from xquant_jax.parameters import Layers, Tree, build_tree, leaves_of, stacked
+
+NEEDED = ("attention_norm", "key", "value", "key_norm")
 
 
 class Kept:
@@ -53,31 +55,32 @@ class Origin:
     arrays: tuple[weakref.ref[jax.Array], ...]
 
     @classmethod
-    def of(cls, checkpoint: Any, layers: Tree) -> "Origin":
+    def of(cls, checkpoint: Any, layers: Layers) -> "Origin":
         """layers: the parameters of all layers, as they were loaded from the checkpoint"""
-        return cls(checkpoint, tuple(weakref.ref(array) for array in leaves_of(_factorized(layers)).values()))
+        return cls(checkpoint, tuple(map(weakref.ref, jax.tree.leaves(_factorized(layers)))))
 
-    def holds(self, layers: Tree) -> bool:
+    def holds(self, layers: Layers) -> bool:
         """Whether these are the arrays that were loaded, not others that have taken their place."""
-        arrays = leaves_of(_factorized(layers)).values()
-        return all(own() is array for own, array in zip(self.arrays, arrays, strict=True))
+        arrays = jax.tree.leaves(_factorized(layers))
+        return len(arrays) == len(self.arrays) and all(own() is a for own, a in zip(self.arrays, arrays, strict=True))
 
-    def moved(self, layers: Tree, placed: Tree) -> "Origin":
+    def moved(self, layers: Layers, placed: Layers) -> "Origin":
         """The origin of `placed`, which are `layers` on other devices."""
         return Origin.of(self.checkpoint, placed) if self.holds(layers) else self
 
-    def has_factors(self, layers: Tree) -> bool:
+    def has_factors(self, layers: Layers) -> bool:
         """Whether the checkpoint holds the factors of these arrays: it was converted, they were loaded from it, and
         none was rounded to a narrower type."""
         if not isinstance(self.checkpoint, ConvertedCheckpoint) or not self.holds(layers):
             return False
-        stored, loaded = (leaves_of(_factorized(tree)) for tree in (self.checkpoint.layer(0), layers))
+        any_layer = layers[0] if isinstance(layers, tuple) else layers  # for the types
+        stored, loaded = (leaves_of(_factorized(tree)) for tree in (self.checkpoint.layer(0), any_layer))
         return all(np.can_cast(stored[path].dtype, a.dtype) for path, a in loaded.items())
 
 
 def factor_source(
     config: ModelConfig,
-    layers: Tree,
+    layers: Layers,
     calibrated: Callable[[Need], dict[str, Any]],
     *,
     origin: Origin | None = None,
@@ -86,14 +89,14 @@ def factor_source(
 ) -> FactorSource:
     """Where cache methods find the matrices that they multiply with.
 
-    layers: the parameters of all layers, each array with the leading axis L
+    layers: the parameters of all layers
     calibrated: as in `FactorSource`
     origin: where they were loaded from, if they were
     mesh: devices that they are spread over; process 0 computes for all, as others might find other signs
     kept: takes in the stacks of factors, one of each kind, which serve all that ask for as many layers or fewer
     """
     kept = kept or Kept()
-    dtype = layers["key"]["kernel"].dtype.name
+    dtype = jax.tree.leaves(layers)[0].dtype.name
 
     def svd(kind: FactorKind, *, folded: bool = False, number: int | None = None, balanced: bool = False) -> Tree:
         wanted = number or config.num_layers
@@ -108,23 +111,44 @@ def factor_source(
         key = ("svd", kind, folded, balanced)
         return kept.get(key, compute, lambda found: len(jax.tree.leaves(found)[0]) >= wanted)
 
-    return FactorSource(config, layers, svd, calibrated)
+    return FactorSource(config, stacked(needed(layers)), svd, calibrated)
 
 
-def method_params(source: FactorSource, cache_config: CacheConfig, mesh: Mesh | None) -> tuple[Any, ...]:
-    """`CacheConfig.method_params`, on a mesh where the cache needs them."""
+def needed(layers: Layers) -> Layers:
+    """What cache methods multiply with, of the parameters of all layers."""
+    if isinstance(layers, tuple):
+        return tuple(needed(own) for own in layers)  # pyright: ignore[reportReturnType]
+    return {name: tree for name, tree in layers.items() if name in NEEDED}
+
+
+def method_params(
+    source: FactorSource, cache_config: CacheConfig, mesh: Mesh | None, *, scan_layers: bool = True
+) -> tuple[Any, ...]:
+    """`CacheConfig.method_params`, on a mesh where the cache needs them; without `scan_layers` each layer's apart."""
     if mesh is None:
-        return cache_config.method_params(source)
-    with sharding.using(mesh):
-        partition = partition_of(cache_config, source.config)
-    found = cache_config.method_params(source if partition.channels else _whole(source, mesh))
-    return sharding.place(found, partition.stacked_params(found), mesh)
+        found = cache_config.method_params(source)
+    else:
+        with sharding.using(mesh):
+            partition = partition_of(cache_config, source.config)
+        found = cache_config.method_params(source if partition.channels else _whole(source, mesh))
+        found = sharding.place(found, partition.stacked_params(found), mesh)
+    return found if scan_layers else _apart(found, cache_config, source.config)
 
 
-def layer_on_host(layers: Tree, mesh: Mesh | None, index: int) -> Tree:
+def _apart(found: tuple[Tree, ...], cache_config: CacheConfig, config: ModelConfig) -> tuple[tuple[Tree, ...], ...]:
+    """Of every segment the trees of its layers, with that of its first in the places of the layers before."""
+    segments, start = [], 0
+    for (_, number), tree in zip(cache_config.segments(config), found, strict=True):
+        own = [_pick(tree, start + i) for i in range(number)]
+        segments.append((*[own[0]] * start, *own))
+        start += number
+    return tuple(segments)
+
+
+def layer_on_host(layers: Layers, mesh: Mesh | None, index: int) -> Tree:
     """The arrays of one layer that factors are made of, whole, as numpy arrays. Every process of a mesh must call it
     at the same time."""
-    own = _pick(_factorized(layers), index)
+    own = _factorized(layers[index]) if isinstance(layers, tuple) else _pick(_factorized(layers), index)
     return jax.tree.map(np.asarray, sharding.place(own, sharding.P(), mesh))
 
 
@@ -133,7 +157,9 @@ def _pick(layers: Tree, index: Any) -> Tree:
     return jax.tree.map(partial(lax.dynamic_index_in_dim, index=index, keepdims=False), layers)
 
 
-def _factorized(layers: Tree) -> Tree:
+def _factorized(layers: Any) -> Any:
+    if isinstance(layers, tuple):
+        return tuple(map(_factorized, layers))
     leaves = leaves_of(layers)
     return build_tree((path, leaves[path]) for path in FACTORIZED)
 
@@ -144,7 +170,7 @@ def _read(checkpoint: ConvertedCheckpoint, config: ModelConfig, mesh: Mesh | Non
     return checkpoint.factors(kind, i, sharding=to)
 
 
-def _compute(config: ModelConfig, layers: Tree, mesh: Mesh | None, kind: FactorKind, folded: bool, i: int) -> Tree:
+def _compute(config: ModelConfig, layers: Layers, mesh: Mesh | None, kind: FactorKind, folded: bool, i: int) -> Tree:
     """Factors of one layer from its parameters, float32."""
     weights = layer_on_host(layers, mesh, i)
     if jax.process_index() == 0 or mesh is None:
@@ -175,6 +201,5 @@ def _specs(kind: FactorKind, config: ModelConfig) -> Tree:
 def _whole(source: FactorSource, mesh: Mesh) -> FactorSource:
     """On a mesh, a source of what every device has whole."""
     whole = partial(sharding.place, specs=sharding.P(), mesh=mesh)
-    names = ("key", "value", "key_norm", "attention_norm")
-    layers = {name: whole(tree) for name, tree in source.layers.items() if name in names}
+    layers = {name: whole(tree) for name, tree in source.layers.items()}
     return dataclasses.replace(source, layers=layers, svd=lambda *kind, **which: whole(source.svd(*kind, **which)))

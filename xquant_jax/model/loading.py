@@ -29,6 +29,7 @@ from xquant_jax.model.factors import Kept, Origin, factor_source, layer_on_host,
 from xquant_jax.model.tokenizer import Tokenizer
 from xquant_jax.model.transformer import Transformer
 from xquant_jax.model.weights import parameter_specs, read_parameters
+from xquant_jax.parameters import Layers, layers_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -62,6 +63,11 @@ class Model:
         return self.transformer.config
 
     @property
+    def layers(self) -> Layers:
+        """The parameters of all layers."""
+        return layers_of(self.params)
+
+    @property
     def checkpoint(self) -> Any:
         """What the model was loaded from: a `converters.Checkpoint`."""
         return self.origin.checkpoint
@@ -86,8 +92,9 @@ class Model:
         mesh = sharding.checked(mesh)
         if self.mesh is None:
             sharding.check_model(self.config, mesh)
-            params = sharding.place(self.params, parameter_specs(self.config), mesh)
-            origin = self.origin.moved(self.params["layers"], params["layers"])
+            specs = parameter_specs(self.config, scan_layers=self.transformer.scan_layers)
+            params = sharding.place(self.params, specs, mesh)
+            origin = self.origin.moved(self.layers, layers_of(params))
             return dataclasses.replace(self, params=params, origin=origin, mesh=mesh)
         if mesh != self.mesh:
             raise ConfigError(f"the model lies on {self.mesh}, not on {mesh}; load it with mesh=... of the one to use")
@@ -98,7 +105,7 @@ class Model:
         """Where cache methods find the matrices that they multiply with."""
         return factor_source(
             self.config,
-            self.params["layers"],
+            self.layers,
             self.calibrated,
             origin=self.origin,
             mesh=self.mesh,
@@ -109,7 +116,8 @@ class Model:
         """`CacheConfig.method_params`, on a mesh where the cache needs them; of the last cache they are kept."""
 
         def compute() -> tuple[CacheConfig, tuple[Any, ...]]:
-            return cache_config, method_params(self.source, cache_config, self.mesh)
+            scan_layers = self.transformer.scan_layers
+            return cache_config, method_params(self.source, cache_config, self.mesh, scan_layers=scan_layers)
 
         return self._kept.get("method_params", compute, lambda found: found[0] == cache_config)[1]
 
@@ -117,7 +125,7 @@ class Model:
     def fingerprint(self) -> str:
         """Of some of the weights: whose calibration a file holds. Before they were rounded to the model's type, where
         they are still those of the checkpoint."""
-        layers = self.params["layers"]
+        layers = self.layers
         layer = self.checkpoint.layer if self.origin.holds(layers) else partial(layer_on_host, layers, self.mesh)
         return self._kept.get("fingerprint", lambda: fingerprint(layer, self.config.num_layers))
 
@@ -153,7 +161,7 @@ class Model:
 
     def _of_other_weights(self) -> bool:
         """Whether these weights have taken the place of those that the calibration file is of."""
-        return not self.origin.holds(self.params["layers"])
+        return not self.origin.holds(self.layers)
 
 
 def load(
@@ -164,6 +172,7 @@ def load(
     calibration: str | Path | None = None,
     context: int | None = None,
     mesh: Mesh | None = None,
+    scan_layers: bool | None = None,
 ) -> Model:
     """Loads a converted directory, a Hugging Face directory, or `"demo"`, the model that ships with the package.
 
@@ -176,6 +185,9 @@ def load(
     context: tokens of the longest sequence that will be run, prompt and answer together, for models whose RoPE depends
         on it (`longrope`); by default what such a model was first trained on
     mesh: devices to spread the weights over (`make_mesh`); every process reads its own devices' shards only
+    scan_layers: whether compiled programs loop over the layers, whose weights are then stacked, or have them one after
+        another, which takes longer to compile; by default they loop, but on GPUs, where XLA would copy each layer's
+        weights out of the stack for every token
 
     Raises `CheckpointError` for files that are missing or inconsistent, `ConfigError` for a model that is not
     supported.
@@ -200,9 +212,11 @@ def load(
         sharding.check_model(config, mesh)
     tokenizer, settings = directory / "tokenizer.json", directory / "generation_config.json"
     generation_config = read_json(settings) if settings.exists() else {}
-    params = read_parameters(checkpoint, dtype, mesh)
+    if scan_layers is None:
+        scan_layers = jax.default_backend() != "gpu"
+    params = read_parameters(checkpoint, dtype, mesh, scan_layers=scan_layers)
     return Model(
-        transformer=Transformer(config),
+        transformer=Transformer(config, scan_layers),
         implementation=implementation,
         params=params,
         tokenizer=Tokenizer.from_file(tokenizer) if tokenizer.exists() else None,
@@ -210,7 +224,7 @@ def load(
         generation_config=generation_config,
         stop_ids=_stop_ids(generation_config, checkpoint),
         dtype=dtype,
-        origin=Origin.of(checkpoint, params["layers"]),
+        origin=Origin.of(checkpoint, layers_of(params)),
         calibration=Path(calibration) if calibration is not None else directory / FILE,
         mesh=mesh,
     )

@@ -1,6 +1,6 @@
-"""The transformer: embedding, layers under `lax.scan`, final norm, logits; with a cache or without.
+"""The transformer: embedding, layers, final norm, logits; with a cache or without.
 
-The cache is read inside the layer scan and written after it: the stacked history enters as a constant plus the
+The cache is read inside the loop over layers and written after it: the stacked history enters as a constant plus the
 layer's index, and only the new tokens' vectors travel out.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -25,20 +26,32 @@ from xquant_jax.config import ModelConfig
 from xquant_jax.model import layers
 from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Part
-from xquant_jax.parameters import build_tree, initialize, layer_parameters, outer_parameters
+from xquant_jax.parameters import build_tree, initialize, layer_name, layer_parameters, outer_parameters, stacked
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer. It owns the parameters and nothing else: the rows of `xquant_jax.parameters`, those of
-    all layers stacked under `layers` with the leading axis L. What it does with them is in `model.layers`."""
+    """Decoder-only transformer. It owns the parameters and nothing else: the rows of `xquant_jax.parameters`. What it
+    does with them is in `model.layers`.
+
+    scan_layers: the layers are one loop of a compiled program, their arrays stacked under `layers` with the leading
+        axis L. False: they follow one another, and each has arrays of its own, under `layers_0`, `layers_1` and so on.
+        That takes longer to compile, and XLA for GPUs does not copy a layer's arrays out of a stack before every use.
+    """
 
     config: ModelConfig
+    scan_layers: bool = True
 
     def setup(self) -> None:
         c = self.config
         outer = build_tree((row.path, row) for row in outer_parameters(c))
+        if self.scan_layers:
+            of_layers = self.param("layers", _initialize_layers, c)
+        else:
+            rows = build_tree((row.path, row) for row in layer_parameters(c))
+            names = (layer_name(i) for i in range(c.num_layers))
+            of_layers = stacked(tuple(self.param(name, initialize, rows, c.dtype) for name in names))
         self.weights = {part: self.param(part, initialize, rows, c.dtype) for part, rows in outer.items()} | {
-            "layers": self.param("layers", _initialize_layers, c)
+            "layers": of_layers
         }
 
     def __call__(
@@ -70,7 +83,7 @@ class Transformer(nn.Module):
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
         h = sharding.constrain(layers.embed(self.weights, tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
         start, emitted, running_sum = 0, [], cache.running_sum
-        for segment, segment_params in zip(cache.segments, method_params, strict=True):
+        for segment, segment_params in zip(cache.segments, map(stacked, method_params), strict=True):
 
             def layer(carry: Any, number: Array, segment=segment, method_params=segment_params, start=start) -> Any:
                 h, running_sum = carry
@@ -81,7 +94,7 @@ class Transformer(nn.Module):
                 )
                 return (h, running_sum), new
 
-            (h, running_sum), new = lax.scan(layer, (h, running_sum), jnp.arange(segment.num_layers))
+            (h, running_sum), new = self._over_layers(layer, (h, running_sum), np.arange(segment.num_layers))
             start += segment.num_layers
             emitted.append(new)
         return h, append(dataclasses.replace(cache, running_sum=running_sum), tuple(emitted), counts)
@@ -112,7 +125,7 @@ class Transformer(nn.Module):
         def attend(segment: Segment, method_params: Any, cache: Cache, q: Array) -> Part:
             geometry = layers.geometry(c, cache.lengths[:, None], layers.sliding_windows(c)[0])
             layer_cache = LayerCache.of(cache, segment, jnp.int32(0), cache.running_sum)
-            own = jax.tree.map(lambda a: a[0], method_params)
+            own = jax.tree.map(lambda a: a[0], stacked(method_params))
             return attend_stored(own, q, layer_cache, geometry, c, cache)[0]
 
         names: set[str] = set()
@@ -156,7 +169,7 @@ class Transformer(nn.Module):
             return layers.layer(params, h, attend, c)
 
         h, xs = layers.embed(self.weights, tokens), (self.weights["layers"], layers.sliding_windows(c), shifts)
-        return lax.scan(jax.checkpoint(layer), h, xs)
+        return self._over_layers(jax.checkpoint(layer), h, xs)
 
     def run_layers(
         self, tokens: Int[Array, "B T"], runs: Sequence[tuple[int, Any]], carry: Any
@@ -180,9 +193,19 @@ class Transformer(nn.Module):
                 own = partial(attend, number, layers.geometry(c, positions, pick(layers.sliding_windows(c))), carry)
                 return layers.layer(jax.tree.map(pick, self.weights["layers"]), h, own, c), None
 
-            (h, carry), _ = lax.scan(layer, (h, carry), start + jnp.arange(count))
+            (h, carry), _ = self._over_layers(layer, (h, carry), start + np.arange(count))
             start += count
         return h
+
+    def _over_layers(self, layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+        """`lax.scan` over the layers, or the same written out: XLA then knows which layer is picked from a stack."""
+        if self.scan_layers:
+            return lax.scan(layer, carry, xs)
+        emitted = []
+        for i in range(len(jax.tree.leaves(xs)[0])):
+            carry, own = layer(carry, jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), xs))
+            emitted.append(own)
+        return carry, jax.tree.map(lambda *own: jnp.stack(own), *emitted)
 
 
 def _initialize_layers(key: Array, config: ModelConfig) -> Any:

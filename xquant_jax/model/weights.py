@@ -18,26 +18,43 @@ from jaxtyping import Array
 from converters.finite import all_finite
 from xquant_jax.config import ModelConfig
 from xquant_jax.errors import CheckpointError
-from xquant_jax.parameters import Parameter, build_tree, layer_parameters, outer_parameters
+from xquant_jax.parameters import (
+    Layers,
+    Parameter,
+    build_tree,
+    layer_name,
+    layer_parameters,
+    layers_of,
+    outer_parameters,
+)
 from xquant_jax.sharding.rules import RULES
 
 
-def read_parameters(checkpoint: Any, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The parameters of the transformer, those of all layers stacked under `layers`."""
+def read_parameters(
+    checkpoint: Any, dtype: str, mesh: Mesh | None = None, *, scan_layers: bool = True
+) -> dict[str, Any]:
+    """The parameters of the transformer."""
     config = checkpoint.model_config
     if mesh is None:
         outer, layer = checkpoint.outer(), checkpoint.layer
     else:
         outer = checkpoint.outer(sharding=_shardings(outer_parameters(config), mesh))
         layer = partial(checkpoint.layer, sharding=_shardings(layer_parameters(config), mesh))
-    outer = jax.tree.map(jnp.asarray, cast(outer, dtype))
-    return {**outer, "layers": stack_layers(config.num_layers, layer, dtype)}
+    params = jax.tree.map(jnp.asarray, cast(outer, dtype))
+    if scan_layers:
+        return params | {"layers": stack_layers(config.num_layers, layer, dtype)}
+    for i in range(config.num_layers):
+        params[layer_name(i)] = jax.tree.map(jnp.asarray, cast(layer(i), dtype))
+    return params
 
 
-def parameter_specs(config: ModelConfig) -> dict[str, Any]:
+def parameter_specs(config: ModelConfig, *, scan_layers: bool = True) -> dict[str, Any]:
     """The partition of every parameter that `read_parameters` returns."""
-    layer = build_tree((row.path, P(None, *parameter_spec(row))) for row in layer_parameters(config))
-    return {**build_tree((row.path, parameter_spec(row)) for row in outer_parameters(config)), "layers": layer}
+    specs = build_tree((row.path, parameter_spec(row)) for row in outer_parameters(config))
+    layer = build_tree((row.path, parameter_spec(row)) for row in layer_parameters(config))
+    if scan_layers:
+        return specs | {"layers": jax.tree.map(lambda spec: P(None, *spec), layer, is_leaf=lambda x: isinstance(x, P))}
+    return specs | {layer_name(i): layer for i in range(config.num_layers)}
 
 
 def parameter_spec(parameter: Parameter) -> P:
@@ -97,20 +114,31 @@ def _finite(a: jax.Array) -> jax.Array:
 
 
 def weights_checksum(params: Any) -> int:
-    """32 bits that depend on every bit of all parameters and its place, however they are split over devices."""
+    """32 bits that depend on every bit of all parameters and its place, however they are split over devices and whether
+    layers are stacked or not."""
 
-    def mixed(a: Array) -> Array:
-        """A word of each number and its place, mixed by the finalizer of MurmurHash3 (Appleby)."""
+    def mixed(a: Array, first: int = 0) -> Array:
+        """The sum over a word of each number and its place, mixed by the finalizer of MurmurHash3 (Appleby).
+
+        first: the number of the first layer, where the leading axis is that of layers
+        """
         x = lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}").astype(jnp.uint32)
         for axis in range(a.ndim):
-            x = x * jnp.uint32(0x9E3779B1) + lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+            place = lax.broadcasted_iota(jnp.uint32, a.shape, axis) + jnp.uint32(0 if axis else first)
+            x = x * jnp.uint32(0x9E3779B1) + place
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             x = (x ^ (x >> shift)) * jnp.uint32(factor)
-        return x ^ (x >> 16)
+        return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
 
     @jax.jit
-    def total(params: Any) -> Array:
-        parts = [jnp.sum(mixed(a), dtype=jnp.uint32) for a in jax.tree.leaves(params)]
+    def total(outer: Any, layers: Layers) -> Array:
+        parts = [mixed(a) for a in jax.tree.leaves(outer)]
+        if isinstance(layers, tuple):
+            by_leaf = zip(*map(jax.tree.leaves, layers), strict=True)
+            parts += [sum((mixed(a[None], i) for i, a in enumerate(own)), start=jnp.uint32(0)) for own in by_leaf]
+        else:
+            parts += [mixed(a) for a in jax.tree.leaves(layers)]
         return sum((part * jnp.uint32(2 * i + 1) for i, part in enumerate(parts)), start=jnp.uint32(0))
 
-    return int(total(params))
+    outer = {name: part for name, part in params.items() if not name.startswith("layers")}
+    return int(total(outer, layers_of(params)))

@@ -25,9 +25,9 @@ def size(tree: Any) -> int:
 
 
 @lru_cache
-def parameter_shapes(config: ModelConfig) -> Any:
+def parameter_shapes(config: ModelConfig, *, scan_layers: bool = True) -> Any:
     """The parameter tree, as shapes."""
-    model, tokens = Transformer(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    model, tokens = Transformer(config, scan_layers), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(lambda t: model.init(jax.random.key(0), t, method="score")["params"], tokens)
 
 

@@ -23,7 +23,8 @@ from xquant_jax.numerics.quantization import StreamSpec
 class FactorSource:
     """Where a method finds the matrices that it multiplies with.
 
-    layers: the transformer's own parameters of all layers; every leaf has the leading axis L
+    layers: the transformer's own norms before attention, and what it makes keys and values with; every leaf has the
+        leading axis L
     svd: (kind, *, folded=False, number=None, balanced=False) -> factors of their key and value weights, `joint`,
         `per_head` or `kv`, with a leading axis of at least the first `number` layers (None: all); folded: of the
         weights with the attention norm's scale multiplied into them; balanced: as `numerics.bases.balanced` turns them
