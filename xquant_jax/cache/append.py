@@ -1,6 +1,7 @@
 """Writing new tokens' vectors into the windows."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,7 @@ def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], 
     segments = tuple(
         dataclasses.replace(
             segment,
-            window={
-                name: _extend(window, vectors[name], cache.window_lengths, counts, cache.partition)
-                for name, window in segment.window.items()
-            },
+            window=_extend(segment.window, vectors, cache.window_lengths, counts, cache.partition),
         )
         for segment, vectors in zip(cache.segments, new, strict=True)
     )
@@ -65,15 +63,15 @@ def _new_tokens_axes(partition: CachePartition, length: int) -> Axes:
 
 
 def _extend(
-    window: Float[Array, "L B W C"],
-    vectors: Float[Array, "L B T C"],
+    windows: dict[str, Float[Array, "L B W _C"]],
+    vectors: dict[str, Float[Array, "L B T _C"]],
     window_lengths: Int[Array, " B"],
     counts: Int[Array, " B"],
     partition: CachePartition,
-) -> Float[Array, "L B _wide C"]:
-    """The window with `counts` of the vectors behind its `window_lengths`, made wider where they do not fit."""
-    length, room = vectors.shape[2], window_room(vectors.shape[2], partition)
-    split = _new_tokens_axes(partition, length)
+) -> dict[str, Float[Array, "L B _wide _C"]]:
+    """The windows with `counts` of the vectors behind their `window_lengths`, made wider where they do not fit."""
+    length, places = (next(iter(arrays.values())).shape[2] for arrays in (vectors, windows))
+    room, split = window_room(length, partition), _new_tokens_axes(partition, length)
 
     def write(window: Array, vectors: Array, window_lengths: Array, counts: Array) -> Array:
         """Into the places that exist: a few at once, for all layers."""
@@ -84,33 +82,38 @@ def _extend(
         vectors = sharding.gather(vectors, split, axis=2)
         return window.at[:, rows, jnp.where(exists, places, width)].set(vectors.astype(window.dtype), mode="drop")
 
-    def widen(window: Array, vectors: Array, window_lengths: Array, counts: Array) -> Array:
+    def widen(
+        window: Float[Array, "*L B W C"], vectors: Float[Array, "*L B T C"], window_lengths: Array
+    ) -> Float[Array, "*L B _own C"]:
         """Into a wider window, all of a sequence at once: what lies behind the first `counts` means nothing."""
-        devices = sharding.devices_along(partition.blocks)
-        own = room // devices
+        own = room // sharding.devices_along(partition.blocks)
+        window = pad(sharding.gather(window, partition.blocks, axis=window.ndim - 2), room)
+        vectors = sharding.gather(vectors, split, axis=vectors.ndim - 2).astype(window.dtype)
+        outer = (0,) * (window.ndim - 3)
 
-        def layers(window: Float[Array, "*L B W C"], vectors: Float[Array, "*L B T C"]) -> Float[Array, "*L B _own C"]:
-            window = pad(sharding.gather(window, partition.blocks, axis=window.ndim - 2), room)
-            vectors = sharding.gather(vectors, split, axis=vectors.ndim - 2).astype(window.dtype)
-            outer = (0,) * (window.ndim - 3)
+        def sequence(b: Array, window: Array) -> Array:
+            new = lax.dynamic_slice_in_dim(vectors, b, 1, axis=-3)
+            return lax.dynamic_update_slice(window, new, (*outer, b, window_lengths[b], 0))
 
-            def sequence(b: Array, window: Array) -> Array:
-                new = lax.dynamic_slice_in_dim(vectors, b, 1, axis=-3)
-                return lax.dynamic_update_slice(window, new, (*outer, b, window_lengths[b], 0))
+        wide = lax.fori_loop(0, window.shape[-3], sequence, window)
+        return lax.dynamic_slice_in_dim(wide, own * sharding.shard_index(partition.blocks), own, axis=-2)
 
-            wide = lax.fori_loop(0, window.shape[-3], sequence, window)
-            return lax.dynamic_slice_in_dim(wide, own * sharding.shard_index(partition.blocks), own, axis=-2)
+    def extend(windows: Any, vectors: Any, window_lengths: Array, counts: Array) -> Any:
+        if places >= room:
+            return jax.tree.map(lambda w, v: write(w, v, window_lengths, counts), windows, vectors)
 
-        if devices == 1:
-            return layers(window, vectors)
-        return lax.map(lambda both: layers(*both), (window, vectors))  # what is gathered stays small
+        def widen_all(both: tuple[Any, Any]) -> Any:
+            return jax.tree.map(lambda w, v: widen(w, v, window_lengths), *both)
+
+        if sharding.devices_along(partition.blocks) == 1:
+            return widen_all((windows, vectors))
+        return lax.map(widen_all, (windows, vectors))  # what is gathered stays small
 
     batch = sharding.RULES.spec("batch")
-    extend = write if window.shape[2] >= room else widen
-    shares = (partition.window, P(None, *new_vectors_spec(partition, length)), batch, batch)
-    return _layer_by_layer(
-        sharding.on_shards(extend, shares, partition.window)(window, vectors, window_lengths, counts)
-    )
+    of_windows = dict.fromkeys(windows, partition.window)
+    of_vectors = dict.fromkeys(windows, P(None, *new_vectors_spec(partition, length)))
+    extended = sharding.on_shards(extend, (of_windows, of_vectors, batch, batch), of_windows)
+    return jax.tree.map(_layer_by_layer, extended(windows, vectors, window_lengths, counts))
 
 
 def _layer_by_layer(window: Float[Array, "L B W C"]) -> Float[Array, "L B W C"]:

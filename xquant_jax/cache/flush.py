@@ -115,10 +115,7 @@ def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
         dataclasses.replace(
             segment,
             history=history,
-            window={
-                name: _shift(window, whole, window_room(cache.max_step, cache.partition), cache.partition)
-                for name, window in segment.window.items()
-            },
+            window=_shift(segment.window, whole, window_room(cache.max_step, cache.partition), cache.partition),
             sink={
                 name: _keep_first(segment.window[name], sink, begins, cache.partition)
                 for name, sink in segment.sink.items()
@@ -130,31 +127,34 @@ def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
 
 
 def _shift(
-    window: Float[Array, "L B W C"], whole: Int32[Array, " B"], room: int, partition: CachePartition
-) -> Float[Array, "L B room C"]:
+    windows: dict[str, Float[Array, "L B W _C"]], whole: Int32[Array, " B"], room: int, partition: CachePartition
+) -> dict[str, Float[Array, "L B room _C"]]:
     """Drops what was flushed from the front and whatever exceeds `room` at the end. Less than a block is left: the
     places behind it keep whatever was there."""
-    if window.shape[2] == room == BLOCK:
-        return window  # a whole block was all of it
+    if next(iter(windows.values())).shape[2] == room == BLOCK:
+        return windows  # a whole block was all of it
 
-    def shift(window: Array, whole: Array) -> Array:
+    def shift(windows: dict[str, Array], whole: Array) -> dict[str, Array]:
         devices = sharding.devices_along(partition.blocks)
         own = room // devices
         offset, size = own * sharding.shard_index(partition.blocks), min(own, BLOCK)
 
-        def layer(window: Float[Array, "*L B W C"]) -> Float[Array, "*L B _left C"]:
+        def left(window: Float[Array, "*L B W C"]) -> Float[Array, "*L B _left C"]:
             window = sharding.gather(window, partition.blocks, axis=window.ndim - 2)
             blocks = [window[..., start : start + BLOCK, :] for start in range(0, window.shape[-2], BLOCK)]
             blocks[-1] = pad(blocks[-1], BLOCK)
             number = jnp.minimum(whole, len(blocks) - 1)[:, None, None]
-            left = lax.select_n(jnp.broadcast_to(number, blocks[0].shape), *blocks)
-            return lax.dynamic_slice_in_dim(pad(left, room), offset, size, axis=-2)
+            kept = lax.select_n(jnp.broadcast_to(number, blocks[0].shape), *blocks)
+            return lax.dynamic_slice_in_dim(pad(kept, room), offset, size, axis=-2)
 
-        kept = layer(window) if devices == 1 else lax.map(layer, window)  # what is gathered stays small
-        return lax.dynamic_update_slice(window[:, :, :own], kept, (0, 0, 0, 0))
+        def all_left(windows: dict[str, Array]) -> dict[str, Array]:
+            return jax.tree.map(left, windows)
 
-    batch = sharding.RULES.spec("batch")
-    return sharding.on_shards(shift, (partition.window, batch), partition.window)(window, whole)
+        kept = all_left(windows) if devices == 1 else lax.map(all_left, windows)  # what is gathered stays small
+        return jax.tree.map(lambda w, new: lax.dynamic_update_slice(w[:, :, :own], new, (0, 0, 0, 0)), windows, kept)
+
+    batch, of_windows = sharding.RULES.spec("batch"), dict.fromkeys(windows, partition.window)
+    return sharding.on_shards(shift, (of_windows, batch), of_windows)(windows, whole)
 
 
 def _keep_first(

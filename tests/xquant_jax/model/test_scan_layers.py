@@ -24,7 +24,7 @@ from xquant_jax.parameters import layers_of, stacked
 COUNTS = [(140, 5), (1, 1), (1, 0)]
 """New tokens of two sequences in each step: one gets a history, the other has none."""
 
-CACHES = ["bf16", "xquant:2;0=4,sink=2,basis=joint", "xquant-cl:2,first=1@4"]
+CACHES = ["xquant:2;0=4,sink=2,basis=joint", "xquant-cl:2,first=1@4"]
 
 
 @pytest.fixture(scope="module")
