@@ -48,7 +48,8 @@ class Reference(NamedTuple):
 class LayerwiseScorer:
     """Divergences with every layer stored as one of `ways`, which differ in nothing but bits.
 
-    model: a `Model`, or whatever else has a transformer, params, a source of factors and an implementation
+    model: a `Model`, or whatever else has a transformer, params, a source of factors and an implementation. Layers that
+        are not stacked (`scan_layers=False`) are stacked here, which takes their memory once more
     """
 
     model: Any
