@@ -23,7 +23,7 @@ from jax import monitoring
 import xquant_jax as xq
 from xquant_jax.generation.programs import STEPS, Arrivals, Slots, advance, feed
 from xquant_jax.numerics.packing import BLOCK
-from xquant_jax.parameters import stacked
+from xquant_jax.parameters import outer_of, stacked
 
 METHODS = ("bf16", "int8", "xquant:4", "xquant:4,basis=joint", "xquant:2")
 LENGTHS = (1024, 8192, 32768)
@@ -52,8 +52,7 @@ def compile_seconds(model: xq.Model, layers: int, spec: str) -> float:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((layers, *a.shape[1:]), a.dtype), tree)
 
     cache_config = xq.CacheConfig.parse(spec)
-    outer = {name: part for name, part in model.params.items() if not name.startswith("layers")}
-    params = {**outer, "layers": deeper(stacked(model.layers))}
+    params = {**outer_of(model.params), "layers": deeper(stacked(model.layers))}
     method_params = deeper(cache_config.method_params(model.source))
     cache = jax.eval_shape(lambda: xq.allocate(cache_config, config, batch=1, tokens=1024))
     arrivals = Arrivals.of([None], 16, 8)

@@ -135,6 +135,11 @@ def layers_of(params: Mapping[str, Any]) -> Layers:
     return tuple(params[layer_name(i)] for i in range(sum(name.startswith(layer_name(0)[:-1]) for name in params)))
 
 
+def outer_of(params: Mapping[str, Any]) -> Tree:
+    """A transformer's parameters without its layers."""
+    return {name: part for name, part in params.items() if not name.startswith("layers")}
+
+
 def stacked(layers: Layers) -> Tree:
     """The arrays of all layers as one, with the leading axis L; they themselves if they are."""
     return jax.tree.map(lambda *own: jnp.stack(own), *layers) if isinstance(layers, tuple) else layers

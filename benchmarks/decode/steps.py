@@ -15,6 +15,7 @@ from benchmarks.models import config_of
 from xquant_jax.cache.methods.base import FactorSource
 from xquant_jax.config import ModelConfig
 from xquant_jax.model import factors
+from xquant_jax.model.loading import scans_layers
 from xquant_jax.model.transformer import forward
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.parameters import layers_of, stacked
@@ -90,7 +91,7 @@ def filled_up(a: jax.Array) -> jax.Array:
 def random_model(model: str) -> tuple[xq.Transformer, Any]:
     """A transformer, as `load` makes it, and its parameters."""
     config, tokens = config_of(model), jnp.zeros((1, 1), jnp.int32)
-    transformer = xq.Transformer(config, scan_layers=jax.default_backend() != "gpu")
+    transformer = xq.Transformer(config, scans_layers())
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), tokens, method="score")["params"])
     leaves, tree = jax.tree.flatten(shapes)
     dtype = jnp.dtype(config.dtype)

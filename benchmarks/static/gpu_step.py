@@ -4,9 +4,9 @@
 
 Needs no GPU, but JAX's plugin for CUDA 13 (`pip install 'jax[cuda13]'`). Llama-3.1-8B at two depths, with its layers in
 a loop over stacked weights and one after another (`load(..., scan_layers=...)`). `kernels`: launches of one layer,
-flushes apart; `copied`: what kernels that do nothing but slice or join write for one layer; `rope`: kernels that
-compute sines and cosines, in all layers; `temporaries`: of the whole step. Which kernels multiply is chosen on a device
-by trying them, so that counts there may differ.
+flushes apart; `copied`: what kernels that do nothing but slice or join write for one layer; `rope`: launches that
+compute cosines, in all layers; `temporaries`: of the whole step. Which kernels multiply is chosen on a device by trying
+them, so that counts there may differ.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def compiled(spec: str, layers: int, scan_layers: bool, batch: int, tokens: int)
 
 @dataclasses.dataclass
 class Launches:
-    """What a computation launches, those of its loops as often as they run; without the branches of conditions."""
+    """What a computation launches, those of its loops as often as they run (once if that depends on the data); without
+    the branches of conditions."""
 
     kernels: int = 0
     copied: int = 0  # bytes
@@ -101,7 +102,9 @@ def launches(text: str) -> Launches:
                     kernel, written = rest, written.split("), ")[1]
                 # XLA calls those that multiply or attend from within a stack by the name of the slice alone
                 sliced = re.search("_slice|concatenate", kernel) and not re.match("dynamic_slice|.*update", kernel)
-                found.add(Launches(1, _bytes(written) if sliced else 0, int("cosine" in kernel)), 1)
+                fused = re.search(r"calls=%?([\w.\-]+)", rest)
+                rope = fused is not None and any(" cosine(" in own for own in computations[fused[1]])
+                found.add(Launches(1, _bytes(written) if sliced else 0, int(rope)), 1)
         return found
 
     return count("ENTRY")

@@ -107,7 +107,8 @@ def _extend(
 
         if sharding.devices_along(partition.blocks) == 1:
             return widen_all((windows, vectors))
-        return lax.map(widen_all, (windows, vectors))  # what is gathered stays small
+        # what is gathered stays small; in one loop: XLA for CPU runs two at once and mixes up their collectives
+        return lax.map(widen_all, (windows, vectors))
 
     batch = sharding.RULES.spec("batch")
     of_windows = dict.fromkeys(windows, partition.window)

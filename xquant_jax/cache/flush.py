@@ -150,7 +150,8 @@ def _shift(
         def all_left(windows: dict[str, Array]) -> dict[str, Array]:
             return jax.tree.map(left, windows)
 
-        kept = all_left(windows) if devices == 1 else lax.map(all_left, windows)  # what is gathered stays small
+        # what is gathered stays small; in one loop, as in `append`
+        kept = all_left(windows) if devices == 1 else lax.map(all_left, windows)
         return jax.tree.map(lambda w, new: lax.dynamic_update_slice(w[:, :, :own], new, (0, 0, 0, 0)), windows, kept)
 
     batch, of_windows = sharding.RULES.spec("batch"), dict.fromkeys(windows, partition.window)

@@ -29,8 +29,6 @@ from xquant_jax.model.weights import stack_layers
 from xquant_jax.numerics import bases
 from xquant_jax.parameters import Layers, Tree, build_tree, leaves_of, stacked
 
-NEEDED = ("attention_norm", "key", "value", "key_norm")
-
 
 class Kept:
     """What was computed, by key. Threads that ask at the same time wait for one of them to compute it."""
@@ -118,7 +116,7 @@ def needed(layers: Layers) -> Layers:
     """What cache methods multiply with, of the parameters of all layers."""
     if isinstance(layers, tuple):
         return tuple(needed(own) for own in layers)  # pyright: ignore[reportReturnType]
-    return {name: tree for name, tree in layers.items() if name in NEEDED}
+    return {name: tree for name, tree in layers.items() if name in ("attention_norm", "key", "value", "key_norm")}
 
 
 def method_params(

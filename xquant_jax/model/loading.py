@@ -103,13 +103,16 @@ class Model:
     @property
     def source(self) -> FactorSource:
         """Where cache methods find the matrices that they multiply with."""
+        return self._source(self._kept)
+
+    def _source(self, kept: Kept) -> FactorSource:
         return factor_source(
             self.config,
             self.layers,
             self.calibrated,
             origin=self.origin,
             mesh=self.mesh,
-            kept=self._kept,
+            kept=kept,
         )
 
     def method_params(self, cache_config: CacheConfig) -> tuple[Any, ...]:
@@ -117,7 +120,9 @@ class Model:
 
         def compute() -> tuple[CacheConfig, tuple[Any, ...]]:
             scan_layers = self.transformer.scan_layers
-            return cache_config, method_params(self.source, cache_config, self.mesh, scan_layers=scan_layers)
+            # where each layer has arrays of its own, the stacks they are picked from are not kept beside them
+            source = self._source(self._kept if scan_layers else Kept())
+            return cache_config, method_params(source, cache_config, self.mesh, scan_layers=scan_layers)
 
         return self._kept.get("method_params", compute, lambda found: found[0] == cache_config)[1]
 
@@ -213,7 +218,7 @@ def load(
     tokenizer, settings = directory / "tokenizer.json", directory / "generation_config.json"
     generation_config = read_json(settings) if settings.exists() else {}
     if scan_layers is None:
-        scan_layers = jax.default_backend() != "gpu"
+        scan_layers = scans_layers()
     params = read_parameters(checkpoint, dtype, mesh, scan_layers=scan_layers)
     return Model(
         transformer=Transformer(config, scan_layers),
@@ -228,6 +233,11 @@ def load(
         calibration=Path(calibration) if calibration is not None else directory / FILE,
         mesh=mesh,
     )
+
+
+def scans_layers() -> bool:
+    """Whether models loop over their layers unless told: everywhere but on GPUs."""
+    return jax.default_backend() != "gpu"
 
 
 def _stop_ids(generation_config: dict[str, Any], checkpoint: Any) -> tuple[int, ...]:

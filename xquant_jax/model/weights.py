@@ -25,6 +25,7 @@ from xquant_jax.parameters import (
     layer_name,
     layer_parameters,
     layers_of,
+    outer_of,
     outer_parameters,
 )
 from xquant_jax.sharding.rules import RULES
@@ -140,5 +141,4 @@ def weights_checksum(params: Any) -> int:
             parts += [mixed(a) for a in jax.tree.leaves(layers)]
         return sum((part * jnp.uint32(2 * i + 1) for i, part in enumerate(parts)), start=jnp.uint32(0))
 
-    outer = {name: part for name, part in params.items() if not name.startswith("layers")}
-    return int(total(outer, layers_of(params)))
+    return int(total(outer_of(params), layers_of(params)))
