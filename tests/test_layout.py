@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors"},
     {"numerics", "json_file", "figures"},
-    {"config"},
+    {"config", "speculation"},
     {"parameters", "sharding"},
     {"cache"},
     {"calibration"},
