@@ -101,7 +101,7 @@ def attend_history(
     geometry: Geometry,
     *,
     codebooks: Mapping[str, Float[Array, " levels"]] = MappingProxyType({}),
-    skip: Int[Array, ""] | int = 0,
+    skip: Int[Array, " #B"] | int = 0,
 ) -> Part:
     """Attends to the first `history_blocks` blocks of each sequence, but for their first `skip` tokens.
 
@@ -119,9 +119,11 @@ def attend_history(
             for name, blocks in history.items()
         }
         numbers = jnp.arange(size * BLOCK)[None]
-        exists = numbers >= jnp.maximum(stale * BLOCK, skip - start * BLOCK)
+        exists = numbers >= jnp.maximum(stale * BLOCK, jnp.asarray(skip).reshape(-1, 1) - start * BLOCK)
         exists &= numbers < BLOCK * (history_blocks - start)[:, None]
-        return attention.attend(q, *read(vectors), geometry, origin=jnp.full(batch, start * BLOCK), exists=exists)
+        return attention.attend(
+            q, *read(vectors), geometry, origin=jnp.full(batch, start * BLOCK), exists=exists[:, None]
+        )
 
     # of sequences that have blocks: a short one or a free slot would have all tiles read that lie before their windows
     earliest = jnp.where(history_blocks > 0, geometry.positions.min(axis=1), geometry.positions.max()).min()

@@ -27,7 +27,7 @@ CACHE = (
     {"config"},
     {"partition"},
     {"state"},
-    {"store"},
+    {"store", "shared", "layer"},
     {"append", "flush", "attend", "rows"},
     {"prefix"},
 )

@@ -19,22 +19,26 @@ from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.sharding import Axes, P
 
 
-def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], counts: Int[Array, " B"]) -> Cache:
+def append(
+    cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], counts: Int[Array, " B"], *, grow: bool = True
+) -> Cache:
     """Writes the first `counts` of T new vectors of each sequence behind its window; the rest is dropped.
 
     `new` has one entry per segment. Flush whole blocks before the next append: a window holds at most 127 tokens and
-    these T (it grows where they do not fit, and `flush` gives the room back). Outside of compiled code a cache that is
-    full, or was not flushed, raises `CacheFullError`; inside, lengths stop where the room does and `lost` counts the
-    tokens that were dropped (`check_nothing_lost`).
+    these T (it grows where they do not fit, and `flush` gives the room back; without `grow` it has the places that it
+    has). Outside of compiled code a cache that is full, or was not flushed, raises `CacheFullError`; inside, lengths
+    stop where the room does and `lost` counts the tokens that were dropped (`check_nothing_lost`).
     """
     length = jax.tree.leaves(new)[0].shape[2]
-    room = _room(cache, length)
+    places = next(iter(cache.segments[0].window.values())).shape[2]
+    wide = max(places, window_room(length, cache.partition)) if grow else places
+    room = _room(cache, places, wide)
     _check_append(cache, counts, length, room)
     asked, counts = counts, jnp.clip(counts, 0, room)
     segments = tuple(
         dataclasses.replace(
             segment,
-            window=_extend(segment.window, vectors, cache.window_lengths, counts, cache.partition),
+            window=_extend(segment.window, vectors, cache.window_lengths, counts, cache.partition, wide),
         )
         for segment, vectors in zip(cache.segments, new, strict=True)
     )
@@ -43,13 +47,13 @@ def append(cache: Cache, new: tuple[dict[str, Float[Array, "_L B T _C"]], ...], 
     )
 
 
-def _room(cache: Cache, length: int) -> Int[Array, " B"]:
-    """How many tokens of each sequence fit: into the cache, and, before the next flush, into its window."""
-    width, room = next(iter(cache.segments[0].window.values())).shape[2], window_room(length, cache.partition)
-    fits = width - cache.window_lengths
-    if width < room:  # it grows, which takes a window that was flushed
-        fits = jnp.where(cache.window_lengths < BLOCK, room - cache.window_lengths, 0)
-    return jnp.maximum(0, jnp.minimum(fits, cache.capacity - cache.lengths))
+def _room(cache: Cache, places: int, wide: int) -> Int[Array, " B"]:
+    """How many tokens of each sequence fit: into the cache, and, before the next flush, into its window, which has
+    `places` and can have `wide`."""
+    fits = wide - cache.window_lengths
+    if places < wide:  # it grows, which takes a window that was flushed
+        fits = jnp.where(cache.window_lengths < BLOCK, fits, 0)
+    return jnp.maximum(0, jnp.minimum(fits, cache.capacity + cache.origins - cache.lengths))
 
 
 def new_vectors_spec(partition: CachePartition, length: int) -> P:
@@ -68,10 +72,12 @@ def _extend(
     window_lengths: Int[Array, " B"],
     counts: Int[Array, " B"],
     partition: CachePartition,
-) -> dict[str, Float[Array, "L B _wide _C"]]:
-    """The windows with `counts` of the vectors behind their `window_lengths`, made wider where they do not fit."""
+    room: int,
+) -> dict[str, Float[Array, "L B {room} _C"]]:
+    """The windows with `counts` of the vectors behind their `window_lengths`, made wider if they have less places than
+    `room`."""
     length, places = (next(iter(arrays.values())).shape[2] for arrays in (vectors, windows))
-    room, split = window_room(length, partition), _new_tokens_axes(partition, length)
+    split = _new_tokens_axes(partition, length)
 
     def write(window: Array, vectors: Array, window_lengths: Array, counts: Array) -> Array:
         """Into the places that exist: a few at once, for all layers."""
@@ -99,7 +105,7 @@ def _extend(
         return lax.dynamic_slice_in_dim(wide, own * sharding.shard_index(partition.blocks), own, axis=-2)
 
     def extend(windows: Any, vectors: Any, window_lengths: Array, counts: Array) -> Any:
-        if places >= room:
+        if places == room:
             return jax.tree.map(lambda w, v: write(w, v, window_lengths, counts), windows, vectors)
 
         def widen_all(both: tuple[Any, Any]) -> Any:
@@ -128,7 +134,7 @@ def _check_append(cache: Cache, counts: Array, length: int, room: Array) -> None
         return
     if int(jnp.max(counts)) > length:
         raise ConfigError(f"counts={counts} is not possible; there are {length} new vectors")
-    check_room(cache.capacity, int((cache.lengths + counts).max()))
+    check_room(cache.capacity, int((cache.lengths - cache.origins + counts).max()))
     if bool((counts > room).any()):
         raise CacheFullError(
             f"the window has room for {room} tokens more, and whole blocks were not flushed; call flush first"

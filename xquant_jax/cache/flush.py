@@ -45,7 +45,8 @@ def _quantize_whole_blocks(cache: Cache, method_params: tuple[Any, ...]) -> tupl
 
     On a mesh every device gathers the windows, layer after layer, and keeps the blocks that are its own.
     """
-    specs, method_params = cache_specs(cache), tuple(map(stacked, method_params))
+    cache, method_params = dataclasses.replace(cache, shared=None), tuple(map(stacked, method_params))
+    specs = cache_specs(cache)
     histories = tuple(segment.history for segment in specs.segments)
     of_params = cache.partition.stacked_params(method_params)
     return sharding.on_shards(_quantize_own_blocks, (specs, of_params), histories)(cache, method_params)
@@ -81,7 +82,7 @@ def _quantize_own_blocks(cache: Cache, method_params: tuple[Any, ...]) -> tuple[
             history, running_sum = carry
             own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, start + i, keepdims=False), method_params)
             window = {name: _first(w, i, candidates.size * BLOCK, partition) for name, w in segment.window.items()}
-            window = without_sink(segment.method, window, cache.history_blocks == 0)
+            window = without_sink(segment.method, window, cache.history_blocks + cache.origins == 0)
             blocks, _, running_sum = store_and_read(
                 segment.method, own, window, running_sum, specs, cache.implementation
             )
@@ -110,7 +111,7 @@ def _first(
 def _settle(cache: Cache, histories: tuple[dict[str, Blocks], ...]) -> Cache:
     """Takes the histories over and forgets what was moved into them from the windows."""
     whole = cache.window_lengths // BLOCK
-    begins = (cache.history_blocks == 0) & (whole > 0)
+    begins = (cache.history_blocks + cache.origins == 0) & (whole > 0)
     segments = tuple(
         dataclasses.replace(
             segment,

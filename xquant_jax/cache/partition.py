@@ -88,13 +88,19 @@ def cache_specs[C: Any](cache: C) -> C:
         )
         for segment in cache.segments
     )
+    shared = cache.shared
+    if shared is not None:
+        rows = None if shared.rows is None else RULES.spec("batch")
+        shared = dataclasses.replace(shared, cache=cache_specs(shared.cache), rows=rows)
     return dataclasses.replace(
         cache,
         lengths=RULES.spec("batch"),
+        origins=RULES.spec("batch"),
         lost=RULES.spec("batch"),
         history_blocks=RULES.spec("batch"),
         segments=segments,
         running_sum=jax.tree.map(lambda _: cache.partition.running_sum, cache.running_sum),
+        shared=shared,
     )
 
 

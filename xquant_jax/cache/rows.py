@@ -14,9 +14,10 @@ from xquant_jax.cache.state import Cache
 
 def copy_rows(cache: Cache, own: Cache, targets: Int[Array, " R"]) -> Cache:
     """The cache with the rows of another in its slots. What a slot had beyond their blocks is never read."""
+    shared, cache, own = cache.shared, *(dataclasses.replace(c, shared=None) for c in (cache, own))
     specs = cache_specs(cache)
     copy = sharding.on_shards(_copy_own_rows, (specs, cache_specs(own), sharding.P()), specs)
-    return copy(cache, own, targets)
+    return dataclasses.replace(copy(cache, own, targets), shared=shared)
 
 
 def _copy_own_rows(cache: Cache, own: Cache, targets: Array) -> Cache:
@@ -34,6 +35,7 @@ def _copy_own_rows(cache: Cache, own: Cache, targets: Array) -> Cache:
     return dataclasses.replace(
         cache,
         lengths=put_number(cache.lengths, own.lengths),
+        origins=put_number(cache.origins, own.origins),
         lost=put_number(cache.lost, own.lost),
         history_blocks=put_number(cache.history_blocks, own.history_blocks),
         segments=jax.tree.map(put, cache.segments, own.segments),

@@ -42,8 +42,23 @@ class Segment:
 
 
 @struct.dataclass
+class Shared:
+    """What several sequences of a cache begin with, stored once.
+
+    cache: a row for each beginning: whole blocks, the first tokens as they are, and no window
+    rows: int32 [B], the row that each sequence begins with, -1 for none; None: sequence b with row b
+    most: sequences that begin with the same row, at most
+    """
+
+    cache: "Cache"
+    rows: Leaf | None
+    most: int = struct.field(pytree_node=False, default=1)
+
+
+@struct.dataclass
 class Cache:
-    """`lengths`: tokens stored per sequence; the first 128 * `history_blocks` of them are history, the rest window.
+    """`lengths`: tokens stored per sequence. The first `origins` of them lie in `shared`, the next 128 *
+    `history_blocks` are history, the rest window.
 
     `running_sum`: for methods that store differences between layers, the running sum of the history [B, N, ...]. It is
     rebuilt in every step, layer after layer; between steps its contents mean nothing.
@@ -52,19 +67,21 @@ class Cache:
     """
 
     lengths: Leaf  # int32 [B]
+    origins: Leaf  # int32 [B]
     history_blocks: Leaf  # int32 [B]
     segments: tuple[Segment, ...]
     running_sum: Blocks | None
     lost: Leaf  # int32 [B]
+    shared: Shared | None
     partition: CachePartition = struct.field(pytree_node=False)  # on a mesh
-    capacity: int = struct.field(pytree_node=False)  # tokens per sequence
+    capacity: int = struct.field(pytree_node=False)  # tokens per sequence, beside those in `shared`
     max_step: int = struct.field(pytree_node=False)  # tokens that fit into the window behind a partial block
     implementation: str | None = struct.field(pytree_node=False)  # of the kernels, see `pallas_kernels.api`
 
     @property
     def window_lengths(self) -> Int32[Array, " B"]:
         """Tokens of each sequence that the window holds."""
-        return self.lengths - BLOCK * self.history_blocks
+        return self.lengths - self.origins - BLOCK * self.history_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +97,9 @@ class CacheBytes:
     @property
     def total(self) -> int:
         return self.codes + self.scales + self.window + self.scratch
+
+    def __add__(self, other: "CacheBytes") -> "CacheBytes":
+        return CacheBytes(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def allocate(
@@ -132,10 +152,12 @@ def _empty(
             running_sum = allocate_blocks(spec, (batch, blocks))
     cache = Cache(
         lengths=jnp.zeros(batch, jnp.int32),
+        origins=jnp.zeros(batch, jnp.int32),
         history_blocks=jnp.zeros(batch, jnp.int32),
         segments=tuple(segments),
         running_sum=running_sum,
         lost=jnp.zeros(batch, jnp.int32),
+        shared=None,
         partition=partition,
         capacity=blocks * BLOCK + BLOCK - 1,
         max_step=max_step,
@@ -178,15 +200,16 @@ def pad(window: Float[Array, "*rest W C"], room: int) -> Float[Array, "*rest {ro
 
 
 def cache_bytes(cache: Cache) -> CacheBytes:
-    """Sums the bytes of every array of the cache (or of its shape structs) by part."""
+    """Sums the bytes of every array of the cache (or of its shape structs) by part, `shared` included."""
 
     def size(tree: Any) -> int:
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
     histories = [history for segment in cache.segments for history in segment.history.values()]
-    return CacheBytes(
+    own = CacheBytes(
         codes=sum(size((h.planes, h.places, h.outliers)) for h in histories),
         scales=sum(size((h.scale, h.zero)) for h in histories),
         window=sum(size((segment.window, segment.sink)) for segment in cache.segments),
-        scratch=size((cache.lengths, cache.history_blocks, cache.lost, cache.running_sum)),
+        scratch=size((cache.lengths, cache.origins, cache.history_blocks, cache.lost, cache.running_sum)),
     )
+    return own if cache.shared is None else own + cache_bytes(cache.shared.cache)

@@ -19,14 +19,17 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from xquant_jax import sharding
 from xquant_jax.cache.append import append, new_vectors_spec
-from xquant_jax.cache.attend import LayerCache, attend_stored
+from xquant_jax.cache.attend import RunningSums, attend_stored, running_sums_of, with_running_sums
 from xquant_jax.cache.methods.base import NewTokens
-from xquant_jax.cache.state import Cache, Segment
+from xquant_jax.cache.state import Cache
 from xquant_jax.config import ModelConfig
 from xquant_jax.model import layers
 from xquant_jax.numerics import attention
 from xquant_jax.numerics.attention import Part
 from xquant_jax.parameters import build_tree, initialize, layer_name, layer_parameters, outer_parameters, stacked
+
+NewVectors = tuple[dict[str, Float[Array, "L B T C"]], ...]
+"""What is to be stored of new tokens: for each segment vectors by name, as `append` takes them."""
 
 
 class Transformer(nn.Module):
@@ -80,39 +83,83 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The same as a call, with the residual stream of every new token behind the last layer instead of logits,
         which are `layers.logits` of it; that of padding means nothing."""
+        h, cache, new = self.read(tokens, cache, method_params)
+        return h, append(cache, new, counts)
+
+    def verify(
+        self, tokens: Int[Array, "B T"], cache: Cache, method_params: tuple[Any, ...]
+    ) -> tuple[Float[Array, "B T V"], Cache, NewVectors]:
+        """Logits behind each of T tokens that may not stay, as they would be if the tokens came one by one; the cache
+        without them; and the vectors to `append` of those that stay.
+
+        As they would be until the window's first block is whole: it would then be quantized.
+        """
+        h, cache, new = self.read(tokens, cache, method_params, one_by_one=True)
+        return layers.logits(self.weights, h, self.config), cache, new
+
+    def read(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        method_params: tuple[Any, ...],
+        *,
+        one_by_one: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Cache, NewVectors]:
+        """The residual stream of new tokens behind the last layer; the cache without them; and the vectors that it
+        stores of them.
+
+        one_by_one: they see each other as the window holds them, not exactly
+        """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
         h = sharding.constrain(layers.embed(self.weights, tokens), "batch", sharding.tokens_axis(tokens.shape[1]), None)
-        start, emitted, running_sum = 0, [], cache.running_sum
-        for segment, segment_params in zip(cache.segments, map(stacked, method_params), strict=True):
+        start, emitted, running_sums = 0, [], running_sums_of(cache)
+        for segment, segment_params in enumerate(map(stacked, method_params)):
 
             def layer(carry: Any, number: Array, segment=segment, method_params=segment_params, start=start) -> Any:
-                h, running_sum = carry
+                h, running_sums = carry
                 pick = partial(lax.dynamic_index_in_dim, index=start + number, keepdims=False)
-                layer_cache = LayerCache.of(cache, segment, number, running_sum)
-                h, (new, running_sum) = self._cached_layer(
-                    h, pick, jax.tree.map(pick, method_params), layer_cache, cache, positions
+                attend = self._cached(
+                    pick, jax.tree.map(pick, method_params), cache, segment, number, running_sums, positions, one_by_one
                 )
-                return (h, running_sum), new
+                h, (new, running_sums) = layers.layer(
+                    jax.tree.map(pick, self.weights["layers"]), h, attend, self.config
+                )
+                return (h, running_sums), new
 
-            (h, running_sum), new = self._over_layers(layer, (h, running_sum), np.arange(segment.num_layers))
-            start += segment.num_layers
+            count = cache.segments[segment].num_layers
+            (h, running_sums), new = self._over_layers(layer, (h, running_sums), np.arange(count))
+            start += count
             emitted.append(new)
-        return h, append(dataclasses.replace(cache, running_sum=running_sum), tuple(emitted), counts)
+        return h, with_running_sums(cache, running_sums), tuple(emitted)
 
-    def _cached_layer(
-        self, h: Array, pick: Any, method_params: Any, layer_cache: LayerCache, cache: Cache, positions: Array
-    ) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        c, method = self.config, layer_cache.segment.method
+    def _cached(
+        self,
+        pick: Any,
+        method_params: Any,
+        cache: Cache,
+        segment: int,
+        number: Array,
+        running_sums: RunningSums,
+        positions: Array,
+        one_by_one: bool,
+    ) -> layers.Attend:
+        """The attention of a layer to what is stored and to new tokens; it emits what is to be stored of these."""
+        c, method = self.config, cache.segments[segment].method
         geometry = layers.geometry(c, positions, pick(layers.sliding_windows(c)))
 
         def attend(h: Array, x: Array, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            own = attention.attend(q, k, v, geometry, origin=cache.lengths)
-            old, running_sum = attend_stored(method_params, q, layer_cache, geometry, c, cache)
             new = method.encode(method_params, NewTokens(h, x, k, v, geometry, c.norm_eps))
             new = sharding.constrain_as(new, new_vectors_spec(cache.partition, q.shape[1]))
-            return attention.merge(own, old).out, (new, running_sum)
+            seen, before = geometry, None
+            if one_by_one and q.shape[1] > 1:
+                types = {name: dtype for name, (_, dtype) in method.window(c).items()}
+                seen = dataclasses.replace(geometry, sliding_window=1)
+                before = {name: vectors.astype(types[name]) for name, vectors in new.items()}
+            own = attention.attend(q, k, v, seen, origin=cache.lengths)
+            old, sums = attend_stored(method_params, q, cache, segment, number, running_sums, geometry, c, before)
+            return attention.merge(own, old).out, (new, sums)
 
-        return layers.layer(jax.tree.map(pick, self.weights["layers"]), h, attend, c)
+        return attend
 
     def implementation_of(self, cache: Cache, method_params: tuple[Any, ...], dtype: str) -> str:
         """What decoding reads this cache's history with: a backend of `pallas_kernels`, or several where layers differ.
@@ -122,16 +169,15 @@ class Transformer(nn.Module):
         c, batch = self.config, len(cache.lengths)
         q = jax.ShapeDtypeStruct((batch, 1, c.num_heads, c.head_dim), dtype)
 
-        def attend(segment: Segment, method_params: Any, cache: Cache, q: Array) -> Part:
+        def attend(segment: int, method_params: Any, cache: Cache, q: Array) -> Part:
             geometry = layers.geometry(c, cache.lengths[:, None], layers.sliding_windows(c)[0])
-            layer_cache = LayerCache.of(cache, segment, jnp.int32(0), cache.running_sum)
             own = jax.tree.map(lambda a: a[0], stacked(method_params))
-            return attend_stored(own, q, layer_cache, geometry, c, cache)[0]
+            return attend_stored(own, q, cache, segment, jnp.int32(0), running_sums_of(cache), geometry, c)[0]
 
         names: set[str] = set()
-        for segment, segment_params in zip(cache.segments, method_params, strict=True):
+        for segment, segment_params in enumerate(method_params):
             with pallas_kernels.recorded() as chosen:
-                jax.eval_shape(attend, segment, segment_params, cache, q)
+                jax.eval_shape(partial(attend, segment), segment_params, cache, q)
             names |= chosen or {"xla"}
         return ", ".join(sorted(names))
 

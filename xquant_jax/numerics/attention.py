@@ -60,10 +60,10 @@ def attend(
     *,
     origin: Int[Array, " B"],
     numbers: Int[Array, "#B S"] | None = None,
-    exists: Bool[Array, "#B S"] | None = None,
+    exists: Bool[Array, "#B #T S"] | None = None,
 ) -> Part:
-    """Attends to keys at positions origin + numbers, by default 0, 1, ...; only those that `exists` names are there, by
-    default all.
+    """Attends to keys at positions origin + numbers, by default 0, 1, ...; only those that `exists` names are there for
+    a query, by default all.
 
     Query head h reads key head h // (H/K). `v` has one set of values per kv head, or one for all heads. Keys are
     rotated by their number and queries by their distance from the origin, so the keys' tables are constants.
@@ -76,7 +76,7 @@ def attend(
     distance = relative[:, :, None] - numbers[:, None]  # [B, T, S]
     mask = (distance >= 0) & (distance < geometry.sliding_window)
     if exists is not None:
-        mask = mask & exists[:, None]
+        mask = mask & exists
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))  # heads outermost, as products and loops over them want it
     if not geometry.rotated:
         first = geometry.positions[:, None, :1]

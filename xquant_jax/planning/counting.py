@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels.xla import TILE_BLOCKS
-from xquant_jax.cache.attend import LayerCache, attend_stored
+from xquant_jax.cache.attend import attend_stored, running_sums_of
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
 from xquant_jax.cache.state import Cache, allocate
@@ -76,8 +76,8 @@ def _attend(config: ModelConfig, number: int, method_params: Any, q: Any, cache:
     positions = cache.lengths[:, None] + jnp.arange(q.shape[1])[None]
     frequencies = jnp.asarray(config.rope.frequencies(config.head_dim))
     geometry = Geometry(positions, jnp.int32(1), frequencies, config.softmax_scale)
-    layer_cache = LayerCache.of(cache, cache.segments[number], jnp.int32(0), cache.running_sum)
-    return attend_stored(_first_layer(method_params), q, layer_cache, geometry, config, cache)
+    sums = running_sums_of(cache)
+    return attend_stored(_first_layer(method_params), q, cache, number, jnp.int32(0), sums, geometry, config)
 
 
 def _accumulate(number: int, method_params: Any, cache: Cache) -> Any:

@@ -13,9 +13,9 @@ from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.cache.methods.test_xquant import STEPS, run_library
 from tests.xquant_jax.reference import Reference, assert_neighbours, bf16, fake_quantize_block, read_block, rms, rotated
 from xquant_jax.cache.append import append
-from xquant_jax.cache.attend import LayerCache, attend_own
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
+from xquant_jax.cache.layer import LayerCache, attend_own
 from xquant_jax.cache.state import allocate, cache_bytes
 from xquant_jax.cache.store import store_and_read, without_sink
 from xquant_jax.errors import ConfigError
@@ -273,7 +273,8 @@ def test_decode_reads_the_history_that_protocol_paper_stores(spec: str) -> None:
         method, specs = segment.method, segment.method.streams(c)
         for i in range(segment.num_layers):
             own = jax.tree.map(lambda a, i=i, start=start: a[start + i], own_factors)
-            stored = LayerCache(segment, jnp.int32(i), cache.history_blocks, cache.window_lengths, running_sum)
+            counts_of = cache.origins, cache.history_blocks, cache.window_lengths
+            stored = LayerCache(segment, jnp.int32(i), *counts_of, running_sum)
             got, running_sum = attend_own(own, q, stored, geometry, c)
             for row, count in enumerate(counts.tolist()):
                 whole = count // 128 * 128

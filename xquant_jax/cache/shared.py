@@ -1,0 +1,65 @@
+"""Queries of several sequences that begin with the same tokens, folded: to what is stored once they are one sequence's.
+
+Rebuilding keys costs the same for one query as for sixteen.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels import MOST_NEW_TOKENS
+from xquant_jax.numerics.attention import Part
+
+
+class Seats(NamedTuple):
+    """m seats in each of G shared rows, and who sits there.
+
+    takers: int32 [G, m], the sequence in each seat; B: none
+    rows, seats: int32 [B], where each sequence sits
+    seated: bool [B], whether it does
+    """
+
+    takers: Int[Array, "G m"]
+    rows: Int[Array, " B"]
+    seats: Int[Array, " B"]
+    seated: Bool[Array, " B"]
+
+    def fold(self, a: Array, nothing: int) -> Array:
+        """[B, T, ...] -> [G, m T, ...], `nothing` where nobody sits."""
+        picked = a.at[self.takers].get(mode="fill", fill_value=nothing)
+        return picked.reshape(len(self.takers), -1, *a.shape[2:])
+
+    def unfold(self, part: Part) -> Part:
+        """Of folded queries -> of the sequences'; one that has no seat gets a part without keys."""
+
+        def pick(a: Array) -> Array:
+            return a.reshape(*self.takers.shape, -1, *a.shape[2:])[self.rows, self.seats]
+
+        seated = self.seated[:, None, None]
+        return Part(jnp.where(seated[..., None], pick(part.out), 0), jnp.where(seated, pick(part.lse), -jnp.inf))
+
+
+def seated(rows: Int[Array, " B"], groups: int, most: int, length: int) -> list[Seats]:
+    """Seats for sequences with `length` queries each, in as many rounds as it takes for kernels to decode all that sit
+    in one row together.
+
+    rows: the row that each sequence begins with, -1 for none
+    groups: how many rows there are
+    most: sequences of one row, at most
+    """
+    size = len(rows)
+    numbers = jnp.arange(size)
+    members = jnp.sort(jnp.where(rows == jnp.arange(groups)[:, None], numbers, size), axis=1)  # [G, B]
+    place = jnp.sum((rows[:, None] == rows) & (numbers < numbers[:, None]), axis=1)  # among those of its row
+    most = min(most, size)
+    at_once = most if length > MOST_NEW_TOKENS else min(most, MOST_NEW_TOKENS // length)
+    return [
+        Seats(
+            members[:, start : start + at_once],
+            jnp.maximum(rows, 0),
+            jnp.clip(place - start, 0, at_once - 1),
+            (rows >= 0) & (place >= start) & (place < start + at_once),
+        )
+        for start in range(0, most, at_once)
+    ]
