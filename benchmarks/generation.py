@@ -21,7 +21,9 @@ import numpy as np
 from jax import monitoring
 
 import xquant_jax as xq
-from xquant_jax.generation.programs import STEPS, Arrivals, Slots, advance, feed
+from xquant_jax.generation.decode import STEPS, advance
+from xquant_jax.generation.prefill import feed
+from xquant_jax.generation.slots import Arrivals, Slots
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.parameters import outer_of, stacked
 

@@ -28,7 +28,7 @@ CACHE = (
     {"partition"},
     {"state"},
     {"store", "shared", "layer"},
-    {"append", "flush", "attend", "rows"},
+    {"append", "flush", "attend", "rows", "newest"},
     {"prefix"},
 )
 """The same for the files of xquant_jax.cache."""

@@ -15,6 +15,7 @@ from .errors import ConfigError as ConfigError
 from .errors import PromptError as PromptError
 from .errors import XQuantError as XQuantError
 from .errors import XQuantWarning as XQuantWarning
+from .generation.answer import Completion as Completion
 from .generation.chat import Conversation as Conversation
 from .generation.chat import chat as chat
 from .generation.generate import Generation as Generation
@@ -22,7 +23,6 @@ from .generation.generate import StreamedToken as StreamedToken
 from .generation.generate import generate as generate
 from .generation.generate import stream as stream
 from .generation.prompts import Chat as Chat
-from .generation.request import Completion as Completion
 from .generation.request import Options as Options
 from .generation.request import Request as Request
 from .generation.sampling import Sampling as Sampling

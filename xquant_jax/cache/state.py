@@ -79,6 +79,11 @@ class Cache:
     implementation: str | None = struct.field(pytree_node=False)  # of the kernels, see `pallas_kernels.api`
 
     @property
+    def blocks(self) -> int:
+        """How many blocks of each sequence the history has room for."""
+        return next(iter(self.segments[0].history.values())).planes[0].shape[2]
+
+    @property
     def window_lengths(self) -> Int32[Array, " B"]:
         """Tokens of each sequence that the window holds."""
         return self.lengths - self.origins - BLOCK * self.history_blocks

@@ -61,6 +61,12 @@ def add_options(
             default=True,
             help="such as a BOS before a text, as the tokenizer prescribes, unless the text begins with it",
         )
+    parser.add_argument(
+        "--speculate",
+        metavar="SPEC",
+        help="drafts that are checked in one step, the text stays the same: lookup:4 (of what was said before), "
+        "window:4 (by the model on its newest tokens)",
+    )
     parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
     parser.add_argument("--context", type=int, help=f"tokens of {context}")
@@ -121,6 +127,7 @@ def options_of(arguments: argparse.Namespace) -> tuple[Request, Options]:
         cache_tokens=given.get("cache_tokens"),
         slots=given.get("slots"),
         memory=parse_bytes(given.get("memory")),
+        speculate=arguments.speculate,
     )
     return request, options
 

@@ -14,9 +14,10 @@ import jax
 from xquant_jax import sharding
 from xquant_jax.cache.state import allocate, cache_bytes, check_room
 from xquant_jax.errors import XQuantError
+from xquant_jax.generation.answer import Answer, Completion
 from xquant_jax.generation.buckets import bucket_length, rows_at_once
 from xquant_jax.generation.engine import Engine
-from xquant_jax.generation.request import Answer, CheckedRequest, Completion, Options, Repeats, Request, checked
+from xquant_jax.generation.request import CheckedRequest, Options, Repeats, Request, checked
 from xquant_jax.model.loading import Model
 
 DEFAULT_SLOTS = 8

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from xquant_jax.errors import ConfigError
+from xquant_jax.generation.answer import Answer, Completion
 from xquant_jax.generation.prompts import Chat
-from xquant_jax.generation.request import Answer, Completion, Request
+from xquant_jax.generation.request import Request
 from xquant_jax.generation.sampling import FILTERS, Sampling
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))

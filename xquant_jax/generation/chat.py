@@ -1,6 +1,7 @@
 """Conversations: `chat` answers whole ones, and a `Conversation` goes on turn by turn and keeps its cache."""
 
 import dataclasses
+import itertools
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal, SupportsIndex
 
@@ -16,6 +17,7 @@ from xquant_jax.generation.request import Options, Request, Seed, check_wishes, 
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.generation.transcript import ERROR
 from xquant_jax.model.loading import Model
+from xquant_jax.speculation import Speculation
 
 Message = Mapping[str, Any]
 
@@ -37,6 +39,7 @@ def chat(
     prefill_chunk: SupportsIndex | None = 512,
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
+    speculate: str | Speculation | None = None,
 ) -> Generation:
     """The next message of the assistant in a conversation, or in each of several.
 
@@ -68,6 +71,7 @@ def chat(
         prefill_chunk=prefill_chunk,
         cache_tokens=cache_tokens,
         mesh=mesh,
+        speculate=speculate,
     )
 
 
@@ -150,10 +154,9 @@ class Conversation:
         id = self._engine.submit(asked)
         try:
             while self._engine.busy:
-                for progress in self._engine.step(limit=1):
-                    token = streamed(progress)
+                for token in itertools.chain.from_iterable(map(streamed, self._engine.step(limit=1))):
                     answer, reason = answer + token.text, token.finish_reason
-                    made += progress.tokens
+                    made += [] if token.token is None else [token.token]
                     yield token
         finally:
             self._engine.cancel(id)

@@ -17,13 +17,17 @@ from xquant_jax import sharding
 from xquant_jax.cache.rows import clear_rows
 from xquant_jax.cache.state import allocate, check_room
 from xquant_jax.errors import ConfigError
+from xquant_jax.generation.answer import Drafted
 from xquant_jax.generation.buckets import bucket_length, rows_at_once
-from xquant_jax.generation.programs import STEPS, Arrivals, Slots, admit, advance, feed
+from xquant_jax.generation.decode import STEPS, advance
+from xquant_jax.generation.prefill import admit, feed
 from xquant_jax.generation.request import CheckedRequest, Options, Request, checked
 from xquant_jax.generation.sampling import Chosen
 from xquant_jax.generation.sequence import Progress, Sequence
+from xquant_jax.generation.slots import Arrivals, Slots
 from xquant_jax.generation.transcript import Transcript
 from xquant_jax.model.loading import Model
+from xquant_jax.speculation import Speculation
 
 STOP_STRING_STEPS = 16
 """Tokens decoded on the device between two looks for stop strings on the host."""
@@ -38,8 +42,7 @@ class _Run:
     row i - `origin` and column `column` of `chosen`."""
 
     chosen: Chosen
-    made: Any  # int32 [B], tokens of every slot's sequence after it
-    failed: Any  # bool [B]
+    slots: Slots  # after it
     columns: list[tuple[int, Sequence, int, int]]  # slot, sequence, column, origin
 
 
@@ -64,6 +67,7 @@ class Engine:
         options = options.checked()
         self.model = model = model.on(options.mesh)
         self.cache_config, self.prefill_chunk, self.in_place = options.cache_config, options.prefill_chunk, in_place
+        self.speculation = Speculation.parse(options.speculate)
         if model.mesh is not None:
             sharding.check_batch(slots, model.mesh, "prompts" if in_place else "slots")
         self.method_params = model.method_params(self.cache_config)
@@ -73,7 +77,9 @@ class Engine:
             )
         self.implementation = model.transformer.implementation_of(self.cache, self.method_params, model.dtype)
         self._stops = STOP_IDS
-        self._slots = Slots.free(slots, model.config.vocab_size, self._stops)
+        looks_up = self.speculation is not None and self.speculation.kind == "lookup"
+        self._text = self.cache.capacity + 1 if looks_up else 0  # tokens of a sequence, the last of them not stored
+        self._slots = Slots.free(slots, model.config.vocab_size, self._stops, self._text)
         self._rows: list[Sequence | None] = [None] * slots
         self._queue: deque[Sequence] = deque()
         self._keep = keep and in_place
@@ -213,7 +219,7 @@ class Engine:
             targets = [*fed, *[nowhere] * (rows_at_once(chunk, self.model.mesh) - len(fed))]
         requests = [fed[slot].request if slot in fed else None for slot in targets]
         kept = [self._kept_of(slot, fed[slot]) if slot in fed else 0 for slot in targets]
-        there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept)
+        there = Arrivals.of(requests, self._buckets[chunk], self._stops, kept, self._text)
         columns = [(slot, fed[slot], column, 0) for column, slot in enumerate(targets) if slot in fed]
         if self.in_place:
             live = np.asarray([row is not None or slot in fed for slot, row in enumerate(self._rows)])
@@ -230,7 +236,8 @@ class Engine:
             (slot, row, slot, len(row.transcript.tokens)) for slot, row in enumerate(self._rows) if row is not None
         ]
         self._kept = {}  # rows that take no part give up what they hold
-        self._launch(advance, (live, np.int32(steps), np.bool_(waiting)), {}, columns)
+        inputs = live, np.int32(steps), np.bool_(waiting)
+        self._launch(advance, inputs, {"speculation": self.speculation}, columns)
 
     def _launch(self, program: Any, inputs: tuple[Any, ...], sizes: dict[str, Any], columns: list[Any]) -> None:
         """Runs a program that takes the slots and the cache and gives them back."""
@@ -239,7 +246,7 @@ class Engine:
         parts = (model.transformer, model.params, self.method_params)
         with sharding.using(model.mesh):
             self._slots, self.cache, chosen = program(*parts, slots, self.cache, *inputs_there, **sizes)
-        self._run = _Run(chosen, self._slots.made, self._slots.failed, columns)
+        self._run = _Run(chosen, self._slots, columns)
 
     def _take_down(self) -> None:
         """Takes down what the last program made. Done twice, or interrupted and done again, it changes nothing more."""
@@ -248,8 +255,10 @@ class Engine:
         run, chosen, columns = self._run, self._run.chosen, self._run.columns
         top_asked = any(sequence.request.logprobs for _, sequence, *_ in columns)
         top = (chosen.top_tokens, chosen.top_logprobs) if top_asked else None
-        made, failed, tokens, logprobs, top = jax.device_get(
-            (run.made, run.failed, chosen.tokens, chosen.logprobs, top)
+        slots = run.slots
+        counters = slots.made, slots.failed, slots.steps, slots.drafted, slots.accepted
+        (made, failed, *drafted), tokens, logprobs, top = jax.device_get(
+            (counters, chosen.tokens, chosen.logprobs, top)
         )
         for slot, sequence, column, origin in columns:
             if sequence in self._queue:
@@ -260,15 +269,17 @@ class Engine:
             transcript, news = sequence.transcript, self._news.setdefault(sequence.id, Progress(sequence.id))
             for number in range(len(transcript.tokens), made[slot]):
                 at = number - origin, column
-                news.text += transcript.push(int(tokens[at]), float(logprobs[at]), _pairs(top, at, sequence.request))
+                text = transcript.push(int(tokens[at]), float(logprobs[at]), _pairs(top, at, sequence.request))
+                news.texts.append(text)
                 news.tokens.append(int(tokens[at]))
                 news.logprobs.append(float(logprobs[at]))
                 if transcript.finish_reason is not None:  # a stop string; the device knows only of stop ids
                     break
             if failed[slot] and transcript.finish_reason is None:
-                news.text += transcript.fail(sequence.not_finite(self.model.dtype))
+                news.rest = transcript.fail(sequence.not_finite(self.model.dtype))
             if transcript.finish_reason is not None:
-                news.completion = sequence.completion()
+                counts = None if self.speculation is None else Drafted(*(int(count[slot]) for count in drafted))
+                news.completion = sequence.completion(counts)
                 self._free(slot, sequence, whole=bool(len(transcript.tokens) == made[slot] and not failed[slot]))
         if failed.any():
             with sharding.using(self.model.mesh):

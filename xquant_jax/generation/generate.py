@@ -12,20 +12,23 @@ from jax.sharding import Mesh
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import CacheBytes, cache_bytes, check_room
 from xquant_jax.errors import PromptError, XQuantWarning
+from xquant_jax.generation.answer import Completion, Drafted
 from xquant_jax.generation.buckets import answer_room, bucket_length
 from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.prompts import Prompt, one_by_one
-from xquant_jax.generation.request import CheckedRequest, Completion, Options, Repeats, Request, Seed, checked, seeds_of
+from xquant_jax.generation.request import CheckedRequest, Options, Repeats, Request, Seed, checked, seeds_of
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.generation.sequence import Progress
 from xquant_jax.model.loading import Model
+from xquant_jax.speculation import Speculation
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What `generate` returns. Times are wall-clock seconds; compiling is not part of prefill or decode.
 
-    `implementation`: what decoding read the quantized history with, `xla` or the name of a kernel backend.
+    implementation: what decoding read the quantized history with, `xla` or the name of a kernel backend
+    speculation: what became of the drafts of all answers together, in a run that drafts
     """
 
     results: list[Completion]
@@ -34,11 +37,13 @@ class Generation:
     compile_s: float
     prefill_s: float
     decode_s: float
+    speculation: Drafted | None = None
 
     def to_json(self) -> dict[str, Any]:
         sizes = dataclasses.asdict(self.cache_bytes) | {"total": self.cache_bytes.total}
         results = [result.to_json() for result in self.results]
-        return dataclasses.asdict(self) | {"cache_bytes": sizes, "results": results}
+        written = dataclasses.asdict(self) | {"cache_bytes": sizes, "results": results}
+        return {name: value for name, value in written.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,7 @@ def generate(
     prefill_chunk: SupportsIndex | None = 512,
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
+    speculate: str | Speculation | None = None,
 ) -> Generation:
     """Continues every prompt: a text, token ids taken as they are, or a `Chat`.
 
@@ -91,6 +97,8 @@ def generate(
         the bucket can need: calls that share a program share its size
     mesh: devices to spread cache and work over (`make_mesh`), by default those that the model was loaded on; in a job
         of several processes each of them makes the same call and gets all results
+    speculate: drafts that the model checks several tokens of in one step, `lookup:4` or `window:4` for drafts of 4, see
+        `Speculation.parse`; the answers are the same with and without (but for rounding)
 
     An answer that cannot go on, because logits are not finite, ends with an `error`, and a warning is given; the others
     go on.
@@ -99,7 +107,7 @@ def generate(
     small, `ConfigError` for an option that cannot be honoured.
     """
     request = Request("", max_new_tokens, 0, sampling, stop, stop_ids, min_tokens, 0, n, add_special_tokens)
-    options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh)
+    options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh, speculate=speculate)
     generation = generate_requests(model, _requests(prompts, request, seed), options)
     for number, completion in enumerate(generation.results):
         if completion.error is not None:
@@ -123,13 +131,14 @@ def stream(
     prefill_chunk: SupportsIndex | None = 512,
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
+    speculate: str | Speculation | None = None,
 ) -> Iterator[StreamedToken]:
     """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled programs.
 
     An answer that cannot go on raises nothing either: its last item has an `error`, and no token.
     """
     request = Request("", max_new_tokens, 0, sampling, stop, stop_ids, min_tokens, 0, n, add_special_tokens)
-    options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh)
+    options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh, speculate=speculate)
     return stream_requests(model, _requests(prompts, request, seed), options)
 
 
@@ -145,6 +154,7 @@ def generate_requests(model: Model, requests: Sequence[Request], options: Option
         news += engine.step()
     decoded = time.perf_counter()
     completions = {progress.id: progress.completion for progress in news if progress.completion is not None}
+    drafted = [one.speculation for one in completions.values() if one.speculation is not None]
     return Generation(
         results=[completions[i] for i in range(len(expected))],
         cache_bytes=cache_bytes(engine.cache),
@@ -152,6 +162,7 @@ def generate_requests(model: Model, requests: Sequence[Request], options: Option
         compile_s=compiled - start,
         prefill_s=prefilled - compiled,
         decode_s=decoded - prefilled,
+        speculation=sum(drafted[1:], drafted[0]) if drafted else None,
     )
 
 
@@ -164,20 +175,21 @@ def _tokens(engine: Engine, expected: Sequence[CheckedRequest]) -> Iterator[Stre
     engine.compile(expected)
     while engine.busy:
         for progress in engine.step(limit=1):
-            yield streamed(progress)
+            yield from streamed(progress)
 
 
-def streamed(progress: Progress) -> StreamedToken:
-    """What a step that makes one token made."""
-    completion = progress.completion
-    return StreamedToken(
-        progress.id,
-        progress.tokens[0] if progress.tokens else None,
-        progress.logprobs[0] if progress.tokens else None,
-        progress.text,
-        None if completion is None else completion.finish_reason,
-        None if completion is None else completion.error,
-    )
+def streamed(progress: Progress) -> list[StreamedToken]:
+    """What a step made, token by token."""
+    tokens = [
+        StreamedToken(progress.id, *of_token, finish_reason=None)
+        for of_token in zip(progress.tokens, progress.logprobs, progress.texts, strict=True)
+    ]
+    if (completion := progress.completion) is None:
+        return tokens
+    if completion.error is not None:
+        tokens.append(StreamedToken(progress.id, None, None, progress.rest, None))
+    tokens[-1] = dataclasses.replace(tokens[-1], finish_reason=completion.finish_reason, error=completion.error)
+    return tokens
 
 
 def _requests(prompts: Prompt | Sequence[Prompt], request: Request, seed: Seed) -> list[Request]:

@@ -1,4 +1,4 @@
-"""What may be asked of a model, checked once, and what an answer is.
+"""What may be asked of a model, checked once.
 
 A `Request` is what users write. `checked` holds it against the model and gives the form that everything behind it
 works with: plain numbers, token ids, nothing that can still be wrong. `Options` are those of a whole run.
@@ -23,6 +23,7 @@ from xquant_jax.generation.prompts import Prompt, prompt_tokens, token_ids
 from xquant_jax.generation.sampling import MOST_LOGPROBS, Sampling, recommended
 from xquant_jax.model.loading import Model
 from xquant_jax.sharding.hosts import from_process_0
+from xquant_jax.speculation import Speculation
 
 Seed = SupportsIndex | Sequence[int] | np.ndarray | None
 Whole = Any
@@ -49,6 +50,7 @@ class Request:
     n: answers to this prompt, each with draws of its own
     add_special_tokens: whether a text gets the special tokens that the tokenizer prescribes, such as a BOS, unless it
         begins with them
+    speculate: whether tokens may be drafted, in a run that drafts; the answer is the same either way
     """
 
     prompt: Prompt
@@ -61,6 +63,7 @@ class Request:
     logprobs: SupportsIndex = 0
     n: SupportsIndex = 1
     add_special_tokens: bool = True
+    speculate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ class CheckedRequest:
     logprobs: int = 0
     n: int = 1
     repeat: int = 0
+    speculate: bool = True
 
     @property
     def capacity(self) -> int:
@@ -95,44 +99,6 @@ class CheckedRequest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
-    """One prompt's answer. `tokens` are the new ones, `logprobs` theirs under the model itself (natural log).
-
-    seed: that gives this answer again in the same call
-    top_logprobs: if asked for, the likeliest (token id, log-probability) at every token, likeliest first
-    error: what ended it where it could not go on
-    """
-
-    prompt: str | list[int]
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str  # "stop": a stop token or string; "length": max_new_tokens; "error"
-    seed: int
-    top_logprobs: list[list[tuple[int, float]]] | None = None
-    error: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Its fields, without those that say nothing."""
-        written = dataclasses.asdict(self)
-        return {name: value for name, value in written.items() if value is not None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What became of request number `index`: its completions, or the error that a bad request is."""
-
-    index: int
-    completions: tuple[Completion, ...] = ()
-    error: str | None = None
-
-    @property
-    def completion(self) -> Completion | None:
-        """The first one."""
-        return self.completions[0] if self.completions else None
-
-
-@dataclasses.dataclass(frozen=True)
 class Options:
     """What belongs to a run and not to a request.
 
@@ -142,6 +108,7 @@ class Options:
     cache_tokens: tokens per sequence that the cache holds, by default as many as are needed
     slots: sequences that run at the same time, by default as many as the run finds fitting
     memory: bytes that the caches of a batch may take instead, on all devices together
+    speculate: where drafts come from and how long they are, see `Speculation.parse`; None: nothing is drafted
     mesh: devices to spread cache and work over (`make_mesh`), by default those that the model was loaded on
     """
 
@@ -151,6 +118,7 @@ class Options:
     slots: Whole | None = None
     memory: Whole | None = None
     mesh: Mesh | None = None
+    speculate: str | Speculation | None = None
 
     @property
     def cache_config(self) -> CacheConfig:
@@ -168,7 +136,8 @@ class Options:
             for name in ("slots", "cache_tokens"):
                 if sizes[name] is not None:
                     raise ConfigError(f"{name}={sizes[name]} and memory={self.memory} are both given; choose one")
-        return dataclasses.replace(self, cache=self.cache_config, **sizes)
+        speculate = Speculation.parse(self.speculate)
+        return dataclasses.replace(self, cache=self.cache_config, speculate=speculate, **sizes)
 
 
 def checked(model: Model, request: Request, name: str = "the prompt") -> CheckedRequest:
@@ -211,15 +180,16 @@ def check_wishes(model: Model, request: Request) -> dict[str, Any]:
     most = min(MOST_LOGPROBS, model.config.vocab_size)
     if not 0 <= logprobs <= most:
         raise ConfigError(f"logprobs={logprobs} is not possible; choose from 0 to {most}")
-    if not isinstance(request.add_special_tokens, bool):
-        raise ConfigError(f"add_special_tokens={request.add_special_tokens!r} is not possible; choose True or False")
+    for name in ("add_special_tokens", "speculate"):
+        if not isinstance(value := getattr(request, name), bool):
+            raise ConfigError(f"{name}={value!r} is not possible; choose True or False")
     stop, stop_ids = _stops(model, request)
     sampling = recommended(model.generation_config) if request.sampling == "model" else request.sampling
     if not isinstance(sampling, Sampling):
         raise ConfigError(f'sampling={request.sampling!r} is not possible; give a Sampling, or "model"')
     seed = fresh_seed() if request.seed is None else checked_seed(request.seed)
     asked = {"seed": seed, "sampling": sampling.checked(), "stop": stop, "stop_ids": stop_ids, "logprobs": logprobs}
-    return numbers | asked
+    return numbers | asked | {"speculate": request.speculate}
 
 
 def _stops(model: Model, request: Request) -> tuple[tuple[str, ...], tuple[int, ...]]:

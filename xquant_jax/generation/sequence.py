@@ -2,22 +2,31 @@
 
 import dataclasses
 
-from xquant_jax.generation.request import CheckedRequest, Completion
+from xquant_jax.generation.answer import Completion, Drafted
+from xquant_jax.generation.request import CheckedRequest
 from xquant_jax.generation.transcript import Transcript
 
 
 @dataclasses.dataclass
 class Progress:
-    """What one step made for request `id`: new tokens, their log-probabilities, and the text that became certain.
+    """What one step made for request `id`: new tokens, their log-probabilities, and the text that became certain with
+    each.
 
-    `completion`: the whole answer, once there is no more to come.
+    rest: text that an error ended
+    completion: the whole answer, once there is no more to come
     """
 
     id: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    text: str = ""
+    texts: list[str] = dataclasses.field(default_factory=list)
+    rest: str = ""
     completion: Completion | None = None
+
+    @property
+    def text(self) -> str:
+        """The text that became certain."""
+        return "".join(self.texts) + self.rest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,8 +51,8 @@ class Sequence:
             + (f"; load the model with dtype={wider[dtype]}" if dtype in wider else "")
         )
 
-    def completion(self) -> Completion:
-        """The answer, which is finished."""
+    def completion(self, drafted: Drafted | None) -> Completion:
+        """The answer, which is finished. `drafted`: what became of its drafts, if there were any."""
         t, request = self.transcript, self.request
         return Completion(
             request.prompt,
@@ -54,4 +63,5 @@ class Sequence:
             request.seed,
             t.top_logprobs if request.logprobs else None,
             t.error,
+            drafted,
         )

@@ -13,9 +13,10 @@ from tests.conftest import counted_compilations
 from tests.xquant_jax.generation.conftest import EXACT, STARTS, score
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
+from xquant_jax.generation.answer import Answer, Completion
 from xquant_jax.generation.batch import prepare
 from xquant_jax.generation.engine import Engine
-from xquant_jax.generation.request import Answer, Completion, Options, Request
+from xquant_jax.generation.request import Options, Request
 
 
 def requests(number: int, longest: int = 60, **asked: Any) -> list[Request]:

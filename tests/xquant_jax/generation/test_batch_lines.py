@@ -10,9 +10,10 @@ import pytest
 import xquant_jax as xq
 from tests.xquant_jax.generation.conftest import EXACT
 from xquant_jax.cli import main, options
+from xquant_jax.generation.answer import Answer, Completion
 from xquant_jax.generation.batch_lines import Line, parse_prompts, unknown_columns
 from xquant_jax.generation.prompts import Chat
-from xquant_jax.generation.request import Answer, Completion, Request
+from xquant_jax.generation.request import Request
 
 DEFAULT = Request("", 9, seed=3, sampling=xq.Sampling(1.1, temperature=0.7, top_p=0.9))
 

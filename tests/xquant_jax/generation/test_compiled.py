@@ -7,7 +7,9 @@ import pytest
 from tests.conftest import random_model, tiny_config
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import allocate, cache_bytes
-from xquant_jax.generation.programs import Arrivals, Slots, advance, feed
+from xquant_jax.generation.decode import advance
+from xquant_jax.generation.prefill import feed
+from xquant_jax.generation.slots import Arrivals, Slots
 
 pytestmark = pytest.mark.optimized
 

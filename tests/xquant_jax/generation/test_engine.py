@@ -11,9 +11,10 @@ import xquant_jax as xq
 from tests.conftest import counted_compilations
 from tests.xquant_jax.generation.conftest import EXACT, STARTS
 from xquant_jax.generation import engine as engine_module
+from xquant_jax.generation.answer import Completion
 from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.generate import generate_requests
-from xquant_jax.generation.request import Completion, Options, Request
+from xquant_jax.generation.request import Options, Request
 
 MIXED = [
     Request(STARTS[0], 12),
