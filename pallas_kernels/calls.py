@@ -7,6 +7,7 @@ a backend whether it takes them. `pallas_kernels.xla` defines what each one retu
 import abc
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array
 
@@ -72,7 +73,7 @@ class DecodeAttention(Call[Part]):
     layer: int32 [], which layer of the streams
     num_kv_heads: K, which divides H
     value_heads: K if the value stream holds each kv head's part side by side, 1 if all heads read the whole of it
-    skip: int32 [], how many tokens at the beginning of each sequence are not attended to; below 0 is as 0
+    skip: int32 [B], how many tokens at the beginning of each sequence are not attended to; below 0 is as 0
     """
 
     operation: ClassVar[str] = "decode_attention"
@@ -86,7 +87,7 @@ class DecodeAttention(Call[Part]):
     layer: Leaf
     num_kv_heads: int = struct.field(pytree_node=False)
     value_heads: int = struct.field(pytree_node=False)
-    skip: Leaf = 0
+    skip: Leaf
 
     @property
     def values(self) -> Blocks:
@@ -94,7 +95,11 @@ class DecodeAttention(Call[Part]):
         return self.key_stream if self.value_stream is None else self.value_stream
 
     def check(self) -> None:
-        heads, width = self.q.shape[2], self.values.spec.width
+        batch, heads, width = self.q.shape[0], self.q.shape[2], self.values.spec.width
+        if jnp.shape(self.skip) != (batch,):
+            raise ConfigError(
+                f"skip has shape {jnp.shape(self.skip)}, and there are {batch} sequences; give one number for each"
+            )
         if heads % self.num_kv_heads:
             raise ConfigError(
                 f"{heads} query heads cannot share {self.num_kv_heads} key/value heads; these must divide them"

@@ -71,7 +71,7 @@ class DecodeShape:
             integers(),
             num_kv_heads=self.kv_heads,
             value_heads=self.value_heads,
-            skip=integers(),
+            skip=integers(batch),
         )
 
 

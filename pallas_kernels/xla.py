@@ -101,9 +101,9 @@ def attend_history(
     geometry: Geometry,
     *,
     codebooks: Mapping[str, Float[Array, " levels"]] = MappingProxyType({}),
-    skip: Int[Array, " #B"] | int = 0,
+    skip: Int[Array, " B"],
 ) -> Part:
-    """Attends to the first `history_blocks` blocks of each sequence, but for their first `skip` tokens.
+    """Attends to the first `history_blocks` blocks of each sequence, but for its first `skip` tokens.
 
     `codebooks`: of the streams that have one.
     """
@@ -119,7 +119,7 @@ def attend_history(
             for name, blocks in history.items()
         }
         numbers = jnp.arange(size * BLOCK)[None]
-        exists = numbers >= jnp.maximum(stale * BLOCK, jnp.asarray(skip).reshape(-1, 1) - start * BLOCK)
+        exists = numbers >= jnp.maximum(stale * BLOCK, skip - start * BLOCK)[:, None]
         exists &= numbers < BLOCK * (history_blocks - start)[:, None]
         return attention.attend(
             q, *read(vectors), geometry, origin=jnp.full(batch, start * BLOCK), exists=exists[:, None]

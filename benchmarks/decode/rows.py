@@ -218,7 +218,7 @@ def quantized(row: Row) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
             frequencies=jnp.asarray(Rope().frequencies(shape.dim)),
         ),
         layer=jnp.int32(0),
-        skip=jnp.int32(0),
+        skip=jnp.zeros(row.batch, jnp.int32),
     )
 
     def attend(q: jax.Array, layer: jax.Array, call: DecodeAttention) -> jax.Array:

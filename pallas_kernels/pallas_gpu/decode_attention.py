@@ -125,7 +125,8 @@ def _distances(call: DecodeAttention, tiles: int) -> Int[Array, "tiles 2 64 8"]:
     positions = call.geometry.positions.astype(jnp.int32)
     positions = jnp.repeat(positions, call.q.shape[2] // call.num_kv_heads, axis=1)
     positions = _pad(positions, tiles, axis=1, value=-1).reshape(-1, 1, QUERIES)
-    most = jnp.minimum(jnp.asarray(call.geometry.sliding_window, jnp.int32) - 1, positions - call.skip)
+    skip = jnp.repeat(call.skip, tiles)[:, None, None]
+    most = jnp.minimum(jnp.asarray(call.geometry.sliding_window, jnp.int32) - 1, positions - skip)
     distance = positions - by_row(jnp.arange(ROWS))[None, :, None]
     return jnp.stack([distance, jnp.broadcast_to(most, distance.shape)], axis=1)
 

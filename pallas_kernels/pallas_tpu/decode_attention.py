@@ -35,7 +35,7 @@ from jaxtyping import Array
 from pallas_kernels import eight_bits, target
 from pallas_kernels.calls import MOST_NEW_TOKENS, DecodeAttention
 from pallas_kernels.pallas_tpu import chip, rebuild8, unpack
-from pallas_kernels.pallas_tpu.decode_attention_kernel import kernel, tiles
+from pallas_kernels.pallas_tpu.decode_attention_kernel import Seen, kernel, tiles
 from pallas_kernels.pallas_tpu.decode_attention_tiling import WORKING_ROOM, DecodeTiling, result_bytes
 from pallas_kernels.pallas_tpu.streams import LANES, by_block
 from pallas_kernels.streams import refuse_stream
@@ -94,11 +94,11 @@ def run(call: DecodeAttention) -> Part:
     last = -(-history_blocks // tiling.tile)  # one past the last tile
     first = jnp.minimum(oldest // tile_tokens, jnp.maximum(last - 1, 0))
     steps = -(-(last - first) // tiling.splits)
-    q, positions, history_blocks, first, share = (
-        jnp.repeat(x, tiling.splits, axis=0) for x in (q, positions, history_blocks.astype(jnp.int32), first, steps)
+    q, positions, history_blocks, skip, first, share = (
+        jnp.repeat(x, tiling.splits, axis=0) for x in (q, positions, history_blocks, call.skip, first, steps)
     )
     first = first + share * (jnp.arange(tiling.pieces) % tiling.splits)
-    end = jnp.minimum(history_blocks, (first + share) * tiling.tile)
+    seen = Seen(first, jnp.minimum(history_blocks, (first + share) * tiling.tile), skip, window[None])
 
     half_frequencies = jnp.zeros_like(geometry.frequencies) if tiling.rotated else geometry.frequencies
     frequencies = jnp.tile(half_frequencies, 2 * tiling.head_bundle)  # in the order of a bundle's columns
@@ -127,8 +127,7 @@ def run(call: DecodeAttention) -> Part:
         # of a query: from the chunk before a tile, up to the next tile
         turns = BLOCK * (tiling.behind - jnp.arange(0, tiling.behind + tiling.tile + 1, tiling.turn))
         inputs["turn_cos"], inputs["turn_sin"] = (x[:, None] for x in _tables(tiling, turns, frequencies))
-    reach = jnp.stack([window, jnp.asarray(call.skip, jnp.int32)])
-    out, lse = _call(tiling, inputs, call, end, first, reach, jnp.maximum(steps.max(), 1))
+    out, lse = _call(tiling, inputs, call, seen, jnp.maximum(steps.max(), 1))
     part = _part(tiling, out, lse)
     return merge(*(Part(part.out[i :: tiling.splits], part.lse[i :: tiling.splits]) for i in range(tiling.splits)))
 
@@ -192,13 +191,10 @@ def _call(
     tiling: DecodeTiling,
     inputs: dict[str, Array],
     call: DecodeAttention,
-    end: Array,
-    first: Array,
-    reach: Array,
+    seen: Seen,
     steps: Array,
 ) -> tuple[Array, Array]:
-    """The kernel: piece b attends to its tiles from `first[b]` up to block `end[b]`. reach: sliding window, tokens that
-    are skipped."""
+    """The kernel, in so many steps for each piece."""
     arrays, specs, names = [], [], []
 
     def add(name: str, array: Array, spec: pl.BlockSpec) -> None:
@@ -216,7 +212,7 @@ def _call(
             add(name, array, pl.BlockSpec(array.shape, lambda b, j, *_, zeros=zeros: zeros, pipeline_mode=once))
 
     def tile_of(rest: tuple[int, ...]) -> pl.BlockSpec:
-        def index(b: Array, j: Array, layer: Any, end: Any, first: Any, reach: Any) -> tuple:
+        def index(b: Array, j: Array, layer: Any, first: Any, end: Any, *_: Any) -> tuple:
             tile = jnp.minimum(first[b] + j, jnp.maximum(tiles(end[b], tiling.tile) - 1, 0))
             return (layer[0], lax.div(b, jnp.int32(tiling.splits)), tile, *[0] * len(rest))
 
@@ -272,19 +268,20 @@ def _call(
         pl.BlockSpec((None, rows, LANES), lambda b, j, *_: (b, 0, 0)),
     ]
 
-    def body(layer: Any, end: Any, first: Any, reach: Any, *refs: Any) -> None:
-        del layer
-        split = iter(refs)
+    scalars = jnp.asarray(call.layer, jnp.int32).reshape(1), *(x.astype(jnp.int32) for x in seen)
+
+    def body(*refs: Any) -> None:
+        split = iter(refs[len(scalars) :])
         named = {name: next(split) for name in (*names, "out", "lse", *scratch)}
         if tiling.shared:
             named |= {name.replace("key", "value"): named[name] for name in names if name.startswith("key")}
-        kernel(tiling, end, first, reach, named)
+        kernel(tiling, Seen(*refs[1 : len(scalars)]), named)
 
     return pl.pallas_call(
         body,
         out_shape=outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=len(scalars),
             grid=(tiling.pieces, steps),
             in_specs=specs,
             out_specs=out_specs,
@@ -295,7 +292,7 @@ def _call(
         ),
         name="decode_attention",
         interpret=pltpu.InterpretParams() if target.current().interpret else False,
-    )(jnp.asarray(call.layer, jnp.int32).reshape(1), end, first.astype(jnp.int32), reach, *arrays)
+    )(*scalars, *arrays)
 
 
 def _part(tiling: DecodeTiling, out: Array, lse: Array) -> Part:

@@ -25,6 +25,16 @@ def tiles(blocks: Array, size: int) -> Array:
     return lax.div(blocks + (size - 1), jnp.int32(size))
 
 
+class Seen(NamedTuple):
+    """What each piece attends to, int32 [pieces]: from tile `first` up to block `end`, but for the first `skip` tokens
+    of its sequence; and the sliding window of all, int32 [1]."""
+
+    first: Any
+    end: Any
+    skip: Any
+    window: Any
+
+
 class History(NamedTuple):
     """What of a sequence is seen, as scalars: blocks of all its tiles from `first` up to `end`, of which this tile has
     those from `tile` on; tokens within the sliding window, and those that are not skipped."""
@@ -36,9 +46,9 @@ class History(NamedTuple):
     skip: Array
 
 
-def kernel(tiling: DecodeTiling, end_ref: Any, first_ref: Any, reach: Any, refs: dict[str, Any]) -> None:
+def kernel(tiling: DecodeTiling, seen: Seen, refs: dict[str, Any]) -> None:
     b, j = pl.program_id(0), pl.program_id(1)
-    end, tile = end_ref[b], first_ref[b] + j
+    end, tile = seen.end[b], seen.first[b] + j
 
     @pl.when(j == 0)
     def _start() -> None:
@@ -47,7 +57,7 @@ def kernel(tiling: DecodeTiling, end_ref: Any, first_ref: Any, reach: Any, refs:
         for name in ("total", "sums", "shifts", "value_scales", "value_zeros"):
             refs[name][...] = jnp.zeros_like(refs[name])
 
-    history = History(first_ref[b] * tiling.tile, end, tile * tiling.tile, reach[0], reach[1])
+    history = History(seen.first[b] * tiling.tile, end, tile * tiling.tile, seen.window[0], seen.skip[b])
     count = jnp.minimum(end - history.tile, tiling.tile)  # blocks of this tile that exist
 
     @pl.when(count > 0)

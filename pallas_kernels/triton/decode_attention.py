@@ -93,8 +93,8 @@ def run(call: DecodeAttention) -> Part:
     seen_from = jnp.maximum(latest - geometry.sliding_window + 1, call.skip)
     # queries lie behind all blocks; if some did not, no token would count as seen by all
     seen_from = jnp.where(earliest >= history_blocks * BLOCK, seen_from, num_blocks * BLOCK)
-    bounds = jnp.stack([oldest, history_blocks, seen_from], axis=1).astype(jnp.int32)
-    scalars = jnp.stack([jnp.asarray(a, jnp.int32) for a in (call.layer, geometry.sliding_window, call.skip)])
+    bounds = jnp.stack([oldest, history_blocks, seen_from, call.skip], axis=1).astype(jnp.int32)
+    scalars = jnp.stack([jnp.asarray(a, jnp.int32) for a in (call.layer, geometry.sliding_window)])
     scalars = jnp.concatenate([scalars, jnp.arange(16, dtype=jnp.int32)])
     number = jnp.arange(tiles.blocks * BLOCK // 2)
     in_tile = number // 64 * BLOCK + number % 64  # the low tokens of the tile's blocks

@@ -62,8 +62,8 @@ def test_a_tpu_refuses_what_its_matrix_unit_does_not_multiply() -> None:
         )
         rebuild = KeyRebuild(**matrix)
         geometry = Geometry(jnp.zeros((1, 1), jnp.int32), 8, jnp.zeros(32), 1.0)
-        operands = (jnp.zeros((1, 1, 2, 64)), stream(axis), rebuild, stream("token"), jnp.zeros(1), geometry, 0)
-        return decode_attention.refuse(DecodeAttention(*operands, num_kv_heads=2, value_heads=1)) or ""
+        operands = (jnp.zeros((1, 1, 2, 64)), stream(axis), rebuild, stream("token"), jnp.zeros(1), geometry, 0, 2, 1)
+        return decode_attention.refuse(DecodeAttention(*operands, skip=jnp.zeros(1))) or ""
 
     for kind in (kind for tpu in TPUS.values() for kind in tpu.kinds):
         takes, other, dtype = ("fp8", "int8", "int8") if kind == "TPU7x" else ("int8", "fp8", "float8_e4m3fn")

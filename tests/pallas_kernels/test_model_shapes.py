@@ -89,6 +89,7 @@ class Case:
             jnp.int32(1),
             num_kv_heads=self.kv_heads,
             value_heads=self.kv_heads if self.cache in ("per_head", "kivi", "int8") else 1,
+            skip=jnp.zeros(1, jnp.int32),
         )
 
     def must_run(self, backend: str) -> bool:

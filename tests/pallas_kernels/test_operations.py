@@ -74,16 +74,17 @@ class Case:
     norm: bool = False
     rotated: bool = False
     sliding_window: int = NO_WINDOW
-    skip: int = 0
+    skip: int | tuple[int, ...] = 0  # of all sequences, or of each
+    absent: bool = False  # queries whose position is -1
     history_blocks: tuple[int, ...] = (0, 1, 2, 5)
     blocks: int = 5
 
 
 CASES = [
-    Case("per_head", 2, 3, new=3, sliding_window=300, skip=4, norm=True, bias=True),
+    Case("per_head", 2, 3, new=3, sliding_window=300, skip=(0, 4, 4, 370), norm=True, bias=True, absent=True),
     Case("per_head", 8, 8, new=16, heads=12, history_blocks=(0, 2)),  # more queries than a Triton program takes
-    Case("per_head", 3, 4, skip=1100, history_blocks=(1, 18, 9), blocks=18),  # whole tiles, and all of a sequence
-    Case("dense", 3, 8, new=2, bias=True),
+    Case("per_head", 3, 4, skip=(7, 1100, 1200), history_blocks=(1, 18, 9), blocks=18),  # whole tiles, a whole sequence
+    Case("dense", 3, 8, new=2, bias=True, absent=True),
     Case("dense", 4, 2, skip=128, kv_heads=4, axis="token", width=256, one_stream=True),
     Case("dense", 3, 3, kv_heads=4, axis="token", width=256, one_stream=True, small="int8", bias=True, norm=True),
     Case(
@@ -97,16 +98,18 @@ CASES = [
         one_stream=True,
         small="int8",
         sliding_window=200,
-        skip=3,
+        skip=(3, 0, 150, 450),
+        absent=True,
     ),
-    Case("dense", 4, 4, dim=128, new=2, axis="token", width=256, one_stream=True, small="fp8", skip=3),
-    Case("identity", 4, 8, skip=5, rotated=True),
+    Case("dense", 4, 4, dim=128, new=2, axis="token", width=256, one_stream=True, small="fp8", skip=(3, 3, 0, 200)),
+    Case("identity", 4, 8, skip=(5, 0, 5, 300), rotated=True),
     Case("identity", 8, 4, axis="token", skip=-128, history_blocks=(1, 2)),  # as on a device that holds later blocks
     Case(
         "identity", 2, 2, sliding_window=200, history_blocks=(17, 16), blocks=18
     ),  # around the end of the largest tile
 ]
-"""What `test_model_shapes.py` does not try: windows, skips, biases, norms, several new tokens, long histories."""
+"""What `test_model_shapes.py` does not try: windows, skips, biases, norms, several new tokens, long histories, queries
+that see nothing beside others that do."""
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -132,8 +135,8 @@ def plain_attention(
         return np.concatenate([z.real, z.imag], axis=-1)
 
     for b, t, h in np.ndindex(batch, length, heads):
-        s = np.arange(max(skip, 0), 128 * history_blocks[b])
-        s = s[positions[b, t] - s < sliding_window]
+        s = np.arange(max(skip[b], 0), 128 * history_blocks[b])
+        s = s[(s <= positions[b, t]) & (positions[b, t] - s < sliding_window)]
         if not len(s):
             continue
         kv = h // (heads // kv_heads)
@@ -207,6 +210,9 @@ def test_decode_attention(implementation: str, case: Case) -> None:
     q = random(batch, case.new, case.heads, dim)
     frequencies = Rope().frequencies(dim)
     positions = 128 * history_blocks[:, None] + 40 + np.arange(case.new)
+    if case.absent:  # all queries of a sequence, all but one of another
+        positions[1] = positions[-1, 1:] = -1
+    skip = np.broadcast_to(np.asarray(case.skip, np.int32), batch)
 
     call = DecodeAttention(
         jnp.asarray(q),
@@ -218,7 +224,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         jnp.int32(1),  # traced, as in the scan over layers
         num_kv_heads=kv_heads,
         value_heads=value_heads,
-        skip=jnp.int32(case.skip),
+        skip=jnp.asarray(skip),
     )
     part = run(call, implementation)
     z = np.asarray(dequantized(key))[1].reshape(batch, -1, width).astype(np.float64)
@@ -241,7 +247,7 @@ def test_decode_attention(implementation: str, case: Case) -> None:
         history_blocks,
         positions,
         case.sliding_window,
-        case.skip,
+        skip,
         None if case.rotated else frequencies,
     )
     tolerance = TOLERANCE.get(implementation, KERNEL_TOLERANCE)
@@ -420,20 +426,21 @@ def test_widths_that_do_not_fit_are_an_error() -> None:
         pallas_kernels.run(Quantize(jnp.zeros((1, 1, 128, 16)), StreamSpec(32, 4)))
 
 
-def test_heads_that_do_not_fit_are_an_error() -> None:
+def test_heads_and_skips_that_do_not_fit_are_an_error() -> None:
     stream = quantized(jnp.zeros((1, 1, 1, 128, 96)), StreamSpec(96, 4))
     geometry = Geometry(jnp.zeros((1, 1), jnp.int32), NO_WINDOW, jnp.zeros(16), 1.0)
 
-    def attend(num_kv_heads: int, value_heads: int) -> None:
+    def attend(num_kv_heads: int, value_heads: int, skip: tuple[int, ...] = (1,)) -> None:
         q, blocks = jnp.zeros((1, 1, 4, 32)), jnp.ones(1, jnp.int32)
-        pallas_kernels.run(
-            DecodeAttention(q, stream, KeyRebuild(), None, blocks, geometry, 0, num_kv_heads, value_heads)
-        )
+        operands = q, stream, KeyRebuild(), None, blocks, geometry, 0
+        pallas_kernels.run(DecodeAttention(*operands, num_kv_heads, value_heads, skip=jnp.zeros(skip)))
 
     with pytest.raises(ConfigError, match="4 query heads cannot share 3 key/value heads"):
         attend(3, 3)
     with pytest.raises(ConfigError, match="width 96 cannot be split into 4 heads; value_heads is 1, or num_kv_heads=2"):
         attend(2, 4)
+    with pytest.raises(ConfigError, match=r"skip has shape \(\), and there are 1 sequences; give one number for each"):
+        attend(2, 2, ())
 
 
 def test_sums_that_do_not_fit_are_an_error() -> None:

@@ -23,10 +23,13 @@ FORMS = {
     # a window, a sequence that is behind, tokens that are not attended to; 12 queries of a kv head
     "per_head": (
         {"bits": 4, "value_bits": 2},
-        {"window": 300, "skip": 70, "lengths": (3, 1), "heads": 8, "new": 3, "normed": True},
+        {"window": 300, "skip": (70, 0), "lengths": (3, 1), "heads": 8, "new": 3, "normed": True},
     ),
-    # keys along the token, as int8 has them; a sequence without blocks
-    "identity": ({"bits": 8, "value_bits": 3, "axis": "token"}, {"rotated": True, "lengths": (0, 2), "heads": 2}),
+    # keys along the token, as int8 has them; a sequence without blocks, a query without a position
+    "identity": (
+        {"bits": 8, "value_bits": 3, "axis": "token"},
+        {"rotated": True, "lengths": (0, 2), "heads": 2, "new": 2, "absent": True},
+    ),
 }
 
 
@@ -42,7 +45,8 @@ def call(
     dim: int = 64,
     lengths: tuple[int, ...] = (1,),
     window: int = 2**30,
-    skip: int = 0,
+    skip: tuple[int, ...] | None = None,
+    absent: bool = False,
     rotated: bool = False,
     normed: bool = False,
 ) -> DecodeAttention:
@@ -61,6 +65,8 @@ def call(
     if normed:
         rebuild = KeyRebuild(matrix, bias=random(width), norm=random(dim), norm_eps=1e-6)
     positions = 128 * blocks[:, None] + 5 + jnp.arange(new)[None]
+    if absent:
+        positions = positions.at[-1, -1].set(-1)
     return DecodeAttention(
         random(len(lengths), new, heads, dim),
         stream(StreamSpec(width, bits, axis, 128 if axis == "channel" else dim)),
@@ -71,7 +77,7 @@ def call(
         jnp.int32(1),
         num_kv_heads=kv_heads,
         value_heads=kv_heads,
-        skip=jnp.int32(skip),
+        skip=jnp.zeros_like(blocks) if skip is None else jnp.array(skip, jnp.int32),
     )
 
 

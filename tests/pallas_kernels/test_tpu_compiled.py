@@ -194,7 +194,7 @@ def test_what_the_kernel_cannot_take_is_said() -> None:
         q = jnp.zeros((1, new, 4, dim))
         geometry = Geometry(jnp.zeros((1, new), jnp.int32), 8, jnp.zeros(dim // 2), 1.0)
         heads = width // dim
-        call = DecodeAttention(q, key, KeyRebuild(dense), value, jnp.zeros(1), geometry, 0, heads, heads)
+        call = DecodeAttention(q, key, KeyRebuild(dense), value, jnp.zeros(1), geometry, 0, heads, heads, jnp.zeros(1))
         return decode_attention.refuse(call)
 
     assert refusal() is None

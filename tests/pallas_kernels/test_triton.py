@@ -61,7 +61,8 @@ class Case:
     new: int = 1
     dim: int = DIM
     sliding_window: int = NO_WINDOW
-    skip: int = 0
+    skip: tuple[int, ...] = (0, 0, 0, 0)
+    absent: bool = False  # the last query of the last sequence, whose position is -1
     bias: bool = False
     norm: bool = False
     rotated: bool = False
@@ -82,7 +83,9 @@ class Case:
         )
         key = stream(width, self.bits, self.key_axis, seed=1)
         value = None if self.shared_stream else stream(width, self.bits, "token", seed=2)
-        positions = jnp.asarray(128 * FLUSHED[:, None] + 40 + np.arange(self.new))
+        positions = 128 * FLUSHED[:, None] + 40 + np.arange(self.new)
+        if self.absent:
+            positions[-1, -1] = -1
         frequencies = jnp.asarray(Rope().frequencies(self.dim))
         return DecodeAttention(
             jnp.asarray(random(len(FLUSHED), self.new, HEADS, self.dim), dtype),
@@ -90,11 +93,11 @@ class Case:
             rebuild,
             value,
             jnp.asarray(FLUSHED),
-            Geometry(positions, self.sliding_window, frequencies, self.dim**-0.5, self.rotated),
+            Geometry(jnp.asarray(positions), self.sliding_window, frequencies, self.dim**-0.5, self.rotated),
             layer,
             num_kv_heads=KV_HEADS,
             value_heads=self.value_heads,
-            skip=self.skip,
+            skip=jnp.asarray(self.skip, jnp.int32),
         )
 
 
@@ -133,10 +136,10 @@ def test_both_ways_to_read_values_agree_with_the_reference(case: Case) -> None:
 )
 def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 blocks over up to 5 parts: lengths end within, at and one block next to the end of a part and of a tile.
-    What is skipped is a part's beginning, or all of it."""
+    What is skipped is a part's beginning, or all of it, or nothing; a query that sees nothing is among others."""
     monkeypatch.setattr(tiling, "choose", lambda shape: tiles)
     monkeypatch.setattr(tiling, "splits", lambda *_: splits)
-    check(Case(skip=200))
+    check(Case(new=2, skip=(0, 200, 200, 0), absent=True))
 
 
 def test_blocks_past_a_length_are_not_read() -> None:

@@ -37,8 +37,8 @@ def _share(bounds, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
     """The sequence and the blocks of it that this program reads, in whole tiles: all sequences are cut into shares of
     one size, so that long ones have many programs and short ones few. ROWS: a power of two, BATCH or more."""
     number = tl.arange(0, ROWS)
-    begin = tl.load(bounds + 3 * number, mask=number < BATCH, other=0)
-    end = tl.load(bounds + 3 * number + 1, mask=number < BATCH, other=0)
+    begin = tl.load(bounds + 4 * number, mask=number < BATCH, other=0)
+    end = tl.load(bounds + 4 * number + 1, mask=number < BATCH, other=0)
     blocks = tl.maximum(end - begin, 0)
     # rounded up in each sequence, there are no more shares than programs; or one for each sequence
     more = tl.num_programs(1) - BATCH
@@ -303,8 +303,8 @@ def _store_part(out, lse, at, real, channel, top, total, offset, acc, WIDTH: tl.
 @triton.jit
 @no_type_check
 def decode(
-    scalars,  # int32 [3 + 16]: layer, sliding window, tokens that are skipped; 0 ... 15
-    bounds,  # int32 [B, 3]: first block, one past the last one, first token that all queries see
+    scalars,  # int32 [2 + 16]: layer, sliding window; 0 ... 15
+    bounds,  # int32 [B, 4]: first block, one past the last one, first token that all queries see, tokens to skip
     q,  # float32 [B, K, all queries of a kv head, DIM]: turned by its position, times scale * log2(e)
     query_positions,  # int32 [B, all queries of a kv head]; -1: no query
     tile_rotation,  # float32 [2, BLOCKS * 64, DIM/2]: cosine and sine for each row's number in the tile
@@ -354,8 +354,8 @@ def decode(
     VALUE_DIM: tl.constexpr = VALUE_WIDTH // KV_HEADS
     row, begin, end = _share(bounds, BATCH, ROWS, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
-    sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
-    seen_from = tl.load(bounds + 3 * row + 2)
+    sliding_window = tl.load(scalars + 1)
+    seen_from, skip = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
     key_words, key_words_high, key_scales, key_zeros = at_history(
         key_words, key_words_high, key_scales, key_zeros, history, KEY_WIDTH, KEY_BITS, KEY_GROUP
     )
@@ -388,7 +388,7 @@ def decode(
             BLOCKS, CHUNK, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
         top, total, offset, acc = _add_values(
-            score_low, score_high, top, total, offset, acc, first, exists, scalars + 3, head * VALUE_DIM,
+            score_low, score_high, top, total, offset, acc, first, exists, scalars + 2, head * VALUE_DIM,
             value_words, value_words_high, scale_low, scale_high, zero_low, zero_high, VALUE_WIDTH, VALUE_BITS,
             VALUE_DIM, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
@@ -445,8 +445,8 @@ def decode_scores(
     head = tl.program_id(0)
     row, begin, end = _share(bounds, BATCH, ROWS, BLOCKS)
     history = (tl.load(scalars).to(tl.int64) * BATCH + row) * NUM_BLOCKS
-    sliding_window, skip = tl.load(scalars + 1), tl.load(scalars + 2)
-    seen_from = tl.load(bounds + 3 * row + 2)
+    sliding_window = tl.load(scalars + 1)
+    seen_from, skip = tl.load(bounds + 4 * row + 2), tl.load(bounds + 4 * row + 3)
     words, words_high, scales, zeros = at_history(words, words_high, scales, zeros, history, WIDTH, BITS, GROUP)
     query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     query_position = tl.load(query_positions + row * tl.num_programs(2) * QUERIES + query)
@@ -531,7 +531,7 @@ def decode_values(
         low = tl.load(scores + at + first * 128, mask=known, other=float("-inf"))
         high = tl.load(scores + at + first * 128 + 64, mask=known, other=float("-inf"))
         top, total, offset, acc = _add_values(
-            low, high, top, total, offset, acc, first, exists, scalars + 3, channel,
+            low, high, top, total, offset, acc, first, exists, scalars + 2, channel,
             words, words_high, scale_low, scale_high, zero_low, zero_high, WIDTH, BITS,
             CHANNELS, QUERIES, BLOCKS, DTYPE, ARITHMETIC, PRECISION, ASSEMBLY,
         )  # fmt: skip
