@@ -74,6 +74,8 @@ class DecodeAttention(Call[Part]):
     num_kv_heads: K, which divides H
     value_heads: K if the value stream holds each kv head's part side by side, 1 if all heads read the whole of it
     skip: int32 [B], how many tokens at the beginning of each sequence are not attended to; below 0 is as 0
+
+    A query that sees no key, as all do whose position is below 0, has out = 0 and lse = -inf.
     """
 
     operation: ClassVar[str] = "decode_attention"

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.calls import Accumulate, DecodeAttention, Quantize, RematProject
 from pallas_kernels.operands import times
 from xquant_jax.numerics import attention
-from xquant_jax.numerics.attention import Geometry, Part
+from xquant_jax.numerics.attention import AFTER_ALL, Geometry, Part
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.numerics.quantization import Blocks, as_blocks, as_tokens, dequantize, quantize
 
@@ -126,7 +126,7 @@ def attend_history(
         )
 
     # of sequences that have blocks: a short one or a free slot would have all tiles read that lie before their windows
-    earliest = jnp.where(history_blocks > 0, geometry.positions.min(axis=1), geometry.positions.max()).min()
+    earliest = jnp.where(history_blocks > 0, geometry.earliest(), AFTER_ALL).min()
     oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0)
     shape = jax.eval_shape(tile, jnp.int32(0))
     nothing = Part(jnp.zeros(shape.out.shape), jnp.full(shape.lse.shape, -jnp.inf))

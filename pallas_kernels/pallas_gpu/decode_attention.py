@@ -7,7 +7,7 @@ thread, and compile it for Hopper. `implementation=None` therefore does not choo
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from pallas_kernels import gpus, target
 from pallas_kernels.calls import MOST_NEW_TOKENS, DecodeAttention
@@ -99,7 +99,8 @@ def run(call: DecodeAttention) -> Part:
         *((stream.planes, stream.scale, stream.zero) for stream in (call.key_stream, call.values)),
     )
     found = (
-        a[:, :, :queries].reshape(batch, kv_heads, length, -1, a.shape[-1]) for a in _merge(sums, rows, batch, tiles)
+        a[:, :, :queries].reshape(batch, kv_heads, length, -1, a.shape[-1])
+        for a in _merge(sums, rows, _positions(call, tiles) >= 0)
     )
     out, lse = (a.swapaxes(1, 2).reshape(batch, length, heads, -1) for a in found)
     return Part(out, lse[..., 0])
@@ -120,11 +121,16 @@ def _turned_queries(
     return turned.transpose(0, 2, 1, 4, 5, 3, 6).reshape(-1, call.num_kv_heads, 2, dim // 64 * QUERIES, 32)
 
 
-def _distances(call: DecodeAttention, tiles: int) -> Int[Array, "tiles 2 64 8"]:
-    """From the rows of a sequence's first block to its queries; and the largest at which a query sees a token."""
+def _positions(call: DecodeAttention, tiles: int) -> Int[Array, "B queries"]:
+    """Of the queries of a kv head; -1 where there is none."""
     positions = call.geometry.positions.astype(jnp.int32)
     positions = jnp.repeat(positions, call.q.shape[2] // call.num_kv_heads, axis=1)
-    positions = _pad(positions, tiles, axis=1, value=-1).reshape(-1, 1, QUERIES)
+    return _pad(positions, tiles, axis=1, value=-1)
+
+
+def _distances(call: DecodeAttention, tiles: int) -> Int[Array, "tiles 2 64 8"]:
+    """From the rows of a sequence's first block to its queries; and the largest at which a query sees a token."""
+    positions = _positions(call, tiles).reshape(-1, 1, QUERIES)
     skip = jnp.repeat(call.skip, tiles)[:, None, None]
     most = jnp.minimum(jnp.asarray(call.geometry.sliding_window, jnp.int32) - 1, positions - skip)
     distance = positions - by_row(jnp.arange(ROWS))[None, :, None]
@@ -155,21 +161,23 @@ def _shares(
     """Blocks that a program begins and ends with, and of each sequence the first that all queries see whole."""
     positions, window = call.geometry.positions, call.geometry.sliding_window
     blocks, num_blocks = call.history_blocks, call.key_stream.planes[0].shape[2]
-    earliest, latest = positions.min(axis=1), positions.max(axis=1)
+    earliest, latest = call.geometry.earliest(), positions.max(axis=1)
     oldest = jnp.maximum(earliest - window + 1, 0) // BLOCK
     share = -(-jnp.maximum(blocks - oldest, 0) // splits)
     begin = oldest[:, None] + share[:, None] * jnp.arange(splits)[None]
     end = jnp.minimum(begin + share[:, None], blocks[:, None])
     clear = -(-jnp.maximum(latest - window + 1, call.skip) // BLOCK)
-    # queries lie behind all blocks; if some did not, no token would count as seen by all
+    # queries that see something lie behind all blocks; if some did not, no token would count as seen by all
     clear = jnp.where(earliest >= blocks * BLOCK, clear, num_blocks)
     return begin.astype(jnp.int32), end.astype(jnp.int32), clear.astype(jnp.int32)
 
 
 def _merge(
-    sums: Float[Array, "shares K 2 sums 8"], rows: Float[Array, "shares K 2 3 64 8"], batch: int, tiles: int
+    sums: Float[Array, "shares K 2 sums 8"], rows: Float[Array, "shares K 2 3 64 8"], sees: Bool[Array, "B queries"]
 ) -> tuple[Float[Array, "B K queries C"], Float[Array, "B K queries 1"]]:
-    """Attention over the parts of all warps, which are not normalized; as `attention.merge`."""
+    """Attention over the parts of all warps, which are not normalized; as `attention.merge`. Queries that do not see
+    anything are masked here: the kernel masks no block that all others see."""
+    batch, tiles = len(sees), sees.shape[1] // QUERIES
     sums = by_channel(jnp.moveaxis(sums, 3, 0))  # [4, C, shares, K, 2, 8]
     sums = sums.reshape(*sums.shape[:2], batch, -1, tiles, *sums.shape[3:])
     rows = rows.reshape(batch, -1, tiles, *rows.shape[1:3], 3, 4, ROWS // 4, QUERIES)
@@ -177,7 +185,7 @@ def _merge(
     total, offset = (rows[..., i, :, :, :].sum(axis=-2) for i in (1, 2))
     parts = 1, 4, 5
     highest = top.max(axis=parts, keepdims=True)
-    weights = jnp.exp2(top - highest)
+    weights = jnp.where(sees.reshape(batch, 1, tiles, 1, 1, 1, QUERIES), jnp.exp2(top - highest), 0.0)
     total, offset = ((weights * a).sum(axis=parts).swapaxes(1, 2) for a in (total, offset))  # [B, K, tiles, 8]
     out = jnp.einsum("bstkxwq,wcbstkxq->bktqc", weights, sums, precision="highest") + offset[..., None]
     some = jnp.where(total > 0, total, 1.0)

@@ -90,7 +90,7 @@ def run(call: DecodeAttention) -> Part:
     positions = geometry.positions.astype(jnp.int32)
     window = jnp.asarray(geometry.sliding_window, jnp.int32)
     tile_tokens = tiling.tile * BLOCK
-    oldest = jnp.maximum(positions.min(axis=1) - window + 1, 0)
+    oldest = jnp.maximum(geometry.earliest() - window + 1, 0)
     last = -(-history_blocks // tiling.tile)  # one past the last tile
     first = jnp.minimum(oldest // tile_tokens, jnp.maximum(last - 1, 0))
     steps = -(-(last - first) // tiling.splits)

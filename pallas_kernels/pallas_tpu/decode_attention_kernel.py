@@ -13,11 +13,8 @@ from jaxtyping import Array
 from pallas_kernels.pallas_tpu import rebuild8, unpack
 from pallas_kernels.pallas_tpu.decode_attention_tiling import DecodeTiling
 from pallas_kernels.pallas_tpu.streams import LANES
-from xquant_jax.numerics.attention import LOWEST
+from xquant_jax.numerics.attention import AFTER_ALL, LOWEST
 from xquant_jax.numerics.packing import BLOCK, PLANES
-
-AFTER_ALL = 2**30
-"""The place of tokens that no query sees."""
 
 
 def tiles(blocks: Array, size: int) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import triton
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import eight_bits, gpus
 from pallas_kernels.calls import MOST_NEW_TOKENS, DecodeAttention
@@ -88,10 +88,10 @@ def run(call: DecodeAttention) -> Part:
     turned = _pad(turned.reshape(batch, num_kv_heads, length * shared, dim), query_tiles * queries, axis=2)
     positions = jnp.repeat(geometry.positions.astype(jnp.int32), shared, axis=1)
     positions = _pad(positions, query_tiles * queries, axis=1, value=-1)
-    earliest, latest = geometry.positions.min(axis=1), geometry.positions.max(axis=1)
+    earliest, latest = geometry.earliest(), geometry.positions.max(axis=1)
     oldest = jnp.maximum(earliest - geometry.sliding_window + 1, 0) // BLOCK
     seen_from = jnp.maximum(latest - geometry.sliding_window + 1, call.skip)
-    # queries lie behind all blocks; if some did not, no token would count as seen by all
+    # queries that see something lie behind all blocks; if some did not, no token would count as seen by all
     seen_from = jnp.where(earliest >= history_blocks * BLOCK, seen_from, num_blocks * BLOCK)
     bounds = jnp.stack([oldest, history_blocks, seen_from, call.skip], axis=1).astype(jnp.int32)
     scalars = jnp.stack([jnp.asarray(a, jnp.int32) for a in (call.layer, geometry.sliding_window)])
@@ -187,16 +187,20 @@ def run(call: DecodeAttention) -> Part:
             **operands.stream_constants(value_stream.spec),
             **operands.types(),
         )
-    part = _merge(out, lse, owners, batch)
+    part = _merge(out, lse, owners, jnp.repeat(geometry.positions >= 0, heads, axis=1))
     return Part(part.out.reshape(batch, length, heads, -1), part.lse.reshape(batch, length, heads))
 
 
 def _merge(
-    out: Float[Array, "parts rows C"], lse: Float[Array, "parts rows"], owners: Int[Array, " parts"], batch: int
+    out: Float[Array, "parts rows C"],
+    lse: Float[Array, "parts rows"],
+    owners: Int[Array, " parts"],
+    sees: Bool[Array, "B rows"],
 ) -> Part:
-    """Attention of each sequence over its parts; as `attention.merge`, of parts that lie in one array."""
-    own = owners[None] == jnp.arange(batch)[:, None]
-    lse = jnp.where(own[..., None], lse[None], -jnp.inf)  # [B, parts, rows]
+    """Attention of each sequence over its parts; as `attention.merge`, of parts that lie in one array. Rows that do not
+    see anything are masked here: kernels mask no tile that all others see."""
+    own = owners[None] == jnp.arange(len(sees))[:, None]
+    lse = jnp.where(own[..., None] & sees[:, None], lse[None], -jnp.inf)  # [B, parts, rows]
     top = jnp.maximum(lse.max(axis=1), LOWEST)
     weights = jnp.exp(lse - top[:, None])
     total = weights.sum(axis=1)

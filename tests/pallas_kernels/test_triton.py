@@ -142,12 +142,13 @@ def test_any_tiles_and_splits_give_the_same(tiles: Tiles, splits: int, monkeypat
     check(Case(new=2, skip=(0, 200, 200, 0), absent=True))
 
 
-def test_blocks_past_a_length_are_not_read() -> None:
-    call = Case().call()
+def test_blocks_past_a_length_or_before_the_window_are_not_read() -> None:
+    """Whether or not there is a query that sees nothing."""
+    call = Case(new=2, sliding_window=150, absent=True).call()
 
     def spoiled(stream: Blocks) -> Blocks:
-        """NaN scales in every block that does not exist, and in all of the other layer."""
-        exists = jnp.arange(BLOCKS)[None] < call.history_blocks[:, None]
+        """NaN scales in every block but the last that exists, and in all of the other layer."""
+        exists = jnp.arange(BLOCKS)[None] == call.history_blocks[:, None] - 1
         exists = exists[None] & (jnp.arange(LAYERS) == 1)[:, None, None]
         poison = jnp.where(exists[..., None, None], 1.0, jnp.nan).astype(jnp.bfloat16)
         return stream.replace(scale=stream.scale * poison)
@@ -157,7 +158,7 @@ def test_blocks_past_a_length_are_not_read() -> None:
             call.replace(key_stream=spoiled(call.key_stream), value_stream=spoiled(call.value_stream))
         )
         assert np.isfinite(part.out).all()
-        assert (np.isfinite(part.lse) == (FLUSHED > 0)[:, None, None]).all()
+        assert (np.isfinite(part.lse) == (call.geometry.positions >= 128)[..., None]).all()
 
 
 def test_remat_project_of_partial_tiles_agrees_with_the_reference() -> None:

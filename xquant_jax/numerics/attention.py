@@ -17,6 +17,9 @@ from xquant_jax.numerics.quantization import Leaf
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
+AFTER_ALL = 2**30
+"""A position behind all keys and queries."""
+
 
 class Part(NamedTuple):
     """Attention over a subset of keys: `out` is normalized within the subset, `lse` weighs it against others."""
@@ -38,7 +41,7 @@ def merge(*parts: Part) -> Part:
 class Geometry:
     """What relates queries to keys besides their content.
 
-    positions: int32 [B, T], of the queries, from the start of each sequence
+    positions: int32 [B, T], of the queries, from the start of each sequence; below 0: the query sees no key
     sliding_window: int32 [], keys a query may look back at, itself included (a very large number: all)
     frequencies: float32 [d/2], of RoPE, radians per position
     scale: factor on the scores
@@ -50,6 +53,10 @@ class Geometry:
     frequencies: Leaf
     scale: float = struct.field(pytree_node=False)
     rotated: bool = struct.field(pytree_node=False, default=False)
+
+    def earliest(self) -> Int[Array, " B"]:
+        """The position of each sequence's first query that may see a key; `AFTER_ALL` if none may."""
+        return jnp.where(self.positions < 0, AFTER_ALL, self.positions).min(axis=1)
 
 
 def attend(
