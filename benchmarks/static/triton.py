@@ -1,6 +1,7 @@
 """What the Triton kernels cost by their machine code, for GPUs that need not be there. Needs no GPU.
 
-    python -m benchmarks.static.triton [--gpu H200] [--models Llama-3.1-8B] [--bits 4] [--json OUT]
+    python -m benchmarks.static.triton [--gpu H200] [--models Llama-3.1-8B] [--bits 4] [--new-tokens 4]
+        [--json OUT]
 
 Prints two tables of markdown: cycles of a multiprocessor for 1024 cached tokens of one layer, all heads. `issue`:
 machine instructions of the loops, four a cycle; code that masks tiles at the end of a sequence is counted, though most
@@ -49,30 +50,30 @@ SUMS = [
 
 def products(launch: Launch, shape: DecodeShape) -> int:
     """Multiplications of a token, all programs, queries padded to what is computed; two in 8 bits count as one."""
-    c = launch.constants
+    c, (*_, query_tiles) = launch.constants, launch.grid
     if launch.kernel == "decode_values":
-        return c["WIDTH"] * c["QUERIES"]
+        return query_tiles * c["WIDTH"] * c["QUERIES"]
     scores = shape.kv_heads * shape.dim * c["QUERIES"]
     rebuild = shape.rebuild_macs // (2 if c["FORM"] in TYPES else 1)
     values = c["VALUE_WIDTH"] * c["QUERIES"] if launch.kernel == "decode" else 0
-    return rebuild + scores + values
+    return query_tiles * (rebuild + scores + values)
 
 
 def of_loops(what: str, launch: Launch, machine: Machine, shape: DecodeShape) -> float:
     """`what` loops have, instructions or cycles of shared memory, of all warps and programs for a token."""
-    c = launch.constants
+    c, (*_, query_tiles) = launch.constants, launch.grid
     inner, *outer = (getattr(loop, what) for loop in machine.loops)
     turns = 1
     if outer:
         turns = (shape.dim if c["FORM"] == "per_head" else shape.key.width) // c["CHUNK"]
     programs = c["WIDTH"] // c["CHANNELS"] if launch.kernel == "decode_values" else shape.kv_heads
-    return (inner * turns + sum(outer)) * launch.warps * programs / (BLOCK * c["BLOCKS"])
+    return (inner * turns + sum(outer)) * launch.warps * programs * query_tiles / (BLOCK * c["BLOCKS"])
 
 
-def decode_rows(model: str, cache: str, basis: str, gpu: GPU) -> list[dict[str, Any]]:
-    """Rows of the first table: the kernels of one cache."""
+def decode_rows(model: str, cache: str, basis: str, gpu: GPU, new: int = 1) -> list[dict[str, Any]]:
+    """Rows of the first table: the kernels of one cache, for so many new tokens."""
     shape, found = decode_shape(model, cache), []
-    for launch in decode_launches(shape, gpu):
+    for launch in decode_launches(shape, gpu, new):
         machine = compiled(launch, gpu)
         inner, *outer = machine.loops
         around = sum(loop.spills for loop in outer)
@@ -82,6 +83,7 @@ def decode_rows(model: str, cache: str, basis: str, gpu: GPU) -> list[dict[str, 
                 "capability": gpu.capability,
                 "model": model,
                 "cache": cache,
+                "new": new,
                 "bits": shape.key.bits,
                 "basis": basis,
                 "rebuild_dtype": cache.partition("rebuild_dtype=")[2] or "bf16",
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="H200", choices=NVIDIA, help="what is compiled for")
     parser.add_argument("--models", nargs="+", choices=FILES, default=list(FILES))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="of xquant")
+    parser.add_argument("--new-tokens", type=int, default=1, help="tokens that attend at once")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
     arguments = parser.parse_args()
     gpu = GPUS[arguments.gpu]
@@ -152,7 +155,7 @@ def main() -> None:
         if model not in arguments.models or (cache.endswith(tuple(TYPES)) and gpu.capability < 9):
             continue
         for spec in dict.fromkeys(cache.format(bits) for bits in arguments.bits):
-            for row in decode_rows(model, spec, basis, gpu):
+            for row in decode_rows(model, spec, basis, gpu, arguments.new_tokens):
                 cycles = [row[f"{what}_per_1024"] for what in ("issue", "shared", "matrix")]
                 print(
                     f"| {model} | {basis} | {row['rebuild_dtype']} | {row['bits']} | `{row['kernel']}` | "

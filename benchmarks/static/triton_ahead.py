@@ -76,9 +76,9 @@ class Machine:
     shared: int
 
 
-def decode_launches(shape: DecodeShape, gpu: GPU) -> list[Launch]:
-    """The kernels that read one layer: 8 sequences of 32 k tokens, one new token each."""
-    return launches(shape.call(layers=1, batch=8, blocks=256), gpu)
+def decode_launches(shape: DecodeShape, gpu: GPU, new: int = 1) -> list[Launch]:
+    """The kernels that read one layer: 8 sequences of 32 k tokens, `new` new tokens each."""
+    return launches(shape.call(layers=1, batch=8, blocks=256, new=new), gpu)
 
 
 def sum_launches(shape: SumShape, gpu: GPU) -> list[Launch]:
