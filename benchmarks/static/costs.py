@@ -28,7 +28,7 @@ BITS = [2, 3, 4, 8]
 
 
 def of_tpus(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
-    """Device, key and nanoseconds of a token, for one new one."""
+    """Device, key and nanoseconds of a token."""
     columns = ("kernel", "model", "basis", "bits", "rebuild_dtype", "group")
     known = {}
     for model in (*FILES, *NARROW):
@@ -36,15 +36,19 @@ def of_tpus(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
             shape = decode_shape(model, case.cache)
             dtype = case.cache.partition("rebuild_dtype=")[2] or "bf16"
             identity = ("decode_attention", model, case.basis, shape.key.bits, dtype, shape.key.group)
-            known[identity] = kernel_costs.key_of(shape)
+            known[identity] = shape
         for case in sum_cases(model, BITS):
             shape = sum_shape(model, case.cache)
             identity = ("accumulate", model, case.basis, shape.stream.bits, "bf16", shape.stream.group)
-            known[identity] = kernel_costs.key_of(shape)
+            known[identity] = shape
     for row in rows:
         identity = tuple(row[name] for name in columns)
-        if row["new"] == 1 and identity in known:
-            yield row["chip"], known[identity], 1000 * row["layer_us"] / (BLOCKS * BLOCK)
+        if identity in known:
+            yield (
+                row["chip"],
+                kernel_costs.key_of(known[identity], row["new"]),
+                1000 * row["layer_us"] / (BLOCKS * BLOCK),
+            )
 
 
 def of_gpu(name: str, rows: list[dict[str, Any]], sums: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
@@ -57,7 +61,7 @@ def of_gpu(name: str, rows: list[dict[str, Any]], sums: list[dict[str, Any]]) ->
     found: dict[str, float] = defaultdict(float)
     for row in rows:
         cache = caches[row["model"], row["basis"], row["bits"], row["rebuild_dtype"]]
-        key = kernel_costs.key_of(decode_shape(row["model"], cache))
+        key = kernel_costs.key_of(decode_shape(row["model"], cache), row["new"])
         cycles = (row[f"{what}_per_1024"] for what in ("issue", "shared", "matrix"))
         found[key] += nanoseconds(max(cycles), GPUS[name])
     for row in sums:
