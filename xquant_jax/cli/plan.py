@@ -14,9 +14,10 @@ from xquant_jax import figures
 from xquant_jax.cli import terminal
 from xquant_jax.json_file import check_folder, write_json
 from xquant_jax.planning import plot
-from xquant_jax.planning.costs import CHUNK, Row
+from xquant_jax.planning.costs import CHUNK
 from xquant_jax.planning.devices import find_device, read_devices
-from xquant_jax.planning.plan import PAPER_RIDGE, RESERVE, Plan, gib, plan, read_config, without_bits
+from xquant_jax.planning.plan import ACCEPTANCE, PAPER_RIDGE, RESERVE, Plan, gib, plan, read_config, without_bits
+from xquant_jax.planning.row import Row
 
 WIDEST = 1000
 """Columns of a terminal that any table fits into; a narrower one than the table wraps its lines."""
@@ -42,6 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--devices", type=Path, metavar="FILE", help="JSON with other devices, see docs/plan.md")
     parser.add_argument("--reserve", type=float, default=RESERVE, help="share of memory left to temporaries")
     parser.add_argument("--prefill-chunk", type=int, default=CHUNK, help="prompt tokens at once")
+    parser.add_argument("--speculate", metavar="SPEC", help="speculative decoding: lookup:4, window:4 ...")
+    parser.add_argument(
+        "--acceptance",
+        type=float,
+        metavar="A",
+        help=f"probability that a drafted token is accepted, 0 to 1 (default with --speculate: {ACCEPTANCE})",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw speed and memory against context")
     parser.set_defaults(run=run)
@@ -63,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
         model=Path(arguments.model).name.removesuffix(".json"),
         chunk=arguments.prefill_chunk,
         reserve=arguments.reserve,
+        speculate=arguments.speculate,
+        acceptance=arguments.acceptance,
     )
     if arguments.json:
         write_json(arguments.json, planned.to_json())
@@ -88,7 +98,9 @@ def show(console: Console, planned: Plan) -> None:
     )
     table.add_column("cache", no_wrap=True)
     headings = ("KiB /\ntoken", "GiB\nin all", "largest\ncontext", "largest\nbatch", "FLOP /\nbyte")
-    for heading in (*headings, "prefill\ns", "step\nms", "tokens\n/ s", "speed\n/ bf16", "at largest\nbatch"):
+    speculating = ("speculating\ntokens / s", "speedup") if planned.speculation else ()
+    headings += ("prefill\ns", "step\nms", "tokens\n/ s", "speed\n/ bf16", "at largest\nbatch", *speculating)
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in planned.rows:
         table.add_row(
@@ -103,6 +115,7 @@ def show(console: Console, planned: Plan) -> None:
             f"{row.tokens_per_second:,.0f}",
             f"{planned.speed(row):.2f}",
             "-" if row.best is None else f"{row.best:,.0f}",
+            *_speculating(row),
             style=None if row.fits else "dim",
         )
     needed = console.measure(table, options=console.options.update(width=WIDEST)).maximum
@@ -118,6 +131,12 @@ def show(console: Console, planned: Plan) -> None:
         terminal.write(console, line)
 
 
+def _speculating(row: Row) -> tuple[str, ...]:
+    """The columns of speculation, where it was asked for."""
+    found = row.speculating
+    return (f"{found.tokens_per_second:,.0f}", f"{found.speedup:.2f}") if found else ()
+
+
 def remarks(planned: Plan) -> list[str]:
     """What the table says, in words."""
     lines = []
@@ -126,6 +145,12 @@ def remarks(planned: Plan) -> list[str]:
     if any(row.counted for row in planned.rows):
         lines.append(
             "* history by what kernels take, where they were counted from their machine code; the rest is a roofline."
+        )
+    if speculating := planned.baseline.speculating:
+        lines.append(
+            f"Speculating with {planned.speculation}: {speculating.tokens_per_step:.2f} tokens a step are expected, "
+            f"where each drafted one is accepted with probability {planned.acceptance:g}; speedup is over decoding "
+            "without."
         )
     slower: dict[tuple[str, str], list[Row]] = {}
     for row in planned.rows:

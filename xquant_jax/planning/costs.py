@@ -15,56 +15,12 @@ from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.planning import kernel_costs
 from xquant_jax.planning.counting import StepOperations, step_operations
 from xquant_jax.planning.devices import Device
+from xquant_jax.planning.row import Row, Speculating, Step
 from xquant_jax.planning.shapes import method_param_bytes, parameter_shapes, size
+from xquant_jax.speculation import Speculation
 
 CHUNK = 512
 """Prompt tokens fed at once, as in `generate`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of a batch on a device.
-
-    flops, bytes: operations done, and bytes of memory read and written
-    seconds: the longer of the two, perfectly overlapped; where kernels were counted, their time in place of what they
-        do of these
-    intensity: FLOP per byte
-    bound: what takes longer, `compute` or `memory`; `kernels` where most of the time is that of counted kernels
-    """
-
-    flops: float
-    bytes: float
-    seconds: float
-    intensity: float
-    bound: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One cache method at a context and batch. Tokens per second are those of the whole batch, decoding.
-
-    bytes_per_token: of all layers, growing with the context: codes, scales and running sum
-    memory: bytes of weights, factors (what the method multiplies with besides), codes, scales, window, scratch, total
-    fits: whether that total does
-    largest_context: tokens per sequence that fit, at this batch; 0 if not even one block does
-    largest_batch: sequences that fit, at this context
-    prefill_s: seconds to feed the context of all sequences
-    decode: one more token of every sequence
-    counted: whether the history's part of it is what kernels take by their machine code, not by a roofline
-    best: tokens per second at the largest batch; None where not one sequence fits
-    """
-
-    cache: str
-    bytes_per_token: float
-    memory: dict[str, int]
-    fits: bool
-    largest_context: int
-    largest_batch: int
-    prefill_s: float
-    decode: Step
-    counted: bool
-    tokens_per_second: float
-    best: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,21 +71,24 @@ class Costs:
         one, two = self.total(1, context), self.total(2, context)
         return max(0, 1 + (usable - one) // (two - one))
 
-    def decode(self, batch: int, context: Any) -> tuple[Any, Any]:
-        """Operations and bytes of a step with `context` tokens in every sequence; contexts may be an array."""
-        step = self._operations(1)
-        flops = step.once + step.flush / BLOCK + self._history_operations(step, context)
+    def decode(self, batch: int, context: Any, new: int = 1, kept: float = 1.0) -> tuple[Any, Any]:
+        """Operations and bytes of a step with `context` tokens in every sequence; contexts may be an array.
+
+        new: tokens of every sequence that it computes; kept: those of them that the cache keeps, on average
+        """
+        step = self._operations(new, all_logits=True)
+        flops = step.once + kept * step.flush / BLOCK + self._history_operations(step, context)
         return batch * flops, self._read_once + batch * (self._window + self._history_bytes(context))
 
-    def decode_seconds(self, device: Device, batch: int, context: Any) -> Any:
+    def decode_seconds(self, device: Device, batch: int, context: Any, new: int = 1, kept: float = 1.0) -> Any:
         """Seconds of such a step: a roofline, but for the layers whose kernels were counted on this device."""
-        flops, moved = self.decode(batch, context)
+        flops, moved = self.decode(batch, context, new, kept)
         counted = self._counted(device)
         if not counted.any():
             return device.seconds(flops, moved)
-        history = batch * self._history_operations(self._operations(1), context, counted)
+        history = batch * self._history_operations(self._operations(new, all_logits=True), context, counted)
         read = batch * self._history_bytes(context, counted)
-        return device.seconds(flops - history, moved - read) + batch * self._kernel_seconds(device, context)
+        return device.seconds(flops - history, moved - read) + batch * self._kernel_seconds(device, context, new)
 
     def step(self, device: Device, batch: int, context: int) -> Step:
         """The step on a device, and what bounds it."""
@@ -153,8 +112,35 @@ class Costs:
         moved = self._read_once + batch * (self._window + self._history_bytes(before))
         return float(device.seconds(batch * flops, moved).sum())
 
-    def row(self, device: Device, usable: int, context: int, batch: int) -> Row:
-        """Everything at this context and batch, on a device of which so many bytes can be used."""
+    def speculate(
+        self, device: Device, batch: int, context: int, speculation: Speculation, acceptance: float
+    ) -> Speculating:
+        """Decoding with drafts, of whose tokens each is accepted with this probability if the ones before it are.
+
+        A draft of n tokens is verified in one step of n + 1. Drafts from the window are n steps over the newest blocks;
+        those that are looked up cost nothing.
+        """
+        made = sum(acceptance**n for n in range(speculation.tokens + 1))  # Leviathan et al. 2023, formula 1
+        verify = float(self.decode_seconds(device, batch, context, new=speculation.tokens + 1, kept=made))
+        draft = 0.0
+        if speculation.kind == "window":
+            newest = min(context, speculation.blocks * BLOCK)
+            draft = speculation.tokens * float(self.decode_seconds(device, batch, newest, kept=0.0))
+        rate = batch * made / (draft + verify)
+        without = batch / float(self.decode_seconds(device, batch, context))
+        return Speculating(made, draft, verify, rate, rate / without)
+
+    def row(
+        self,
+        device: Device,
+        usable: int,
+        context: int,
+        batch: int,
+        speculation: Speculation | None = None,
+        acceptance: float = 0.0,
+    ) -> Row:
+        """Everything at this context and batch, on a device of which so many bytes can be used; `speculation` and
+        `acceptance` as in `speculate`."""
         largest = self.largest_batch(usable, context)
         step = self.step(device, batch, context)
         cache = self.cache(batch, context)
@@ -172,14 +158,15 @@ class Costs:
             counted=self.counted(device),
             tokens_per_second=batch / step.seconds,
             best=float(largest / self.decode_seconds(device, largest, context)) if largest else None,
+            speculating=self.speculate(device, batch, context, speculation, acceptance) if speculation else None,
         )
 
     @cached_property
     def _method_params(self) -> tuple[int, int]:
         return method_param_bytes(self.config, _at_four_bits(self.cache_config))
 
-    def _operations(self, tokens: int) -> StepOperations:
-        return step_operations(self.config, _at_four_bits(self.cache_config), tokens)
+    def _operations(self, tokens: int, *, all_logits: bool = False) -> StepOperations:
+        return step_operations(self.config, _at_four_bits(self.cache_config), tokens, all_logits and tokens > 1)
 
     def _allocated(self, batch: int, context: int) -> Cache:
         sizes: dict[str, Any] = {"batch": batch, "tokens": context}
@@ -231,10 +218,10 @@ class Costs:
             start = end
         return moved / BLOCK
 
-    def _kernel_seconds(self, device: Device, context: Any) -> Any:
-        """What the counted kernels take for the history of one sequence."""
+    def _kernel_seconds(self, device: Device, context: Any, new: int = 1) -> Any:
+        """What the counted kernels take for the history of one sequence and so many new tokens."""
         seconds, reach, start = 0.0, self._in_reach(context), 0
-        for (method, layers), each in zip(self._segments, self._seconds_per_token(device), strict=True):
+        for (method, layers), each in zip(self._segments, self._seconds_per_token(device, new), strict=True):
             tokens = layers * context if method.has_running_sum else reach[start : start + layers].sum(axis=0)
             seconds = seconds + (each or 0.0) * tokens
             start += layers
@@ -245,9 +232,9 @@ class Costs:
         known = [each is not None for each in self._seconds_per_token(device)]
         return np.repeat(known, [layers for _, layers in self._segments])
 
-    def _seconds_per_token(self, device: Device) -> list[float | None]:
+    def _seconds_per_token(self, device: Device, new: int = 1) -> list[float | None]:
         """By segment, what its kernels take for a cached token of a layer."""
-        return [kernel_costs.seconds_per_token(device, self.config, method) for method, _ in self._segments]
+        return [kernel_costs.seconds_per_token(device, self.config, method, new) for method, _ in self._segments]
 
     @cached_property
     def _segments(self) -> Any:

@@ -19,6 +19,7 @@ from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
 from xquant_jax.cache.state import Cache, allocate
 from xquant_jax.config import ModelConfig
+from xquant_jax.model import layers
 from xquant_jax.model.transformer import Transformer, forward
 from xquant_jax.numerics.attention import Geometry
 from xquant_jax.numerics.packing import BLOCK
@@ -41,8 +42,10 @@ class StepOperations(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def step_operations(config: ModelConfig, cache_config: CacheConfig, tokens: int) -> StepOperations:
-    """Counts a step with so many new tokens.
+def step_operations(
+    config: ModelConfig, cache_config: CacheConfig, tokens: int, all_logits: bool = False
+) -> StepOperations:
+    """Counts a step with so many new tokens. all_logits: with logits of all of them, as drafts are verified.
 
     A layer attends to what its sliding window reaches, and adds to the running sum all that is stored: so the two are
     counted apart, each traced by itself as the step calls it.
@@ -52,7 +55,7 @@ def step_operations(config: ModelConfig, cache_config: CacheConfig, tokens: int)
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     method_params = jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.num_layers, *a.shape[1:]), a.dtype), one_layer)
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=1, tokens=BLOCK, implementation="xla"))
-    step = jax.make_jaxpr(partial(forward, model), return_shape=True)
+    step = jax.make_jaxpr(partial(_verify if all_logits else forward, model), return_shape=True)
     jaxpr, (_, longer) = step(params, shape((1, tokens)), cache, method_params, shape((1,)))
     flushing = count(jax.make_jaxpr(flush)(longer, method_params))
     rounds = -(-((BLOCK - 1 + tokens) // BLOCK) // TILE_BLOCKS)  # of adding to a running sum
@@ -69,6 +72,15 @@ def step_operations(config: ModelConfig, cache_config: CacheConfig, tokens: int)
         accumulate += [of_sum] * segment.num_layers
     flush_operations = flushing.once + rounds * flushing.per_round
     return StepOperations(count(jaxpr).once, flush_operations, tuple(attend), tuple(accumulate))
+
+
+def _verify(
+    model: Transformer, params: Any, tokens: Any, cache: Cache, method_params: Any, counts: Any
+) -> tuple[Any, Cache]:
+    """`forward` with logits of every new token."""
+    extended: Any = model.apply({"params": params}, tokens, cache, method_params, counts, method="extend")
+    h, longer = extended
+    return layers.logits(params, h, model.config), longer
 
 
 def _attend(config: ModelConfig, number: int, method_params: Any, q: Any, cache: Cache) -> Any:

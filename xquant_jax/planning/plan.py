@@ -18,13 +18,18 @@ from xquant_jax.config import ModelConfig
 from xquant_jax.errors import ConfigError
 from xquant_jax.model.loading import DEMO
 from xquant_jax.numerics.packing import PLANES
-from xquant_jax.planning.costs import CHUNK, Costs, Row
+from xquant_jax.planning.costs import CHUNK, Costs
 from xquant_jax.planning.devices import Device
+from xquant_jax.planning.row import Row
+from xquant_jax.speculation import Speculation
 
 BASELINE = "bf16"
 
 RESERVE = 0.1
 """Share of a device's memory that is left to temporaries and the runtime."""
+
+ACCEPTANCE = 0.8
+"""Probability that a drafted token is accepted, where none is given."""
 
 PAPER_RIDGE = 756e12 / 2e12
 """FLOP per byte of the device in section 3.4 of the XQuant paper."""
@@ -71,6 +76,8 @@ class Plan:
     chunk: prompt tokens fed at once
     usable: bytes of the device's memory that weights and cache may take
     parameters: how many numbers the model has
+    speculation: where the drafts of `Row.speculating` come from; None without
+    acceptance: with what probability one of their tokens is accepted if those before it are; None without
     baseline: the row of bf16, which speeds are relative to
     hidden_below: the limit of `hidden_below` by bits on this device
     hidden_below_in_paper: the same on the paper's device, at 2 bits
@@ -83,6 +90,8 @@ class Plan:
     chunk: int
     usable: int
     parameters: int
+    speculation: Speculation | None
+    acceptance: float | None
     baseline: Row
     rows: list[Row]
     hidden_below: dict[str, float | None]
@@ -98,6 +107,7 @@ class Plan:
         rows = [dataclasses.asdict(row) | {"speed_over_bf16": self.speed(row)} for row in self.rows]
         return dataclasses.asdict(self) | {
             "device": device,
+            "speculation": str(self.speculation) if self.speculation else None,
             "rows": rows,
             "slower_than_bf16": [row.cache for row in self.rows if self.speed(row) < 1],
         }
@@ -113,11 +123,23 @@ def plan(
     model: str = "",
     chunk: int = CHUNK,
     reserve: float = RESERVE,
+    speculate: str | Speculation | None = None,
+    acceptance: float | None = None,
 ) -> Plan:
     """Every method of `specs` (by default all there are) on one device, with `context` tokens in each of `batch` rows.
 
+    speculate: as in `Speculation.parse`; acceptance: the probability that a drafted token is accepted if those before
+        it are, by default `ACCEPTANCE`
+
     Raises `ConfigError` for sizes that are not possible, and for weights that alone are too large.
     """
+    speculation = Speculation.parse(speculate)
+    if speculation is None and acceptance is not None:
+        raise ConfigError(f"acceptance={acceptance} is of drafts, and there are none; give speculate too (lookup:4)")
+    if acceptance is None:
+        acceptance = ACCEPTANCE
+    if not 0 <= acceptance <= 1:
+        raise ConfigError(f"acceptance={acceptance} is not a probability; choose 0 to 1")
     for name, value in (("context", context), ("batch", batch), ("chunk", chunk)):
         if value < 1:
             raise ConfigError(f"{name}={value} is not possible; choose 1 or more")
@@ -132,6 +154,7 @@ def plan(
             f"of several (scripts/aot_compile.py)"
         )
     costs = [Costs(config, CacheConfig.parse(spec), chunk) for spec in specs or default_specs(config)]
+    sizes = (device, usable, context, batch, speculation, acceptance)
     return Plan(
         model=model,
         device=device,
@@ -140,8 +163,10 @@ def plan(
         chunk=chunk,
         usable=usable,
         parameters=baseline.parameters,
-        baseline=baseline.row(device, usable, context, batch),
-        rows=[cost.row(device, usable, context, batch) for cost in costs],
+        speculation=speculation,
+        acceptance=acceptance if speculation else None,
+        baseline=baseline.row(*sizes),
+        rows=[cost.row(*sizes) for cost in costs],
         hidden_below={f"{bits} bits": hidden_below(config, device.ridge, bits) for bits in (2, 4)},
         hidden_below_in_paper=hidden_below(config, PAPER_RIDGE, 2),
     )
