@@ -19,7 +19,7 @@ PLAN, BATCH = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("
 SHOWN = re.findall(r"```sh\nxquant (plan [^`]*)\n```\n\n```\n([^`]*)```", PLAN)
 
 
-@pytest.mark.parametrize(("command", "shown"), SHOWN, ids=["grouped", "multi-head"])
+@pytest.mark.parametrize(("command", "shown"), SHOWN)
 def test_plans_are_those_that_the_command_prints(command: str, shown: str, monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
     assert main(shlex.split(command.replace("\\\n", ""))) == 0
