@@ -22,6 +22,8 @@ from .generation.generate import Generation as Generation
 from .generation.generate import StreamedToken as StreamedToken
 from .generation.generate import generate as generate
 from .generation.generate import stream as stream
+from .generation.prefix import Prefix as Prefix
+from .generation.prefix import prefill as prefill
 from .generation.prompts import Chat as Chat
 from .generation.request import Options as Options
 from .generation.request import Request as Request
@@ -32,3 +34,4 @@ from .model.step import step as step
 from .model.transformer import Transformer as Transformer
 from .model.transformer import forward as forward
 from .sharding.mesh import make_mesh as make_mesh
+from .speculation import Speculation as Speculation

@@ -57,14 +57,14 @@ def attend_stored(
     own, running_sum = _attend_level(method_params, q, layer_cache, geometry, config, cache)
     if (shared := cache.shared) is None:
         return own, (running_sum,)
-    stored = shared.cache, segment, layer, running_sums[1:]
+    stored = segment, layer, running_sums[1:]
     if shared.rows is None:
-        part, after = attend_stored(method_params, q, *stored, geometry, config)
+        part, after = attend_stored(method_params, q, shared.cache, *stored, geometry, config)
         return attention.merge(own, part), (running_sum, *after)
     parts, after = [own], stored[-1]
     for seats in seated(shared.rows, len(shared.cache.lengths), shared.most, q.shape[1]):
         folded = dataclasses.replace(geometry, positions=seats.fold(geometry.positions, -1))
-        part, after = attend_stored(method_params, seats.fold(q, 0), *stored, folded, config)
+        part, after = attend_stored(method_params, seats.fold(q, 0), seats.read(shared.cache), *stored, folded, config)
         parts.append(seats.unfold(part))
     return attention.merge(*parts), (running_sum, *after)
 

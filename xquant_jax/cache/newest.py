@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from xquant_jax import sharding
 from xquant_jax.cache.partition import CachePartition, cache_specs
+from xquant_jax.cache.shared import whole_blocks_alone
 from xquant_jax.cache.state import Cache, Segment, Shared
 from xquant_jax.numerics.packing import BLOCK
 
@@ -47,11 +48,7 @@ def _beginning(cache: Cache, there: Array) -> Cache:
     size = 0 if sink else sharding.devices_along(cache.partition.blocks)
     none = jnp.zeros_like(cache.lengths)
     lengths = {"lengths": jnp.where(there, BLOCK, 0), "history_blocks": there.astype(jnp.int32), "lost": none}
-    segments = tuple(
-        dataclasses.replace(segment, window={name: w[:, :, :0] for name, w in segment.window.items()})
-        for segment in cache.segments
-    )
-    return _with_blocks(dataclasses.replace(cache, segments=segments), none, size, origins=none, shared=None, **lengths)
+    return _with_blocks(whole_blocks_alone(cache), none, size, origins=none, shared=None, **lengths)
 
 
 def _with_blocks(cache: Cache, first: Int[Array, " B"], size: int, **changes: Any) -> Cache:

@@ -1,15 +1,17 @@
-"""Queries of several sequences that begin with the same tokens, folded: to what is stored once they are one sequence's.
-
-Rebuilding keys costs the same for one query as for sixteen.
+"""What several sequences begin with, stored once; and their queries to it, folded as if they were one sequence's:
+rebuilding keys costs the same for one query as for sixteen.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import MOST_NEW_TOKENS
+from xquant_jax.cache.state import Cache, Shared
 from xquant_jax.numerics.attention import Part
+from xquant_jax.numerics.packing import BLOCK
 
 
 class Seats(NamedTuple):
@@ -29,6 +31,11 @@ class Seats(NamedTuple):
         """[B, T, ...] -> [G, m T, ...], `nothing` where nobody sits."""
         picked = a.at[self.takers].get(mode="fill", fill_value=nothing)
         return picked.reshape(len(self.takers), -1, *a.shape[2:])
+
+    def read(self, cache: Cache) -> Cache:
+        """The shared rows without what nobody who sits here reads."""
+        used = (self.takers < len(self.rows)).any(axis=1)
+        return dataclasses.replace(cache, history_blocks=jnp.where(used, cache.history_blocks, 0))
 
     def unfold(self, part: Part) -> Part:
         """Of folded queries -> of the sequences'; one that has no seat gets a part without keys."""
@@ -63,3 +70,37 @@ def seated(rows: Int[Array, " B"], groups: int, most: int, length: int) -> list[
         )
         for start in range(0, most, at_once)
     ]
+
+
+def with_prefix(cache: Cache, prefix: Cache | None) -> Cache:
+    """The cache, with this one row shared by all sequences that begin behind it."""
+    if prefix is None:
+        return cache
+    if cache.shared is not None:
+        return dataclasses.replace(
+            cache, shared=dataclasses.replace(cache.shared, cache=with_prefix(cache.shared.cache, prefix))
+        )
+    rows = jnp.where(cache.origins > 0, 0, -1)
+    return dataclasses.replace(cache, shared=Shared(prefix, rows, most=len(rows)))
+
+
+def without_prefix(cache: Cache, prefix: Cache | None) -> Cache:
+    """The cache as it was before `with_prefix`."""
+    if prefix is None:
+        return cache
+    shared = cache.shared
+    if shared is not None and shared.cache.shared is not None:
+        shared = dataclasses.replace(shared, cache=without_prefix(shared.cache, prefix))
+    else:
+        shared = None
+    return dataclasses.replace(cache, shared=shared)
+
+
+def whole_blocks_alone(cache: Cache) -> Cache:
+    """The cache without its windows."""
+    segments = tuple(
+        dataclasses.replace(segment, window={name: w[:, :, :0] for name, w in segment.window.items()})
+        for segment in cache.segments
+    )
+    lengths = cache.origins + BLOCK * cache.history_blocks
+    return dataclasses.replace(cache, segments=segments, lengths=lengths)

@@ -34,6 +34,7 @@ class Completion:
     top_logprobs: if asked for, the likeliest (token id, log-probability) at every token, likeliest first
     error: what ended it where it could not go on
     speculation: what became of its drafts, in a run that drafts
+    cached_tokens: tokens of the prompt that had been stored before, and were not fed again
     """
 
     prompt: str | list[int]
@@ -45,6 +46,7 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] | None = None
     error: str | None = None
     speculation: Drafted | None = None
+    cached_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Its fields, without those that say nothing."""

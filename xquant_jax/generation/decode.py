@@ -13,6 +13,7 @@ from xquant_jax import sharding
 from xquant_jax.cache.append import append
 from xquant_jax.cache.flush import flush_when_due
 from xquant_jax.cache.partition import constrain_cache
+from xquant_jax.cache.shared import with_prefix, without_prefix
 from xquant_jax.cache.state import Cache
 from xquant_jax.generation.drafts import from_text, from_window
 from xquant_jax.generation.sampling import Chosen
@@ -30,6 +31,7 @@ def advance(
     model: Transformer,
     params: Any,
     method_params: tuple[Any, ...],
+    prefix: Cache | None,
     slots: Slots,
     cache: Cache,
     live: Bool[Array, " B"],
@@ -55,7 +57,7 @@ def advance(
         return (furthest < steps) & slots.live.any() & ~(waiting & (live & ~slots.live).any())
 
     def step(carry: tuple[Slots, Cache, Chosen]) -> tuple[Slots, Cache, Chosen]:
-        return _decode(model, params, method_params, *carry, made, speculation)
+        return _decode(model, params, method_params, prefix, *carry, made, speculation)
 
     chosen = Chosen.nothing(STEPS + most, len(live), vocabulary=model.config.vocab_size)
     slots, cache, chosen = lax.while_loop(goes_on, step, (slots, keep(cache, live), chosen))
@@ -67,6 +69,7 @@ def _decode(
     model: Transformer,
     params: Any,
     method_params: tuple[Any, ...],
+    prefix: Cache | None,
     slots: Slots,
     cache: Cache,
     chosen: Chosen,
@@ -81,11 +84,13 @@ def _decode(
 
     made: tokens of every slot at the beginning of `chosen`
     """
-    drafts, drafted = _drafts(model, params, method_params, slots, cache, speculation)
+    whole = with_prefix(cache, prefix)
+    drafts, drafted = _drafts(model, params, method_params, slots, whole, speculation)
     room = jnp.minimum(BLOCK - cache.window_lengths, slots.asked.limit - slots.made) - 1
     drafted = jnp.where(slots.live, jnp.clip(drafted, 0, room), 0)
     tokens = jnp.concatenate([slots.last[:, None], drafts], axis=1)
-    logits, cache, new = _verify(model, params, tokens, cache, method_params)
+    logits, whole, new = _verify(model, params, tokens, whole, method_params)
+    cache = without_prefix(whole, prefix)
     rows, begin = jnp.arange(len(tokens)), slots.made
 
     def goes_on(carry: tuple[Array, Slots, Array, Chosen]) -> Array:

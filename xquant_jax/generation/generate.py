@@ -10,16 +10,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import CacheBytes, cache_bytes, check_room
+from xquant_jax.cache.state import CacheBytes, check_room
 from xquant_jax.errors import PromptError, XQuantWarning
 from xquant_jax.generation.answer import Completion, Drafted
 from xquant_jax.generation.buckets import answer_room, bucket_length
 from xquant_jax.generation.engine import Engine
+from xquant_jax.generation.prefix import Prefix, check_begins, used
 from xquant_jax.generation.prompts import Prompt, one_by_one
 from xquant_jax.generation.request import CheckedRequest, Options, Repeats, Request, Seed, checked, seeds_of
+from xquant_jax.generation.runner import Sharing, own_tokens
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.generation.sequence import Progress
 from xquant_jax.model.loading import Model
+from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.speculation import Speculation
 
 
@@ -78,6 +81,7 @@ def generate(
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
     speculate: str | Speculation | None = None,
+    prefix: Prefix | None = None,
 ) -> Generation:
     """Continues every prompt: a text, token ids taken as they are, or a `Chat`.
 
@@ -88,7 +92,8 @@ def generate(
     stop: strings that end an answer; they are not part of its text. They may hold special tokens
     stop_ids: token ids that end an answer, by default the model's own; `[]` for none
     min_tokens: tokens of an answer before any of these may end it
-    n: answers to every prompt; those of a prompt follow each other in the results
+    n: answers to every prompt; those of a prompt follow each other in the results. Without a mesh its whole blocks are
+        stored once for all of them
     add_special_tokens: whether texts get the special tokens that the tokenizer prescribes, such as a BOS, unless they
         begin with them
     prefill_chunk: prompt tokens processed at once. Tokens of a chunk see each other exactly and earlier chunks
@@ -99,6 +104,7 @@ def generate(
         of several processes each of them makes the same call and gets all results
     speculate: drafts that the model checks several tokens of in one step, `lookup:4` or `window:4` for drafts of 4, see
         `Speculation.parse`; the answers are the same with and without (but for rounding)
+    prefix: what all prompts begin with, stored by `prefill`; the prompts are given whole
 
     An answer that cannot go on, because logits are not finite, ends with an `error`, and a warning is given; the others
     go on.
@@ -108,7 +114,7 @@ def generate(
     """
     request = Request("", max_new_tokens, 0, sampling, stop, stop_ids, min_tokens, 0, n, add_special_tokens)
     options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh, speculate=speculate)
-    generation = generate_requests(model, _requests(prompts, request, seed), options)
+    generation = generate_requests(model, _requests(prompts, request, seed), options, prefix)
     for number, completion in enumerate(generation.results):
         if completion.error is not None:
             warnings.warn(f"result {number} ended early: {completion.error}", XQuantWarning, stacklevel=2)
@@ -132,6 +138,7 @@ def stream(
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
     speculate: str | Speculation | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[StreamedToken]:
     """The same as `generate`, token by token as they come; same arguments, same tokens, same compiled programs.
 
@@ -139,12 +146,14 @@ def stream(
     """
     request = Request("", max_new_tokens, 0, sampling, stop, stop_ids, min_tokens, 0, n, add_special_tokens)
     options = Options(cache, prefill_chunk, cache_tokens, mesh=mesh, speculate=speculate)
-    return stream_requests(model, _requests(prompts, request, seed), options)
+    return stream_requests(model, _requests(prompts, request, seed), options, prefix)
 
 
-def generate_requests(model: Model, requests: Sequence[Request], options: Options) -> Generation:
+def generate_requests(
+    model: Model, requests: Sequence[Request], options: Options, prefix: Prefix | None = None
+) -> Generation:
     """`generate` for prompts that ask for different things."""
-    engine, expected = _prepared(model, requests, options)
+    engine, expected = _prepared(model, requests, options, prefix)
     start = time.perf_counter()
     engine.compile(expected)
     compiled = time.perf_counter()
@@ -157,7 +166,7 @@ def generate_requests(model: Model, requests: Sequence[Request], options: Option
     drafted = [one.speculation for one in completions.values() if one.speculation is not None]
     return Generation(
         results=[completions[i] for i in range(len(expected))],
-        cache_bytes=cache_bytes(engine.cache),
+        cache_bytes=engine.cache_bytes,
         implementation=engine.implementation,
         compile_s=compiled - start,
         prefill_s=prefilled - compiled,
@@ -166,9 +175,11 @@ def generate_requests(model: Model, requests: Sequence[Request], options: Option
     )
 
 
-def stream_requests(model: Model, requests: Sequence[Request], options: Options) -> Iterator[StreamedToken]:
+def stream_requests(
+    model: Model, requests: Sequence[Request], options: Options, prefix: Prefix | None = None
+) -> Iterator[StreamedToken]:
     """`stream` for prompts that ask for different things. What cannot be honoured raises at once."""
-    return _tokens(*_prepared(model, requests, options))
+    return _tokens(*_prepared(model, requests, options, prefix))
 
 
 def _tokens(engine: Engine, expected: Sequence[CheckedRequest]) -> Iterator[StreamedToken]:
@@ -201,22 +212,33 @@ def _requests(prompts: Prompt | Sequence[Prompt], request: Request, seed: Seed) 
     ]
 
 
-def _prepared(model: Model, requests: Sequence[Request], options: Options) -> tuple[Engine, list[CheckedRequest]]:
+def _prepared(
+    model: Model, requests: Sequence[Request], options: Options, prefix: Prefix | None
+) -> tuple[Engine, list[CheckedRequest]]:
     """An engine with these requests in its queue, and a slot for each answer."""
     options = options.checked()
     if not requests:
         raise PromptError("there is no prompt; give at least one")
-    repeats = Repeats()
-    expected = [
-        answer for i, request in enumerate(requests) for answer in repeats.of(checked(model, request, f"prompt {i}"))
-    ]
-    tokens = options.cache_tokens
-    if tokens is None:
-        longest, room = max(len(r.tokens) for r in expected), max(r.max_new_tokens for r in expected)
-        tokens = bucket_length(longest, options.prefill_chunk)[0] + answer_room(room)
-    else:
-        check_room(tokens, max(r.capacity for r in expected))
-    engine = Engine(model, options, slots=len(expected), tokens=tokens, in_place=True)
+    repeats, expected, samples = Repeats(), [], 1
+    for i, request in enumerate(requests):
+        one = checked(model, request, f"prompt {i}")
+        if prefix is not None:
+            check_begins(prefix, one, f"prompt {i}")
+        samples = max(samples, one.n)
+        expected += repeats.of(one)
+    if model.on(options.mesh).mesh is not None:
+        samples = 1  # what is shared lies on one device
+    sizes = [len(r.tokens) for r in expected]
+    origin = used(prefix, options, min(sizes))
+    fed, _ = bucket_length(max(sizes) - origin, options.prefill_chunk)
+    tokens = (fed if samples == 1 else min(fed, BLOCK - 1)) + answer_room(max(r.max_new_tokens for r in expected))
+    if options.cache_tokens is not None:
+        check_room(options.cache_tokens, max(r.capacity for r in expected))
+        tokens = options.cache_tokens - origin
+        if samples > 1:
+            tokens = max(own_tokens(r, origin, samples) for r in expected)
+    sharing = Sharing(prefix, min(sizes), samples, prompts=len(requests) if samples > 1 else 0, tokens=fed)
+    engine = Engine(model, options, slots=len(expected), tokens=tokens, in_place=samples == 1, sharing=sharing)
     for request in expected:
         engine.submit(request)
     return engine, expected

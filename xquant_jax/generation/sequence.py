@@ -29,13 +29,14 @@ class Progress:
         return "".join(self.texts) + self.rest
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request and the answer so far."""
+    """A request and the answer so far. `cached`: tokens of its prompt that were stored before it came."""
 
     id: int
     request: CheckedRequest
     transcript: Transcript
+    cached: int = 0
 
     @property
     def stored(self) -> list[int]:
@@ -64,4 +65,5 @@ class Sequence:
             t.top_logprobs if request.logprobs else None,
             t.error,
             drafted,
+            self.cached,
         )

@@ -90,36 +90,47 @@ class Slots:
 
 @struct.dataclass
 class Arrivals:
-    """Requests that are to be fed. A row of length 0 holds none."""
+    """Prompts that are to be fed, and what is asked of the answers to them, as many to each. A row of length 0 holds
+    none."""
 
-    asked: Asked
+    asked: Asked  # of the answers, those to one prompt after another
     prompts: Leaf  # int32 [R, P], what is to be fed, padded on the right
     lengths: Leaf  # int32 [R]
-    kept: Leaf  # int32 [R], tokens before it that the row's cache holds already
-    texts: Leaf  # int32 [R, N], all tokens, where drafts are looked up in them
+    kept: Leaf  # int32 [R], tokens before it that are stored already, in the row's cache or where it begins
+    texts: Leaf  # int32 [R, N], all tokens, where something asks for them
 
     @classmethod
     def of(
         cls,
-        requests: Sequence[CheckedRequest | None],
+        groups: Sequence[Sequence[CheckedRequest | None]],
         length: int,
         stops: int,
         kept: Sequence[int] | None = None,
         text: int = 0,
     ) -> "Arrivals":
-        """One row for each of these, prompts padded to `length`, each less its first tokens that are kept, and texts of
-        up to `text` tokens."""
-        texts = np.zeros((len(requests), text), np.int32)
-        prompts, lengths = np.zeros((len(requests), length), np.int32), np.zeros(len(requests), np.int32)
-        before = np.zeros(len(requests), np.int32) if kept is None else np.asarray(kept, np.int32)
-        for i, request in enumerate(requests):
+        """One row for each group of requests with the same prompt, prompts padded to `length`, each less its first
+        tokens that are kept, and texts of up to `text` tokens. The first of a group is None only if all are."""
+        size = len(groups)
+        prompts, texts, lengths = (np.zeros(shape, np.int32) for shape in ((size, length), (size, text), size))
+        before = np.zeros(size, np.int32) if kept is None else np.asarray(kept, np.int32)
+        for i, (request, *_) in enumerate(groups):
             if request is not None:
-                new = request.tokens[before[i] :]
+                new, known = request.tokens[before[i] :], request.tokens[:text]
                 lengths[i] = len(new)
-                prompts[i, : lengths[i]] = new
-                known = request.tokens[:text]
+                prompts[i, : len(new)] = new
                 texts[i, : len(known)] = known
-        return cls(Asked.of(requests, stops), prompts, lengths, before, texts)
+        asked = Asked.of([request for group in groups for request in group], stops)
+        return cls(asked, prompts, lengths, before, texts)
+
+
+@struct.dataclass
+class Places:
+    """Where the prompts that are fed go, and their answers. A place that does not exist: nowhere."""
+
+    slots: Leaf  # int32 [S]
+    rows: Leaf = None  # int32 [R], of the cache's shared ones, if it has such
+    load: Leaf = None  # int32 [R, N], blocks that were found, where the cache has a store of them
+    save: Leaf = None  # int32 [R, N], blocks of that store that each prompt's blocks are written to
 
 
 def take(slots: Slots, logits: Float[Array, "B V"]) -> tuple[Slots, Chosen]:
@@ -156,5 +167,9 @@ def written(
 
 def keep(cache: Cache, kept: Bool[Array, " B"]) -> Cache:
     """The cache with only these rows filled."""
-    names = ("lengths", "history_blocks", "lost")
-    return dataclasses.replace(cache, **{name: jnp.where(kept, getattr(cache, name), 0) for name in names})
+    names = ("lengths", "origins", "history_blocks", "lost")
+    counts = {name: jnp.where(kept, getattr(cache, name), 0) for name in names}
+    shared = cache.shared
+    if shared is not None and shared.rows is not None:
+        shared = dataclasses.replace(shared, rows=jnp.where(kept, shared.rows, -1))
+    return dataclasses.replace(cache, shared=shared, **counts)
