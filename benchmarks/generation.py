@@ -57,8 +57,8 @@ def compile_seconds(model: xq.Model, layers: int, spec: str) -> float:
     params = {**outer_of(model.params), "layers": deeper(stacked(model.layers))}
     method_params = deeper(cache_config.method_params(model.source))
     cache = jax.eval_shape(lambda: xq.allocate(cache_config, config, batch=1, tokens=1024))
-    arrivals = Arrivals.of([None], 16, 8)
-    parts, live = (transformer, params, method_params, start(model, 1), cache), np.ones(1, bool)
+    arrivals = Arrivals.of([[None]], 16, 8)
+    parts, live = (transformer, params, method_params, None, start(model, 1), cache), np.ones(1, bool)
     jax.clear_caches()
     before = time.perf_counter()
     feed.lower(*parts, arrivals, live, chunk=16).compile()
@@ -127,6 +127,7 @@ def stepping(model: xq.Model, spec: str, length: int) -> Callable[[], float]:
                 model.transformer,
                 model.params,
                 method_params,
+                None,
                 held["slots"],
                 dataclasses.replace(held["cache"], **at_length),
                 np.ones(1, bool),

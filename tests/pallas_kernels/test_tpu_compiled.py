@@ -164,8 +164,8 @@ def test_programs_for_a_tpu_copy_no_cache_and_decoding_runs_the_kernels(cache: s
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=2, tokens=131_072))
     method_params = cache_config.method_params(model.source)
     slots, live = Slots.free(2, config.vocab_size, 8), np.ones(2, bool)
-    parts = shapes((model.params, method_params, slots, cache), device)
-    arriving = shapes((Arrivals.of([None] * 2, 128, 8), live), device)
+    parts = shapes((model.params, method_params, None, slots, cache), device)
+    arriving = shapes((Arrivals.of([[None]] * 2, 128, 8), live), device)
     with target.compiling_for("tpu", device.device_kind):
         fed = feed.trace(model.transformer, *parts, *arriving, chunk=128)
         decoded = advance.trace(model.transformer, *parts, *shapes((live, np.int32(64), np.bool_(False)), device))

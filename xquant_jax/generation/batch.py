@@ -17,8 +17,11 @@ from xquant_jax.errors import XQuantError
 from xquant_jax.generation.answer import Answer, Completion
 from xquant_jax.generation.buckets import bucket_length, rows_at_once
 from xquant_jax.generation.engine import Engine
+from xquant_jax.generation.prefix import Prefix, check_begins, check_prefix
 from xquant_jax.generation.request import CheckedRequest, Options, Repeats, Request, checked
+from xquant_jax.generation.sharing import Plan, plan_sharing
 from xquant_jax.model.loading import Model
+from xquant_jax.numerics.packing import BLOCK
 
 DEFAULT_SLOTS = 8
 
@@ -26,10 +29,14 @@ SMALL = 512
 """Tokens of a sequence up to which slots are not made smaller: most of one is its window and its last block."""
 
 
-def prepare(model: Model, options: Options = Options()) -> "Batch":
+def prepare(model: Model, options: Options = Options(), prefix: Prefix | None = None) -> "Batch":
     """A batch with these options; `Batch.answers` runs it.
 
-    It has 8 slots if neither their number nor a memory is given.
+    It has 8 slots if neither their number nor a memory is given. Without a mesh what prompts have in common is stored
+    once: all their blocks where several answers are asked for, and beginnings of `quantum` tokens and more that a later
+    prompt has too.
+
+    prefix: what all prompts begin with, stored by `prefill`; the prompts are given whole
 
     Raises `ConfigError` for an option that cannot be honoured.
     """
@@ -38,7 +45,9 @@ def prepare(model: Model, options: Options = Options()) -> "Batch":
     if model.mesh is not None and options.slots is not None:
         sharding.check_batch(options.slots, model.mesh, "slots")
     model.method_params(options.cache_config)  # raises here for what the model lacks
-    return Batch(model, options)
+    if prefix is not None:
+        check_prefix(prefix, model, options)
+    return Batch(model, options, prefix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Batch:
 
     model: Model
     options: Options
+    prefix: Prefix | None = None
 
     def answers(self, requests: Iterable[Request], *, answered: Collection[int] = ()) -> Iterator[Answer]:
         """Answers every request, in the order in which they finish, but for those `answered`, by their number from 0.
@@ -58,14 +68,15 @@ class Batch:
         Every process of a `jax.distributed` job may run this with the same arguments: what is admitted when depends on
         nothing else.
         """
-        return _Run(self.model, self.options, requests, answered).answers()
+        return _Run(self, requests, answered).answers()
 
 
 class _Run:
     """The requests of one call: those that are still to be read, and those that wait for an engine."""
 
-    def __init__(self, model: Model, options: Options, requests: Iterable[Request], answered: Collection[int]) -> None:
-        self.model, self.options, self.answered = model, options, answered
+    def __init__(self, batch: Batch, requests: Iterable[Request], answered: Collection[int]) -> None:
+        model, options = batch.model, batch.options
+        self.model, self.options, self.prefix, self.answered = model, options, batch.prefix, answered
         self.parts = sharding.batch_parts(model.mesh)
         self.slots = options.slots or sharding.round_up(DEFAULT_SLOTS, self.parts)
         self.source = enumerate(requests)
@@ -100,6 +111,8 @@ class _Run:
                 return
             try:
                 checked_request, tokens = checked(self.model, request), self.options.cache_tokens
+                if self.prefix is not None:
+                    check_begins(self.prefix, checked_request)
                 if tokens is not None:
                     check_room(tokens, checked_request.capacity)
                 several = self.repeats.of(checked_request)
@@ -113,8 +126,8 @@ class _Run:
     def engine(self, slots: int, expected: Sequence[CheckedRequest]) -> Engine:
         """An engine that the expected requests fit, with its programs compiled."""
         size = min(slots, sharding.round_up(len(expected), self.parts))
-        tokens = self.options.cache_tokens or max(request.capacity for request in expected)
-        engine = Engine(self.model, self.options, slots=size, tokens=tokens)
+        plan = self.plan(size, expected)
+        engine = Engine(self.model, self.options, slots=size, tokens=plan.tokens, sharing=plan.sharing)
         engine.compile(expected)
         return engine
 
@@ -158,20 +171,32 @@ class _Run:
             f"there is; raise it, or shorten the prompt or max_new_tokens",
         )
 
+    def plan(self, slots: int, expected: Sequence[CheckedRequest]) -> Plan:
+        """How these requests lie in an engine of so many slots."""
+        return plan_sharing(expected, slots, self.options, self.prefix, alone=self.model.mesh is None)
+
     def slots_within(self, memory: int, expected: Sequence[CheckedRequest]) -> int:
         """Slots for these requests that the memory holds."""
-        one, two = self.bytes_of(self.parts, expected), self.bytes_of(2 * self.parts, expected)
-        return self.parts * max(0, 1 + (memory - one) // (two - one))
+        one, two = (self.bytes_of(slots * self.parts, expected) for slots in (1, 2))
+        slots = max(0, 1 + (memory - one) // max(1, two - one))
+        while slots and self.bytes_of(slots * self.parts, expected) > memory:  # what is shared does not grow evenly
+            slots -= 1
+        return self.parts * slots
 
     def bytes_of(self, slots: int, expected: Sequence[CheckedRequest]) -> int:
-        """Bytes of so many slots for these requests, and of the largest small cache that prompts are fed into."""
-        longest = max(request.capacity for request in expected)
-        buckets = {bucket_length(len(request.tokens), self.options.prefill_chunk) for request in expected}
+        """Bytes of so many slots for these requests, of what they share, and of the largest small cache that prompts
+        are fed into."""
+        plan = self.plan(slots, expected)
+        sharing, longest = plan.sharing, max(plan.tokens, plan.sharing.tokens)
+        whole = self.model.mesh is not None or sharing.found > 0
+        buckets = {bucket_length(len(r.tokens) - plan.origin, self.options.prefill_chunk) for r in expected}
         feeding = max(
-            self.bytes_of_cache(rows_at_once(chunk, self.model.mesh), length if self.model.mesh is None else longest)
+            self.bytes_of_cache(rows_at_once(chunk, self.model.mesh), longest if whole else length)
             for length, chunk in buckets
         )
-        return feeding + self.bytes_of_cache(slots, longest)
+        shared = self.bytes_of_cache(sharing.prompts, sharing.tokens) if sharing.prompts else 0
+        found = self.bytes_of_cache(sharing.found, BLOCK) if sharing.found else 0
+        return feeding + self.bytes_of_cache(slots, plan.tokens) + shared + found
 
     def bytes_of_cache(self, batch: int, tokens: int) -> int:
         with sharding.using(self.model.mesh):

@@ -20,9 +20,10 @@ from xquant_jax.generation.answer import Drafted
 from xquant_jax.generation.decode import STEPS
 from xquant_jax.generation.prefix import check_begins
 from xquant_jax.generation.request import CheckedRequest, Options, Request, checked
-from xquant_jax.generation.runner import Arrival, Runner, Sharing
+from xquant_jax.generation.runner import Arrival, Runner
 from xquant_jax.generation.sampling import Chosen
 from xquant_jax.generation.sequence import Progress, Sequence
+from xquant_jax.generation.sharing import Sharing
 from xquant_jax.generation.slots import Slots
 from xquant_jax.generation.transcript import Transcript
 from xquant_jax.model.loading import Model

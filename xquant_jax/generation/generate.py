@@ -18,9 +18,9 @@ from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.prefix import Prefix, check_begins, used
 from xquant_jax.generation.prompts import Prompt, one_by_one
 from xquant_jax.generation.request import CheckedRequest, Options, Repeats, Request, Seed, checked, seeds_of
-from xquant_jax.generation.runner import Sharing, own_tokens
 from xquant_jax.generation.sampling import Sampling
 from xquant_jax.generation.sequence import Progress
+from xquant_jax.generation.sharing import Sharing, own_tokens
 from xquant_jax.model.loading import Model
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.speculation import Speculation

@@ -15,9 +15,10 @@ from xquant_jax.generation.buckets import bucket_length, rows_at_once
 from xquant_jax.generation.decode import advance
 from xquant_jax.generation.found import Found
 from xquant_jax.generation.prefill import admit, feed
-from xquant_jax.generation.prefix import Prefix, check_alone, check_prefix, check_sharing, quantum, usable
+from xquant_jax.generation.prefix import check_alone, check_prefix, check_sharing, quantum, usable
 from xquant_jax.generation.request import CheckedRequest, Options
 from xquant_jax.generation.sampling import Chosen
+from xquant_jax.generation.sharing import Sharing, own_tokens
 from xquant_jax.generation.slots import Arrivals, Places, Slots
 from xquant_jax.model.loading import Model
 from xquant_jax.numerics.packing import BLOCK
@@ -25,24 +26,6 @@ from xquant_jax.speculation import Speculation
 
 STOP_IDS = 8
 """Stop ids come in multiples of so many, so that another number of them compiles nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sharing:
-    """What the requests of an engine may have in common, stored once. By default nothing.
-
-    prefix: what all prompts begin with, and tokens of the shortest of them
-    samples: answers to one prompt that share its blocks; 1: every answer has blocks of its own
-    prompts: how many prompts they share at the same time, of up to `tokens` tokens beside the prefix
-    found: blocks of prompts that are kept for prompts to come
-    """
-
-    prefix: Prefix | None = None
-    shortest: int = 2**30
-    samples: int = 1
-    prompts: int = 0
-    tokens: int = 0
-    found: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +229,3 @@ class Runner:
         if store:
             (self.store,) = rest
         return chosen
-
-
-def own_tokens(request: CheckedRequest, origin: int, samples: int) -> int:
-    """Tokens of a request that its own slot must hold, where `origin` tokens of its prompt lie elsewhere, and with
-    several samples all its other whole blocks."""
-    if samples > 1:
-        origin += (len(request.tokens) - origin) // BLOCK * BLOCK
-    return request.capacity - origin

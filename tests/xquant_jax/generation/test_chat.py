@@ -11,7 +11,6 @@ import pytest
 import xquant_jax as xq
 from tests.xquant_jax.generation.conftest import EXACT
 from xquant_jax.cli import main, options
-from xquant_jax.generation import engine
 from xquant_jax.generation.request import Options, Request
 from xquant_jax.model.chat_template import ChatTemplate
 from xquant_jax.model.template_sandbox import Template
@@ -75,14 +74,14 @@ def test_what_is_no_conversation_is_a_clear_error(talking: xq.Model, messages: l
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The lengths of what engines feed, a list for every time."""
-    lengths, arrivals = [], engine.Arrivals.of
+    lengths, arrivals = [], runner.Arrivals.of
 
     def watched(*arguments: Any) -> Any:
         made = arrivals(*arguments)
         lengths.append(made.lengths.tolist())
         return made
 
-    monkeypatch.setattr(engine.Arrivals, "of", watched)
+    monkeypatch.setattr(runner.Arrivals, "of", watched)
     return lengths
 
 

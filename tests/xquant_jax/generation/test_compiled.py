@@ -28,10 +28,10 @@ def test_temporaries_stay_below_a_tenth_of_the_cache(spec: str) -> None:
 
     cache = jax.eval_shape(lambda: allocate(cache_config, config, batch=BATCH, tokens=65_536))
     slots, live = Slots.free(BATCH, config.vocab_size, 8), np.ones(BATCH, bool)
-    parts = (model.transformer, model.params, cache_config.method_params(model.source), slots, cache)
+    parts = (model.transformer, model.params, cache_config.method_params(model.source), None, slots, cache)
     size = cache_bytes(cache).total
     for lowered in (
-        feed.lower(*parts, Arrivals.of([None] * BATCH, CHUNK, 8), live, chunk=CHUNK),
+        feed.lower(*parts, Arrivals.of([[None]] * BATCH, CHUNK, 8), live, chunk=CHUNK),
         advance.lower(*parts, live, np.int32(64), np.bool_(False)),
     ):
         memory = lowered.compile().memory_analysis()
