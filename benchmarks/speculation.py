@@ -38,7 +38,7 @@ def measured(model: xq.Model, prompt: list[int], options: dict[str, Any], specul
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--context", type=int, default=4096)

@@ -11,6 +11,7 @@ import pytest
 import xquant_jax as xq
 from tests.xquant_jax.generation.conftest import EXACT
 from xquant_jax.cli import main, options
+from xquant_jax.generation import runner
 from xquant_jax.generation.request import Options, Request
 from xquant_jax.model.chat_template import ChatTemplate
 from xquant_jax.model.template_sandbox import Template
