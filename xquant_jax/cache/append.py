@@ -30,7 +30,7 @@ def append(
     stop where the room does and `lost` counts the tokens that were dropped (`check_nothing_lost`).
     """
     length = jax.tree.leaves(new)[0].shape[2]
-    places = next(iter(cache.segments[0].window.values())).shape[2]
+    places = cache.places
     wide = max(places, window_room(length, cache.partition)) if grow else places
     room = _room(cache, places, wide)
     _check_append(cache, counts, length, room)

@@ -23,12 +23,16 @@ def flush(cache: Cache, method_params: tuple[Any, ...]) -> Cache:
     Layer after layer, as a method may store the difference to what was read back from the layer before (`method_params`
     are those of the forward pass).
     """
+    if cache.places < BLOCK:
+        return cache
     with jax.named_scope("flush"):
         return _settle(cache, _quantize_whole_blocks(cache, method_params))
 
 
 def flush_when_due(cache: Cache, method_params: tuple[Any, ...]) -> Cache:
     """`flush` if a sequence has a whole block in its window, under one `lax.cond`; only histories pass through it."""
+    if cache.places < BLOCK:
+        return cache
     with jax.named_scope("flush"):
         due = jnp.any(cache.window_lengths >= BLOCK)
         histories = lax.cond(

@@ -42,7 +42,7 @@ def share_rows(cache: Cache, own: Cache, rows: Int[Array, " R"], targets: Int[Ar
             dataclasses.replace(
                 segment,
                 history=jax.tree.map(lambda a: repeat(a[:, :, :0], 1), segment.history),
-                window=jax.tree.map(lambda a: repeat(a, 1), segment.window),
+                window=jax.tree.map(lambda a: repeat(a[:, :, : cache.places], 1), segment.window),
                 sink=jax.tree.map(lambda a: repeat(a, 1), segment.sink),
             )
             for segment in own.segments

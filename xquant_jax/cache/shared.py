@@ -5,6 +5,7 @@ rebuilding keys costs the same for one query as for sixteen.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -94,6 +95,20 @@ def without_prefix(cache: Cache, prefix: Cache | None) -> Cache:
     else:
         shared = None
     return dataclasses.replace(cache, shared=shared)
+
+
+def window_alone(cache: Cache, tokens: int) -> Cache:
+    """The cache without its history, for `tokens` tokens: less than a block."""
+    segments = tuple(
+        dataclasses.replace(
+            segment,
+            history=jax.tree.map(lambda a: a[:, :, :0], segment.history),
+            window={name: w[:, :, :tokens] for name, w in segment.window.items()},
+        )
+        for segment in cache.segments
+    )
+    running_sum = jax.tree.map(lambda a: a[:, :0], cache.running_sum)
+    return dataclasses.replace(cache, segments=segments, running_sum=running_sum, capacity=tokens)
 
 
 def whole_blocks_alone(cache: Cache) -> Cache:

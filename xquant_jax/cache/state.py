@@ -84,6 +84,11 @@ class Cache:
         return next(iter(self.segments[0].history.values())).planes[0].shape[2]
 
     @property
+    def places(self) -> int:
+        """How many tokens of each sequence the window has room for."""
+        return next(iter(self.segments[0].window.values())).shape[2]
+
+    @property
     def window_lengths(self) -> Int32[Array, " B"]:
         """Tokens of each sequence that the window holds."""
         return self.lengths - self.origins - BLOCK * self.history_blocks

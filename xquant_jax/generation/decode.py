@@ -117,7 +117,7 @@ def _decode(
     counts = jnp.where(slots.live, jnp.maximum(done[1].made - begin, 1), 0)
     after = dataclasses.replace(
         done[1],
-        steps=slots.steps + slots.live,
+        steps=slots.steps + slots.live.astype(jnp.int32),
         drafted=slots.drafted + drafted,
         accepted=slots.accepted + jnp.maximum(counts - 1, 0),
     )

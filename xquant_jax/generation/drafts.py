@@ -26,7 +26,7 @@ def from_text(
     for back in range(speculation.max):
         end = jnp.take_along_axis(text, jnp.maximum(last[:, None] - back, 0), axis=1)
         alike &= (jnp.roll(text, back, axis=1) == end) & (places >= back)
-        matched += alike
+        matched += alike.astype(jnp.int32)
     matched = jnp.where(places < last[:, None], matched, 0)
     best = jnp.argmax(matched * size + places, axis=1)  # the longest, then the latest
     found = jnp.take_along_axis(matched, best[:, None], axis=1)[:, 0] >= speculation.min

@@ -9,11 +9,12 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 from jax.sharding import Mesh
 
+from xquant_jax import sharding
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.state import CacheBytes, check_room
 from xquant_jax.errors import PromptError, XQuantWarning
 from xquant_jax.generation.answer import Completion, Drafted
-from xquant_jax.generation.buckets import answer_room, bucket_length
+from xquant_jax.generation.buckets import SMALLEST_BUCKET, answer_room, bucket_length
 from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.prefix import Prefix, check_begins, used
 from xquant_jax.generation.prompts import Prompt, one_by_one
@@ -231,12 +232,14 @@ def _prepared(
     sizes = [len(r.tokens) for r in expected]
     origin = used(prefix, options, min(sizes))
     fed, _ = bucket_length(max(sizes) - origin, options.prefill_chunk)
-    tokens = (fed if samples == 1 else min(fed, BLOCK - 1)) + answer_room(max(r.max_new_tokens for r in expected))
     if options.cache_tokens is not None:
         check_room(options.cache_tokens, max(r.capacity for r in expected))
-        tokens = options.cache_tokens - origin
-        if samples > 1:
-            tokens = max(own_tokens(r, origin, samples) for r in expected)
+    room = answer_room(max(r.max_new_tokens for r in expected))
+    if samples == 1:
+        tokens = fed + room if options.cache_tokens is None else options.cache_tokens - origin
+    else:
+        own = max(own_tokens(r, origin, samples) for r in expected)
+        tokens = sharding.round_up(own, SMALLEST_BUCKET) if own < BLOCK else BLOCK - 1 + room
     sharing = Sharing(prefix, min(sizes), samples, prompts=len(requests) if samples > 1 else 0, tokens=fed)
     engine = Engine(model, options, slots=len(expected), tokens=tokens, in_place=samples == 1, sharing=sharing)
     for request in expected:

@@ -9,7 +9,7 @@ import numpy as np
 
 from xquant_jax import sharding
 from xquant_jax.cache.rows import clear_rows
-from xquant_jax.cache.shared import whole_blocks_alone
+from xquant_jax.cache.shared import whole_blocks_alone, window_alone
 from xquant_jax.cache.state import Cache, Shared, allocate, check_room
 from xquant_jax.generation.buckets import bucket_length, rows_at_once
 from xquant_jax.generation.decode import advance
@@ -70,6 +70,8 @@ class Runner:
             self.cache = self._allocate(slots, tokens)
         if sharing.samples > 1:
             check_alone(model, options)
+            if tokens < BLOCK:
+                self.cache = window_alone(self.cache, tokens)
             rows = whole_blocks_alone(self._allocate(sharing.prompts, sharing.tokens))
             self.cache = dataclasses.replace(
                 self.cache, shared=Shared(rows, np.full(slots, -1, np.int32), sharing.samples)
