@@ -13,6 +13,7 @@ from pallas_kernels import MOST_NEW_TOKENS
 from xquant_jax.cache.state import Cache, Shared
 from xquant_jax.numerics.attention import Part
 from xquant_jax.numerics.packing import BLOCK
+from xquant_jax.numerics.quantization import allocate_blocks
 
 
 class Seats(NamedTuple):
@@ -81,6 +82,9 @@ def with_prefix(cache: Cache, prefix: Cache | None) -> Cache:
         return dataclasses.replace(
             cache, shared=dataclasses.replace(cache.shared, cache=with_prefix(cache.shared.cache, prefix))
         )
+    if cache.running_sum is not None:  # it means nothing between steps, and is not kept
+        running_sum = allocate_blocks(cache.running_sum.spec, (1, prefix.blocks))
+        prefix = dataclasses.replace(prefix, running_sum=running_sum)
     rows = jnp.where(cache.origins > 0, 0, -1)
     return dataclasses.replace(cache, shared=Shared(prefix, rows, most=len(rows)))
 

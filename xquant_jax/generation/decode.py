@@ -18,7 +18,7 @@ from xquant_jax.cache.state import Cache
 from xquant_jax.generation.drafts import from_text, from_window
 from xquant_jax.generation.sampling import Chosen
 from xquant_jax.generation.slots import Slots, keep, take, written
-from xquant_jax.model.transformer import Transformer, forward
+from xquant_jax.model.transformer import Transformer
 from xquant_jax.numerics.packing import BLOCK
 from xquant_jax.speculation import Speculation
 
@@ -143,9 +143,9 @@ def _drafts(
         return drafts, jnp.where(wanted, found, 0)
 
     def one_token(slots: Slots, cache: Cache) -> tuple[Slots, Cache, Array]:
-        counts = slots.live.astype(jnp.int32)
-        logits, cache = forward(model, params, slots.last[:, None], cache, method_params, counts)
-        slots, chosen = take(slots, logits)
+        logits, cache, new = _verify(model, params, slots.last[:, None], cache, method_params)
+        cache = append(cache, new, slots.live.astype(jnp.int32), grow=False)
+        slots, chosen = take(slots, logits[:, 0])
         return slots, cache, chosen.tokens
 
     drafts = lax.cond(wanted.any(), lambda: from_window(cache, slots, one_token, speculation), lambda: nothing)
