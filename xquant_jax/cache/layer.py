@@ -158,7 +158,7 @@ def _attend_recent(
     vectors = {name: own.astype(q.dtype) for name, own in vectors.items()}
     if layer_cache.new is not None:
         vectors = {name: _joined(own, layer_cache.new[name].astype(own.dtype), 1) for name, own in vectors.items()}
-        numbers = _joined(numbers, filled + jnp.arange(q.shape[1]))
+        numbers = _joined(numbers, filled + jnp.arange(q.shape[1])[None])
         exists = _joined(exists, jnp.tri(q.shape[1], k=-1, dtype=bool)[None] & (layer_cache.first_place == 0))
     if not numbers.shape[1]:
         return []

@@ -83,7 +83,7 @@ def _pick(
         cut = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, size, axis=1), in_axes=(1, 0), out_axes=1)
         return cut(blocks, first)
     shard = sharding.shard_index(partition.blocks)
-    places = first[:, None] + jnp.arange(size) - own * shard
+    places = first[:, None] + jnp.arange(size)[None] - own * shard
     mine = jnp.where((places >= 0) & (places < own), places, own)
     found = jax.vmap(lambda row, at: row.at[:, at].get(mode="fill", fill_value=0), in_axes=(1, 0), out_axes=1)
     whole = lax.psum(found(blocks, mine), partition.blocks)  # one device has each block
