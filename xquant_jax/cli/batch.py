@@ -12,6 +12,7 @@ from xquant_jax.cli import terminal
 from xquant_jax.cli.options import add_batch_arguments, load_model, options_of, settled, told
 from xquant_jax.cli.progress import progress
 from xquant_jax.errors import XQuantWarning
+from xquant_jax.generation.answer import Drafted
 from xquant_jax.generation.batch import Batch, prepare
 from xquant_jax.generation.batch_files import Results, recorded_seed, settings_of
 from xquant_jax.generation.batch_lines import Line, parse_prompts, unknown_columns
@@ -87,9 +88,12 @@ def show(console: Console, path: Path, lines: list[Line], results: Results) -> i
     """How it went, and which lines of the prompts could not be answered; 1 if there are any."""
     done = [results.done[line.number] for line in lines]
     failed = [record for record in done if "error" in record]
-    new = sum(len(own.get("tokens", ())) for record in done for own in record.get("samples", [record]))
-    answered = len(done) - len(failed)
+    answers = [answer for record in done for answer in record.get("samples", [record])]
+    new, answered = sum(len(answer.get("tokens", ())) for answer in answers), len(done) - len(failed)
     terminal.write(console, f"{path}: {answered} answers, {new} tokens")
+    drafted = [Drafted(**answer["speculation"]) for answer in answers if "speculation" in answer]
+    if drafted:
+        terminal.write(console, sum(drafted[1:], drafted[0]).told())
     for record in failed[:SHOWN]:
         terminal.write(console, f"line {record['line']}: {record['error']}", style="red")
     if failed:

@@ -102,4 +102,6 @@ def _show(console: Console, prompts: Sequence[Any], generation: Generation, requ
         f"compile {generation.compile_s:.1f} s, prefill {generation.prefill_s:.3f} s, "
         f"decode {generation.decode_s:.3f} s ({rate}), kernels {generation.implementation}"
     )
+    if generation.speculation is not None:
+        console.print(generation.speculation.told())
     console.print(f"sampling: {told(request)}")

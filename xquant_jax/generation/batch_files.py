@@ -113,7 +113,8 @@ def recorded_seed(path: Path) -> int | None:
 
 
 def settings_of(model: Model, prompts: bytes, default: Request, options: Options, *, keep: bool) -> dict[str, Any]:
-    """What results depend on, ready for JSON; how many run at once and on which devices is not part of it.
+    """What results depend on, ready for JSON; how many run at once, on which devices and with which drafts is not part
+    of it.
 
     prompts: the content of the file
     default: what is asked for where a line says nothing; its seed is a number
@@ -121,7 +122,7 @@ def settings_of(model: Model, prompts: bytes, default: Request, options: Options
     Raises `ConfigError` for a default that cannot be honoured.
     """
     cache_config, asked = options.cache_config, check_wishes(model, default)
-    said = {name: value for name, value in asked.items() if name != "logprobs"}
+    said = {name: value for name, value in asked.items() if name not in ("logprobs", "speculate")}
     return {
         "weights": f"{weights_checksum(model.params):08x}",
         "dtype": model.dtype,

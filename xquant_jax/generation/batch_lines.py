@@ -5,8 +5,8 @@ the run: the fields of `Request` and of `Sampling`, or the names that OpenAI's A
 Lines of OpenAI's batch API ({"custom_id", "url", "body"}) are such objects, in `body`. A result is a `Completion`:
 
 {"line", "id", "text", "tokens", "logprobs", "finish_reason", "seed"}, with "top_logprobs" where "logprobs" asks for
-them; {"line", "id", "samples": [...]} where "n" asks for several; {"line", "id", "error"} for what could not be
-answered.
+them, and "speculation" in a run that drafts; {"line", "id", "samples": [...]} where "n" asks for several;
+{"line", "id", "error"} for what could not be answered.
 
 `line` counts from 1. Columns that mean nothing here are kept for the results or left.
 """
@@ -25,7 +25,7 @@ from xquant_jax.generation.sampling import FILTERS, Sampling
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 WHOLE = ("max_new_tokens", "min_tokens", "seed", "top_k", "logprobs", "n")
 NUMBERS = tuple(name for name in SAMPLING if name != "top_k")
-FLAGS = ("add_special_tokens", "ignore_eos")
+FLAGS = ("add_special_tokens", "ignore_eos", "speculate")
 PROMPTS = ("prompt", "tokens", "messages")
 CHAT = ("tools", "chat_template_kwargs")
 IDS = ("id", "custom_id")

@@ -51,6 +51,8 @@ def error(**fields: Any) -> str:
         ({"logprobs": 2}, {"logprobs": 2}),
         ({"logprobs": False}, {}),
         ({"add_special_tokens": False}, {"add_special_tokens": False}),
+        ({"speculate": False}, {"speculate": False}),
+        ({"speculate": None}, {}),
         ({"model": "any", "stream": False, "user": "me", "logit_bias": {}, "best_of": 1, "tool_choice": None}, {}),
     ],
 )
@@ -82,6 +84,7 @@ def test_sampling_of_a_line_stands_over_that_of_the_run(fields: dict[str, Any], 
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_new_tokens is given twice, as 5 and as 6"),
         ({"n": 1.5}, "n=1.5 is not a whole number"),
         ({"ignore_eos": "yes"}, "ignore_eos='yes' is not true or false"),
+        ({"speculate": "lookup:4"}, "speculate='lookup:4' is not true or false"),
         ({"ignore_eos": True, "stop_ids": [5]}, "ignore_eos and stop_ids are both given"),
         ({"messages": []}, "one of prompt, tokens and messages"),
         ({"tools": []}, "tools is for messages"),
@@ -93,7 +96,7 @@ def test_what_cannot_be_honoured_is_the_error_of_its_line(fields: dict[str, Any]
 
 def test_lines_of_openais_batches() -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 7, "tools": [{"type": "f"}]}
-    body |= {"chat_template_kwargs": {"enable_thinking": False}}
+    body |= {"chat_template_kwargs": {"enable_thinking": False}, "speculate": False}
     chat, text, wrong, broken = parsed(
         {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body},
         {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": [1, 2]}},
@@ -101,7 +104,10 @@ def test_lines_of_openais_batches() -> None:
         {"custom_id": "d", "body": "x"},
     )
     assert chat.request == dataclasses.replace(
-        DEFAULT, prompt=Chat(body["messages"], [{"type": "f"}], {"enable_thinking": False}), max_new_tokens=7
+        DEFAULT,
+        prompt=Chat(body["messages"], [{"type": "f"}], {"enable_thinking": False}),
+        max_new_tokens=7,
+        speculate=False,
     )
     assert text.request is not None
     assert (text.request.prompt, text.identity) == ([1, 2], {"custom_id": "b"})
