@@ -136,8 +136,8 @@ def clear_rows(cache: Cache, rows: Bool[Array, " B"]) -> Cache:
 
     shared = cache.shared
     if shared is not None and shared.rows is not None:
-        reads = shared.rows == jnp.arange(len(shared.cache.lengths))[:, None]
-        alone = (reads & rows).any(axis=1) & ~(reads & ~rows).any(axis=1)
+        reads = shared.rows[None] == jnp.arange(len(shared.cache.lengths))[:, None]
+        alone = (reads & rows[None]).any(axis=1) & ~(reads & ~rows[None]).any(axis=1)
         shared = dataclasses.replace(shared, cache=clear_rows(shared.cache, alone))
     return constrain_cache(
         dataclasses.replace(

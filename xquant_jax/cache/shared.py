@@ -59,8 +59,9 @@ def seated(rows: Int[Array, " B"], groups: int, most: int, length: int) -> list[
     """
     size = len(rows)
     numbers = jnp.arange(size)
-    members = jnp.sort(jnp.where(rows == jnp.arange(groups)[:, None], numbers, size), axis=1)  # [G, B]
-    place = jnp.sum((rows[:, None] == rows) & (numbers < numbers[:, None]), axis=1)  # among those of its row
+    members = jnp.sort(jnp.where(rows[None] == jnp.arange(groups)[:, None], numbers[None], size), axis=1)  # [G, B]
+    alike = rows[:, None] == rows[None]
+    place = jnp.sum(alike & (numbers[None] < numbers[:, None]), axis=1)  # among those of its row
     most = min(most, size)
     at_once = most if length > MOST_NEW_TOKENS else min(most, MOST_NEW_TOKENS // length)
     return [
