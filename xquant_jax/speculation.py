@@ -8,6 +8,9 @@ from xquant_jax.errors import ConfigError
 LONGEST_DRAFT = 15
 """Tokens of a draft: with the one before it they are as many as decoding attends for at once."""
 
+LONGEST_MATCH = 32
+"""Tokens that are compared at most."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
@@ -34,8 +37,10 @@ class Speculation:
             raise ConfigError(f"a draft from {self.kind!r} is not known; choose {' or '.join(self.OPTIONS)}")
         if not 1 <= self.tokens <= LONGEST_DRAFT:
             raise ConfigError(f"a draft of {self.tokens} tokens is not possible; choose 1 to {LONGEST_DRAFT}")
-        if not 1 <= self.min <= self.max:
-            raise ConfigError(f"min={self.min} and max={self.max} are not possible; choose 1 <= min <= max")
+        if not 1 <= self.min <= self.max <= LONGEST_MATCH:
+            raise ConfigError(
+                f"min={self.min} and max={self.max} are not possible; choose 1 <= min <= max <= {LONGEST_MATCH}"
+            )
         if self.blocks < 1:
             raise ConfigError(f"blocks={self.blocks} is not possible; choose 1 or more")
 
