@@ -193,7 +193,9 @@ class Engine:
                 if saved & set(keys[len(load) :]):  # it finds more once those before it are stored
                     break
                 saved |= set(keys)
-            if len(group) > len(free) or (self._shared and not rows):
+            taken = group[: len(free)]
+            waits = len(taken) < len(group) and 2 * len(taken) < len(self._rows)  # so that few feed the prompt again
+            if not taken or waits or (self._shared and not rows):
                 break
             own = runner.reserve(first, kept=kept)
             if runner.in_place:
@@ -202,16 +204,16 @@ class Engine:
                 break
             else:
                 chunk = own
-            slots, free = free[: len(group)], free[len(group) :]
+            slots, free = free[: len(taken)], free[len(taken) :]
             row = rows.pop(0) if rows else 0
-            arrivals.append((Arrival([s.request for s in group], slots, row, kept, load), group))
+            arrivals.append((Arrival([s.request for s in taken], slots, row, kept, load), taken))
         return arrivals, chunk
 
     def _groups(self) -> Iterator[list[Sequence]]:
         """Those who wait, in order: as many with the same prompt as share its blocks together."""
-        most = min(self._runner.sharing.samples, len(self._rows))
-        for _, alike in itertools.groupby(self._queue, key=lambda s: s.request.tokens):
-            while group := list(itertools.islice(alike, most)):
+        most, origin = min(self._runner.sharing.samples, len(self._rows)), self._runner.origin
+        for tokens, alike in itertools.groupby(self._queue, key=lambda s: s.request.tokens):
+            while group := list(itertools.islice(alike, most if len(tokens) - origin >= BLOCK else 1)):
                 yield group
 
     def _kept_of(self, slot: int, sequence: Sequence) -> int:

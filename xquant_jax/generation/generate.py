@@ -220,17 +220,18 @@ def _prepared(
     options = options.checked()
     if not requests:
         raise PromptError("there is no prompt; give at least one")
-    repeats, expected, samples = Repeats(), [], 1
+    repeats, several, expected = Repeats(), [], []
     for i, request in enumerate(requests):
         one = checked(model, request, f"prompt {i}")
         if prefix is not None:
             check_begins(prefix, one, f"prompt {i}")
-        samples = max(samples, one.n)
+        several.append(one)
         expected += repeats.of(one)
-    if model.on(options.mesh).mesh is not None:
-        samples = 1  # what is shared lies on one device
     sizes = [len(r.tokens) for r in expected]
     origin = used(prefix, options, min(sizes))
+    samples = max((r.n for r in several if len(r.tokens) - origin >= BLOCK), default=1)  # with a block to share
+    if model.on(options.mesh).mesh is not None:
+        samples = 1  # what is shared lies on one device
     fed, _ = bucket_length(max(sizes) - origin, options.prefill_chunk)
     if options.cache_tokens is not None:
         check_room(options.cache_tokens, max(r.capacity for r in expected))

@@ -48,9 +48,10 @@ def plan_sharing(
     sizes = [len(request.tokens) for request in requests]
     origin = used(prefix, options, min(sizes))
     times = Counter(tuple(request.tokens) for request in requests)
-    samples = min(slots, max(times.values())) if alone else 1
+    alike = [count for tokens, count in times.items() if len(tokens) - origin >= BLOCK]  # with a block to share
+    samples = min(slots, max(alike, default=1)) if alone else 1
     tokens = options.cache_tokens or max(own_tokens(request, origin, samples) for request in requests)
-    prompts = -(-slots * len(times) // len(requests)) if samples > 1 else 0
+    prompts = min(slots, 1 + -(-slots * len(times) // len(requests))) if samples > 1 else 0
     found = found_blocks(times, options, origin) if alone and options.prefill_chunk is not None else 0
     longest = max(sizes) - origin
     return Plan(Sharing(prefix, min(sizes), samples, prompts, longest if samples > 1 else 0, found), tokens, origin)

@@ -143,9 +143,9 @@ def test_memory_decides_the_slots_and_is_kept(model: xq.Model, monkeypatch: pyte
             sizes.append((cache.lengths.shape[0], cache.capacity, cache_bytes(cache).total))
         return cache
 
-    monkeypatch.setattr("xquant_jax.generation.engine.allocate", noted)
+    monkeypatch.setattr("xquant_jax.generation.runner.allocate", noted)
     long = [int(t) for t in np.random.default_rng(3).integers(259, 500, 600)]
-    asked = [Request(long[:n], 4, stop_ids=[]) for n in (600, 60, 560, 90, 540, 100, 30, 70)]
+    asked = [Request(long[-n:], 4, stop_ids=[]) for n in (600, 60, 560, 90, 540, 100, 30, 70)]
     answers = list(prepare(model, Options(EXACT, 256, memory=memory)).answers(asked))
     (few, large, one), (many, small, other) = sizes
     assert_likeliest(model, asked, answers)

@@ -183,7 +183,15 @@ def test_whole_numbers_of_numpy_are_taken_as_numbers(model: xq.Model) -> None:
 def test_result_as_json_holds_what_is_promised(model: xq.Model) -> None:
     result = xq.generate(model, PROMPTS[0], max_new_tokens=5)
     written = json.loads(json.dumps(result.to_json()))
-    assert set(written["results"][0]) == {"prompt", "text", "tokens", "logprobs", "finish_reason", "seed", "cached_tokens"}
+    assert set(written["results"][0]) == {
+        "prompt",
+        "text",
+        "tokens",
+        "logprobs",
+        "finish_reason",
+        "seed",
+        "cached_tokens",
+    }
     sizes = written["cache_bytes"]
     assert set(sizes) == {"codes", "scales", "window", "scratch", "total"}
     assert sizes["total"] == sum(n for part, n in sizes.items() if part != "total")
