@@ -20,7 +20,6 @@ from xquant_jax.errors import ConfigError
 from xquant_jax.generation.request import Options, Request, check_wishes
 from xquant_jax.json_file import read_json, write_json
 from xquant_jax.model.loading import Model
-from xquant_jax.model.weights import weights_checksum
 
 
 class Results:
@@ -124,7 +123,7 @@ def settings_of(model: Model, prompts: bytes, default: Request, options: Options
     cache_config, asked = options.cache_config, check_wishes(model, default)
     said = {name: value for name, value in asked.items() if name not in ("logprobs", "speculate")}
     return {
-        "weights": f"{weights_checksum(model.params):08x}",
+        "weights": model.checksum,
         "dtype": model.dtype,
         "prompts": hashlib.sha256(prompts).hexdigest(),
         "cache": str(cache_config),

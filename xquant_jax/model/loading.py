@@ -28,7 +28,7 @@ from xquant_jax.model.chat_template import ChatTemplate
 from xquant_jax.model.factors import Kept, Origin, factor_source, layer_on_host, method_params
 from xquant_jax.model.tokenizer import Tokenizer
 from xquant_jax.model.transformer import Transformer
-from xquant_jax.model.weights import parameter_specs, read_parameters
+from xquant_jax.model.weights import parameter_specs, read_parameters, weights_checksum
 from xquant_jax.parameters import Layers, layers_of
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -133,6 +133,11 @@ class Model:
         layers = self.layers
         layer = self.checkpoint.layer if self.origin.holds(layers) else partial(layer_on_host, layers, self.mesh)
         return self._kept.get("fingerprint", lambda: fingerprint(layer, self.config.num_layers))
+
+    @property
+    def checksum(self) -> str:
+        """Of all weights as they are, see `weights_checksum`."""
+        return self._kept.get("checksum", lambda: f"{weights_checksum(self.params):08x}")
 
     def calibration_hash(self, cache_config: CacheConfig) -> str | None:
         """Of the calibration file, if it is there and the cache takes something from it.
