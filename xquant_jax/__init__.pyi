@@ -23,6 +23,7 @@ from .generation.generate import StreamedToken as StreamedToken
 from .generation.generate import generate as generate
 from .generation.generate import stream as stream
 from .generation.prefix import Prefix as Prefix
+from .generation.prefix import load_prefix as load_prefix
 from .generation.prefix import prefill as prefill
 from .generation.prompts import Chat as Chat
 from .generation.request import Options as Options

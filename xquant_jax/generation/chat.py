@@ -12,6 +12,7 @@ from xquant_jax.cache.config import CacheConfig
 from xquant_jax.errors import CacheFullError, PromptError
 from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.generate import Generation, StreamedToken, generate, streamed
+from xquant_jax.generation.prefix import Prefix
 from xquant_jax.generation.prompts import Chat, encode, written
 from xquant_jax.generation.request import Options, Request, Seed, check_wishes, checked, whole_number
 from xquant_jax.generation.sampling import Sampling
@@ -40,6 +41,7 @@ def chat(
     cache_tokens: SupportsIndex | None = None,
     mesh: Mesh | None = None,
     speculate: str | Speculation | None = None,
+    prefix: Prefix | None = None,
 ) -> Generation:
     """The next message of the assistant in a conversation, or in each of several.
 
@@ -47,6 +49,7 @@ def chat(
     tools: JSON schemas of functions that the model may call
     template_options: more variables of the model's chat template, such as `{"enable_thinking": False}`
     sampling: by default what the model's generation_config.json says; greedy where it says nothing
+    prefix: what all conversations begin with as the template writes them, stored by `prefill`
 
     The other arguments, and what is returned and raised, are those of `generate`; `PromptError` also for a model
     without a chat template, and for messages that the template refuses.
@@ -72,6 +75,7 @@ def chat(
         cache_tokens=cache_tokens,
         mesh=mesh,
         speculate=speculate,
+        prefix=prefix,
     )
 
 

@@ -16,7 +16,7 @@ from xquant_jax.errors import PromptError, XQuantWarning
 from xquant_jax.generation.answer import Completion, Drafted
 from xquant_jax.generation.buckets import SMALLEST_BUCKET, answer_room, bucket_length
 from xquant_jax.generation.engine import Engine
-from xquant_jax.generation.prefix import Prefix, check_begins, used
+from xquant_jax.generation.prefix import Prefix, check_begins, check_prefix, used
 from xquant_jax.generation.prompts import Prompt, one_by_one
 from xquant_jax.generation.request import CheckedRequest, Options, Repeats, Request, Seed, checked, seeds_of
 from xquant_jax.generation.sampling import Sampling
@@ -220,6 +220,8 @@ def _prepared(
     options = options.checked()
     if not requests:
         raise PromptError("there is no prompt; give at least one")
+    if prefix is not None:
+        check_prefix(prefix, model, options)
     repeats, several, expected = Repeats(), [], []
     for i, request in enumerate(requests):
         one = checked(model, request, f"prompt {i}")

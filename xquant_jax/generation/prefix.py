@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, SupportsIndex
 
+import jax
 import numpy as np
 
 from xquant_jax.cache.config import CacheConfig
-from xquant_jax.cache.state import Cache
+from xquant_jax.cache.shared import whole_blocks_alone
+from xquant_jax.cache.state import Cache, allocate
 from xquant_jax.errors import ConfigError, PromptError
+from xquant_jax.generation import prefix_file
 from xquant_jax.generation.buckets import bucket_length
 from xquant_jax.generation.prefill import store
 from xquant_jax.generation.prompts import Prompt, prompt_tokens
 from xquant_jax.generation.request import CheckedRequest, Options
 from xquant_jax.generation.slots import Arrivals
 from xquant_jax.model.loading import Model
-from xquant_jax.model.weights import weights_checksum
 from xquant_jax.numerics.packing import BLOCK
 
 
@@ -38,13 +41,20 @@ class Prefix:
         """How many of its tokens are stored."""
         return BLOCK * int(self.cache.history_blocks[0])
 
+    def save(self, directory: str | Path) -> None:
+        """Writes it to a new directory, whole or not at all; `load_prefix` reads it.
+
+        Raises `CheckpointError` for a directory that is not empty, or cannot be written.
+        """
+        prefix_file.write(Path(directory), {"tokens": self.tokens, "made_with": self.made_with}, self.cache)
+
 
 def prefill(
     model: Model,
     prompt: Prompt,
     *,
     cache: str | CacheConfig = "xquant:4",
-    prefill_chunk: SupportsIndex = 512,
+    prefill_chunk: SupportsIndex | None = 512,
     add_special_tokens: bool = True,
 ) -> Prefix:
     """Feeds what prompts will begin with, a text or token ids, once; `generate(..., prefix=...)` goes on from there.
@@ -80,6 +90,32 @@ def prefill(
     return Prefix(tokens, stored, made)
 
 
+def load_prefix(model: Model, directory: str | Path) -> Prefix:
+    """What `Prefix.save` wrote, for the model that it was made with.
+
+    Raises `CheckpointError` for files that are missing or not as they were written, `ConfigError` for a prefix that
+    this model would not have made.
+    """
+    directory = Path(directory)
+    said = prefix_file.read(directory)
+    tokens, made = said["tokens"], said["made_with"]
+    options = Options(made["cache"], made["prefill_chunk"])
+    check_made(made, model, options)
+
+    def empty() -> Cache:
+        whole = len(tokens) // quantum(options) * quantum(options)
+        cache = allocate(
+            options.cache_config,
+            model.config,
+            batch=1,
+            tokens=max(whole, BLOCK),
+            implementation=model.implementation,
+        )
+        return dataclasses.replace(whole_blocks_alone(cache), running_sum=None)
+
+    return Prefix(tokens, prefix_file.read_arrays(directory, jax.eval_shape(empty)), made)
+
+
 def quantum(options: Options) -> int:
     """Tokens in multiples of which a beginning can be stored for any prompt that goes on from it: whole blocks, and
     whole chunks, since tokens of a chunk see each other exactly."""
@@ -103,9 +139,11 @@ def made_with(model: Model, options: Options) -> dict[str, Any]:
     """What stored blocks depend on besides the tokens, ready for JSON."""
     config = options.cache_config
     return {
-        "weights": f"{weights_checksum(model.params):08x}",
+        "weights": model.checksum,
         "dtype": model.dtype,
         "rope": str(model.config.rope),
+        "sliding_windows": str(model.config.sliding_windows),
+        "norm_eps": model.config.norm_eps,
         "cache": str(config),
         "calibration": model.calibration_hash(config),
         "prefill_chunk": options.prefill_chunk,
@@ -113,11 +151,17 @@ def made_with(model: Model, options: Options) -> dict[str, Any]:
 
 
 def check_prefix(prefix: Prefix, model: Model, options: Options) -> None:
-    """Raises `ConfigError` for a prefix that this model and these options would not have made."""
+    """Raises `ConfigError` for a prefix that this model and these options would not have made, and for what is none."""
+    if not isinstance(prefix, Prefix):
+        raise ConfigError(f"prefix={prefix!r} is not a prefix; give what prefill or load_prefix returns")
+    check_made(prefix.made_with, model, options)
+
+
+def check_made(made: dict[str, Any], model: Model, options: Options) -> None:
+    """The same, by what it was made with."""
     check_sharing(model, options)
-    here = made_with(model, options)
-    for name, value in here.items():
-        if (own := prefix.made_with.get(name)) != value:
+    for name, value in made_with(model, options).items():
+        if (own := made.get(name)) != value:
             raise ConfigError(f"the prefix was made with {name}={own}, and here it is {value}; make it anew")
 
 

@@ -37,6 +37,7 @@ wrong = [
     ("Hi", {"sampling": xq.Sampling(temperature=1.0, top_k=2.5)}, xq.ConfigError, "top_k=2.5 is not possible"),
     ("Hi", {"add_special_tokens": None}, xq.ConfigError, "add_special_tokens=None"),
     ("Hi", {"cache": 4}, xq.ConfigError, "cache=4"),
+    ("Hi", {"prefix": "prefix"}, xq.ConfigError, "prefix='prefix' is not a prefix"),
     ("Hi", {"prefill_chunk": 0.5}, xq.ConfigError, "prefill_chunk=0.5 is not a whole number"),
 ]
 for prompts, options, error, message in wrong:
