@@ -1,4 +1,4 @@
-"""What docs/plan.md, docs/batch.md and docs/prompts.md show is what the commands print."""
+"""What docs/plan.md, docs/batch.md, docs/prefixes.md and docs/prompts.md show is what the commands print."""
 
 import json
 import re
@@ -13,7 +13,9 @@ from xquant_jax.cli import main
 from xquant_jax.model.loading import DEMO
 
 ROOT = Path(__file__).parents[1]
-PLAN, BATCH = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("plan.md", "batch.md"))
+PLAN, BATCH, PREFIXES = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("plan.md", "batch.md", "prefixes.md")
+)
 
 
 SHOWN = re.findall(r"```sh\nxquant (plan [^`]*)\n```\n\n```\n([^`]*)```", PLAN)
@@ -37,6 +39,32 @@ def test_the_example_of_a_batch_runs(tmp_path: Path, monkeypatch) -> None:
     assert [results[n].get("id") for n in (1, 2, 3)] == ["a", None, None]
     assert len(results[2]["tokens"]) == 24
     assert not any("error" in record for record in results.values())
+
+
+def test_the_commands_and_the_python_of_prefixes_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    """All give the same answer; a line of the batch that does not begin with the document has an error of its own."""
+    monkeypatch.chdir(tmp_path)
+    prefill, *others = re.findall(r"^xquant (prefill .*|generate .*|batch .*)$", PREFIXES, re.MULTILINE)
+    generate, batch = ([*shlex.split(command), "--max-new-tokens", "12"] for command in others)
+    (shown,) = re.findall(r"```\n(document\.prefix: .*)\n```", PREFIXES)
+    (code,) = re.findall(r"```python\n(.*?)```", PREFIXES, re.S)
+    document = "".join((ROOT / "LICENSE").read_text(encoding="utf-8").splitlines(keepends=True)[:60])
+    Path("document.txt").write_text(document, encoding="utf-8")
+    Path("document_and_more.txt").write_text(document + "def more(", encoding="utf-8")
+    lines = [{"prompt": document + "class More:"}, {"prompt": document + "def more("}, {"prompt": "def more("}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert main(shlex.split(prefill)) == 0
+    assert capsys.readouterr().out.split("; ")[0] == shown.split("; ")[0]
+    assert main([*generate, "--json", "answer.json"]) == 0
+    assert main(batch) == 1
+    capsys.readouterr()
+    exec(compile(code, "prefixes.md", "exec"), {})
+    (answer,) = json.loads(Path("answer.json").read_text("utf-8"))["results"]
+    assert capsys.readouterr().out == answer["text"] + "\n"
+    results = {r["line"]: r for r in map(json.loads, Path("results.jsonl").read_text("utf-8").splitlines())}
+    assert results[2]["tokens"] == answer["tokens"]
+    assert len(results[1]["tokens"]) == 12
+    assert "the prompt does not begin with the prefix: its token" in results[3]["error"]
 
 
 def test_a_loop_of_ones_own_runs(capsys) -> None:

@@ -21,11 +21,12 @@ from xquant_jax.cli import (
     generate,
     lm_eval,
     plan,
+    prefill,
     terminal,
 )
 from xquant_jax.errors import XQuantError, XQuantWarning
 
-COMMANDS = (convert, generate, chat, batch, evaluate, plan, calibrate, lm_eval)
+COMMANDS = (convert, generate, prefill, chat, batch, evaluate, plan, calibrate, lm_eval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

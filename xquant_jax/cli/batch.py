@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from xquant_jax.cli import terminal
-from xquant_jax.cli.options import add_batch_arguments, load_model, options_of, settled, told
+from xquant_jax.cli.options import PREFIX, add_batch_arguments, load_model, options_of, prefix_of, settled, told
 from xquant_jax.cli.progress import progress
 from xquant_jax.errors import XQuantWarning
 from xquant_jax.generation.answer import Drafted
@@ -33,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_batch_arguments(parser)
+    parser.add_argument("--prefix", type=Path, help=PREFIX)
     parser.set_defaults(run=run)
 
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     request = settled(request, arguments, model, recorded_seed(arguments.results))
     lines = parse_prompts(prompts, request, keep=arguments.keep)
     warn_of_columns(lines, keep=arguments.keep)
-    prepared = prepare(model, options)
+    prepared = prepare(model, options, prefix_of(arguments, model, options))
     settings = settings_of(model, prompts, request, options, keep=arguments.keep)
     with Results.open(arguments.results, settings) as results:
         terminal.write(terminal.console(stderr=True), f"sampling: {told(request)}")

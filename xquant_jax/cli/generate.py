@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from xquant_jax.cli import terminal
-from xquant_jax.cli.options import MODEL, add_options, load_model, options_of, settled, told
-from xquant_jax.errors import ConfigError, PromptError
+from xquant_jax.cli.options import (
+    MODEL,
+    PREFIX,
+    add_options,
+    load_model,
+    options_of,
+    prefix_of,
+    read_text,
+    settled,
+    told,
+)
+from xquant_jax.errors import ConfigError
 from xquant_jax.generation.generate import Generation, generate_requests, stream_requests
 from xquant_jax.generation.prompts import Chat
 from xquant_jax.generation.request import Request
@@ -28,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompt-file", action="append", default=[], help="a file whose text is a prompt; -: stdin")
     parser.add_argument("--chat", action="append", default=[], help="a message to answer, by the model's chat template")
     parser.add_argument("--system", help="the system message before those of --chat")
+    parser.add_argument("--prefix", type=Path, help=PREFIX)
     parser.add_argument("-n", type=int, default=1, help="answers to every prompt")
     add_options(parser)
     parser.add_argument("--cache-tokens", type=int, help="tokens per sequence that the cache holds (default: enough)")
@@ -37,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    prompts = [*arguments.prompt, *map(_read, arguments.prompt_file), *_chats(arguments.chat, arguments.system)]
+    prompts = [*arguments.prompt, *map(read_text, arguments.prompt_file), *_chats(arguments.chat, arguments.system)]
     if arguments.stream and (len(prompts) != 1 or arguments.n != 1 or arguments.json):
         raise ConfigError("--stream prints one prompt's text as it comes: give one --prompt, no -n and no --json")
     check_folder("--json", arguments.json)
@@ -45,9 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(arguments)
     request = settled(request, arguments, model)
     requests = [dataclasses.replace(request, prompt=prompt) for prompt in prompts]
+    prefix = prefix_of(arguments, model, options)
     console = terminal.console()
     if arguments.stream:
-        tokens = stream_requests(model, requests, options)
+        tokens = stream_requests(model, requests, options, prefix)
         if isinstance(prompts[0], str):
             terminal.write(console, prompts[0], style="dim", end="")
         error = None
@@ -58,23 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
         if error:
             terminal.write(terminal.console(stderr=True), f"error: {error}", style="red")
         return int(error is not None)
-    generation = generate_requests(model, requests, options)
+    generation = generate_requests(model, requests, options, prefix)
     if arguments.json:
         write_json(arguments.json, generation.to_json())
     _show(console, [prompt for prompt in prompts for _ in range(arguments.n)], generation, request)
     return int(any(result.error for result in generation.results))
-
-
-def _read(path: str) -> str:
-    """The text as it is; a byte order mark before it is dropped."""
-    name = "stdin" if path == "-" else path
-    try:
-        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if not text:
-        raise PromptError(f"{name} is empty; give at least one character")
-    return text
 
 
 def _chats(messages: Sequence[str], system: str | None) -> list[Chat]:

@@ -3,18 +3,24 @@
 import argparse
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from xquant_jax.errors import ConfigError
+from xquant_jax.errors import ConfigError, PromptError
 from xquant_jax.generation.batch import DEFAULT_SLOTS
+from xquant_jax.generation.prefix import Prefix, check_prefix, load_prefix, prefill
 from xquant_jax.generation.request import Options, Request, check_wishes, fresh_seed
 from xquant_jax.generation.sampling import Sampling, recommended
 from xquant_jax.model.loading import DTYPES, Model, load
 
 MODEL = 'converted or Hugging Face directory, a name on the Hub (org/model), or "demo"'
+
+LONGEST_SEQUENCE = "the longest sequence, for models whose RoPE depends on it"
+
+PREFIX = "what all prompts begin with, fed once: a directory of `xquant prefill`, or a text file"
 
 
 def add_options(
@@ -23,13 +29,12 @@ def add_options(
     sampling: str = "greedy",
     max_new_tokens: int = 128,
     texts: bool = True,
-    context: str = "the longest sequence, for models whose RoPE depends on it",
+    context: str = LONGEST_SEQUENCE,
 ) -> None:
     """What a prompt may ask for, how the model is loaded and how its cache is stored; `options_of` reads them.
 
     The arguments are what differs between commands: defaults, whether prompts may be texts, whose context it is.
     """
-    parser.add_argument("--cache", default="xquant:4", help="name[:bits][,option=value...]: bf16, int8, xquant:4 ...")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="tokens of an answer at most")
     parser.add_argument(
         "--sampling",
@@ -54,6 +59,20 @@ def add_options(
     parser.add_argument("--stop-id", action="append", type=int, help="a token id that does, instead of the model's own")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of an answer")
     parser.add_argument("--min-tokens", type=int, default=0, help="of an answer before anything may end it")
+    parser.add_argument(
+        "--speculate",
+        metavar="SPEC",
+        help="drafts that are checked in one step, the text stays the same: lookup:4 (of what was said before), "
+        "window:4 (by the model on its newest tokens)",
+    )
+    add_storing_options(parser, texts=texts, context=context)
+
+
+def add_storing_options(
+    parser: argparse.ArgumentParser, *, texts: bool = True, context: str = LONGEST_SEQUENCE
+) -> None:
+    """How texts become tokens, how the model is loaded and how its cache is stored and fed."""
+    parser.add_argument("--cache", default="xquant:4", help="name[:bits][,option=value...]: bf16, int8, xquant:4 ...")
     if texts:
         parser.add_argument(
             "--add-special-tokens",
@@ -61,12 +80,6 @@ def add_options(
             default=True,
             help="such as a BOS before a text, as the tokenizer prescribes, unless the text begins with it",
         )
-    parser.add_argument(
-        "--speculate",
-        metavar="SPEC",
-        help="drafts that are checked in one step, the text stays the same: lookup:4 (of what was said before), "
-        "window:4 (by the model on its newest tokens)",
-    )
     parser.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens at once; 0: the whole prompt")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the model's; float32 on CPU)")
     parser.add_argument("--context", type=int, help=f"tokens of {context}")
@@ -130,6 +143,39 @@ def options_of(arguments: argparse.Namespace) -> tuple[Request, Options]:
         speculate=arguments.speculate,
     )
     return request, options
+
+
+def read_text(path: str) -> str:
+    """The text of a file as it is, `-` being stdin; a byte order mark before it is dropped."""
+    name = "stdin" if path == "-" else path
+    try:
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not text:
+        raise PromptError(f"{name} is empty; give at least one character")
+    return text
+
+
+def prefix_of(arguments: argparse.Namespace, model: Model, options: Options) -> Prefix | None:
+    """The prefix of `--prefix`, if it is given: loaded from its directory, or made of a text.
+
+    Raises `ConfigError` for one that was made with another model or other options.
+    """
+    path = arguments.prefix
+    if path is None:
+        return None
+    if path.is_dir():
+        prefix = load_prefix(model, path)
+        check_prefix(prefix, model, options)
+        return prefix
+    return prefill(
+        model,
+        read_text(str(path)),
+        cache=options.cache,
+        prefill_chunk=options.prefill_chunk,
+        add_special_tokens=arguments.add_special_tokens,
+    )
 
 
 def settled(request: Request, arguments: argparse.Namespace, model: Model, seed: int | None = None) -> Request:
