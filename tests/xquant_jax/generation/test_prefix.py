@@ -61,6 +61,7 @@ def test_a_prompt_that_is_all_stored_goes_on_from_an_earlier_chunk(model: xq.Mod
     assert_likeliest(model, prompts, xq.generate(model, prompts, prefix=own, **ALIKE))
 
 
+@pytest.mark.slow
 def test_a_prefix_shorter_than_a_chunk_stores_nothing_and_changes_nothing(model: xq.Model) -> None:
     own = prefill(model, TEXT[:100], **STORING)
     assert own.stored == 0

@@ -25,7 +25,7 @@ def calibrated(model: xq.Model, directory: Path) -> xq.Model:
     return own
 
 
-@pytest.mark.parametrize("cache", ["bf16", "int8", "fp8", "kivi:2", "kvquant:2", "xquant:4;0=8", "xquant-cl:4"])
+@pytest.mark.parametrize("cache", ["bf16", "int8", "kivi:2", "kvquant:2", "xquant:4;0=8", "xquant-cl:4"])
 def test_what_is_loaded_is_what_was_saved(model: xq.Model, tmp_path: Path, cache: str) -> None:
     """Bit by bit and of the same structure, so that the same compiled programs say the same."""
     if cache == "kvquant:2":
