@@ -1,9 +1,9 @@
 """`make benchmark`: runs the benchmarks and writes their figures to benchmarks/results and docs/benchmarks.md.
 
-    python -m benchmarks.run [generation] [real --model DIR] [convert] [versus --other PYTHON]
+    python -m benchmarks.run [generation] [real prefix --model DIR] [convert] [versus --other PYTHON]
 
-Without names all are run; `real` only where a model is given, `versus` where a Python with torch is. Benchmarks that
-are not run keep the figures of their last run.
+Without names all are run; `real` and `prefix` only where a model is given, `versus` where a Python with torch is.
+Benchmarks that are not run keep the figures of their last run.
 """
 
 import argparse
@@ -73,6 +73,22 @@ Speed relative to `{base["cache"]}`:
 """
 
 
+def prefix_section(result: dict[str, Any]) -> str:
+    columns = {"cache": "{}", "tokens": "{}", "stored": "{}", "megabytes": "{:.1f}"}
+    columns |= dict.fromkeys(("whole_s", "load_s", "prefix_s"), "{:.2f}")
+    columns |= dict.fromkeys(("share", "share_with_load"), "{:.3f}")
+    return f"""## A saved prefix
+
+    python -m benchmarks.run prefix --model {result["model"]}
+
+jax {result["jax"]}, device {result["device"]}, {result["model"]} in {result["dtype"]}, batch 1. Seconds to the first
+token of a prompt of random tokens: fed whole, and from a saved prefix with 64 tokens behind it, without compiling;
+medians of {result["rounds"]} pairs. `share` is of the whole prompt's time.
+
+{table([result], columns)}
+"""
+
+
 def convert_section(result: dict[str, Any]) -> str:
     size, written, peak, bound = (
         result[f"{name}_bytes"] / 1e9 for name in ("checkpoint", "converted", "peak", "bound")
@@ -115,6 +131,7 @@ REAL = ("bf16", "int8", "xquant:4")
 SECTIONS = {
     "generation": generation_section,
     "real": real_section,
+    "prefix": prefix_section,
     "convert": convert_section,
     "versus": versus_section,
 }
@@ -124,18 +141,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--other", help="a Python with torch and transformers, for versus")
-    parser.add_argument("--model", help="a directory or a name on the Hub, for real")
+    parser.add_argument("--model", help="a directory or a name on the Hub, for real and prefix")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(SECTIONS):
         parser.error(f"{', '.join(unknown)} is not one of {', '.join(SECTIONS)}")
-    given = {"versus": arguments.other, "real": arguments.model}
+    given = {"versus": arguments.other, "real": arguments.model, "prefix": arguments.model}
     names = arguments.names or [name for name in SECTIONS if given.get(name, True)]
-    if "real" in names and not arguments.model:
-        parser.error("real needs --model")
+    if {"real", "prefix"} & set(names) and not arguments.model:
+        parser.error("real and prefix need --model")
     RESULTS.mkdir(exist_ok=True)
     commands = {
         "generation": ["generation"],
         "real": ["generation", "--model", arguments.model, "--cache", *REAL, "--only", "decode_ms"],
+        "prefix": ["prefix", "--model", arguments.model],
         "convert": ["convert_memory"],
         "versus": ["versus_transformers", "--other", arguments.other or sys.executable],
     }
