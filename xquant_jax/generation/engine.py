@@ -253,8 +253,7 @@ class Engine:
         run, chosen, columns = self._run, self._run.chosen, self._run.columns
         top_asked = any(sequence.request.logprobs for _, sequence, *_ in columns)
         top = (chosen.top_tokens, chosen.top_logprobs) if top_asked else None
-        slots = run.slots
-        counters = slots.made, slots.failed, slots.steps, slots.drafted, slots.accepted
+        counters = [getattr(run.slots, name) for name in ("made", "failed", "steps", "drafted", "accepted")]
         (made, failed, *drafted), tokens, logprobs, top = jax.device_get(
             (counters, chosen.tokens, chosen.logprobs, top)
         )
@@ -268,9 +267,7 @@ class Engine:
             for number in range(len(transcript.tokens), made[slot]):
                 at = number - origin, column
                 text = transcript.push(int(tokens[at]), float(logprobs[at]), _pairs(top, at, sequence.request))
-                news.texts.append(text)
-                news.tokens.append(int(tokens[at]))
-                news.logprobs.append(float(logprobs[at]))
+                news.add(int(tokens[at]), float(logprobs[at]), text)
                 if transcript.finish_reason is not None:  # a stop string; the device knows only of stop ids
                     break
             if failed[slot] and transcript.finish_reason is None:

@@ -23,6 +23,12 @@ class Progress:
     rest: str = ""
     completion: Completion | None = None
 
+    def add(self, token: int, logprob: float, text: str) -> None:
+        """Takes the next token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.texts.append(text)
+
     @property
     def text(self) -> str:
         """The text that became certain."""
