@@ -217,6 +217,7 @@ class Runner:
             if arrival is not None:
                 load[i, : len(arrival.load)] = arrival.load
                 numbers = self.found.save(arrival.requests[0].tokens, blocks)
+                save[np.isin(save, numbers)] = self.found.size  # where one of those before it was to be written
                 save[i, : len(numbers)] = numbers
         return dataclasses.replace(places, load=load, save=save)
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import xquant_jax as xq
+from tests.conftest import random_model
+from xquant_jax.config import ModelConfig
 from xquant_jax.generation import buckets
 
 EXACT = "bf16,dtype=float32"
@@ -51,6 +53,12 @@ def _one_bucket(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 @pytest.fixture
 def own_buckets() -> None:
     """Prompts are padded as users' are."""
+
+
+def tiny_model(demo: xq.Model, config: ModelConfig) -> xq.Model:
+    """A model with random parameters; of the tokens of `demo` it says the first, which are a character each."""
+    random = random_model(config)
+    return dataclasses.replace(demo, transformer=random.transformer, params=random.params)
 
 
 def score(model: xq.Model, tokens: list[int]) -> np.ndarray:
