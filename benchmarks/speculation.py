@@ -17,22 +17,25 @@ from typing import Any
 import xquant_jax as xq
 
 
-def prompt_of(model: xq.Model, text: str, context: int, edit: str | None) -> list[int]:
-    """The first `context` tokens of the text, or of an edit of it."""
+def prompts_of(model: xq.Model, text: str, context: int, edit: str | None, count: int) -> list[list[int]]:
+    """Pieces of `context` tokens of the text, or the beginning of an edit of it."""
     assert model.tokenizer is not None
     if edit is None:
-        return model.tokenizer.encode(text, special_tokens=False)[:context]
+        ids = model.tokenizer.encode(text, special_tokens=False)
+        return [ids[start : start + context] for start in range(0, count * context, context)]
     old, new = edit.split("=")
     ids = model.tokenizer.encode(text, special_tokens=False)[: context - 64]
     text = model.tokenizer.backend.decode(ids)
     renamed = text.replace(old, new)
     asked = f"{text}\n\n# The same code, with {old} renamed to {new}:\n\n{renamed[: len(renamed) // 8]}"
-    return model.tokenizer.encode(asked, special_tokens=False)
+    return [model.tokenizer.encode(asked, special_tokens=False)]
 
 
-def measured(model: xq.Model, prompt: list[int], options: dict[str, Any], speculate: str | None) -> tuple[Any, float]:
-    """A generation, and how long a token took to decode, in milliseconds."""
-    generation = xq.generate(model, [prompt], **options, speculate=speculate)
+def measured(
+    model: xq.Model, prompts: list[list[int]], options: dict[str, Any], speculate: str | None
+) -> tuple[Any, float]:
+    """A generation, and how long a token of each answer took to decode, in milliseconds."""
+    generation = xq.generate(model, prompts, **options, speculate=speculate)
     tokens = len(generation.results[0].tokens) - 1  # the first one is made by prefill
     return generation, generation.decode_s / tokens * 1e3
 
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=1, help="pieces of the text, one after another")
     parser.add_argument("--cache", default="xquant:4")
     parser.add_argument("--speculate", nargs="+", default=["window:4"])
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -51,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model = xq.load(arguments.model)
-    prompt = prompt_of(model, arguments.text.read_text(), arguments.context, arguments.edit)
+    prompts = prompts_of(model, arguments.text.read_text(), arguments.context, arguments.edit, arguments.prompts)
     options: dict[str, Any] = {
         "cache": arguments.cache,
         "max_new_tokens": arguments.tokens,
@@ -60,15 +64,16 @@ def main() -> None:
         "stop_ids": [],
     }
     times: dict[str | None, list[float]] = {spec: [] for spec in (None, *arguments.speculate)}
-    drafted, same, plain = {}, {}, None
+    drafted, differ, plain = {}, {}, None
     for _ in range(arguments.rounds):
         for spec in times:
             start = time.perf_counter()
-            generation, ms = measured(model, prompt, options, spec)
+            generation, ms = measured(model, prompts, options, spec)
             times[spec].append(ms)
-            tokens = generation.results[0].tokens
+            tokens = [result.tokens for result in generation.results]
             plain = plain or tokens
-            drafted[spec], same[spec] = generation.speculation, tokens == plain
+            drafted[spec] = generation.speculation
+            differ[spec] = sum(one != other for one, other in zip(tokens, plain, strict=True))
             print(f"{spec}: {ms:.1f} ms a token ({time.perf_counter() - start:.0f} s in all)", flush=True)
     rows = []
     for spec in arguments.speculate:
@@ -76,19 +81,21 @@ def main() -> None:
         ratios = [base / own for base, own in zip(times[None], times[spec], strict=True)]
         row = {
             "speculate": spec,
-            "prompt": len(prompt),
+            "prompt_tokens": sum(map(len, prompts)),
+            "tokens": sum(map(len, plain or [])),
             "steps": of.steps,
             "acceptance": of.acceptance,
             "tokens_a_step": (of.steps + of.accepted) / of.steps,
             "accepted_a_step": of.accepted / of.steps,
             "faster": statistics.median(ratios),
-            "same_tokens": same[spec],
+            "answers_that_differ": differ[spec],
         }
         rows.append(row)
         print(
-            f"{arguments.cache} {spec} at {len(prompt)} tokens: {of.acceptance:.2f} of drafted tokens accepted, "
+            f"{arguments.cache} {spec} at {len(prompts[0])} tokens: {of.acceptance:.2f} of drafted tokens accepted, "
             f"{row['accepted_a_step']:.2f} accepted a step, {row['faster']:.2f} times as fast "
-            f"({', '.join(f'{r:.2f}' for r in ratios)}), tokens {'the same' if same[spec] else 'differ'}"
+            f"({', '.join(f'{r:.2f}' for r in ratios)}), {differ[spec]} of {len(prompts)} answers differ from those "
+            f"without, of {row['tokens']} tokens"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
