@@ -53,6 +53,7 @@ def attend_stored(
         cache.window_lengths,
         running_sums[0],
         new=new,
+        alone=cache.shared is None,
     )
     own, running_sum = _attend_level(method_params, q, layer_cache, geometry, config, cache)
     if (shared := cache.shared) is None:
@@ -123,6 +124,7 @@ def _attend_level(
             *counts,
             running_sum,
             new,
+            layer_cache.alone,
             first_block=shard * next(iter(history.values())).planes[0].shape[2],
             first_place=shard * next(iter(window.values())).shape[2],
         )

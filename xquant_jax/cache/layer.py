@@ -39,6 +39,7 @@ class LayerCache:
     window_lengths: Int[Array, " B"]
     running_sum: Blocks | None
     new: dict[str, Float[Array, "B T _C"]] | None = None
+    alone: bool = False  # whether nothing is shared: the first tokens are those of each sequence, wherever it goes on
     first_block: Int[Array, ""] | int = 0
     first_place: Int[Array, ""] | int = 0
 
@@ -152,7 +153,8 @@ def _attend_recent(
     if sink := layer_cache.sink():
         vectors = {name: jnp.concatenate([sink[name], new], axis=1) for name, new in vectors.items()}
         kept = jnp.arange(layer_cache.segment.method.sink)[None]
-        there = (layer_cache.history_blocks > 0) & (layer_cache.origins == 0) & (layer_cache.first_block == 0)
+        begins = (layer_cache.origins == 0) | layer_cache.alone
+        there = (layer_cache.history_blocks > 0) & begins & (layer_cache.first_block == 0)
         numbers = _joined(kept - origin[:, None], numbers)
         exists = _joined(jnp.broadcast_to(there[:, None, None], (len(there), 1, kept.shape[1])), exists)
     vectors = {name: own.astype(q.dtype) for name, own in vectors.items()}

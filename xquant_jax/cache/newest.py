@@ -30,8 +30,8 @@ def newest(cache: Cache, blocks: int) -> Cache:
     if cache.blocks <= size:
         return dataclasses.replace(cache, shared=shared)
     first = jnp.maximum(cache.history_blocks - size, 0)
-    if shared is None:
-        shared = Shared(_beginning(cache, first > 0), rows=None)
+    if shared is None and not all(segment.sink for segment in cache.segments):
+        shared = Shared(_first_block(cache, first > 0), rows=None)
     return _with_blocks(
         cache,
         first,
@@ -42,10 +42,9 @@ def newest(cache: Cache, blocks: int) -> Cache:
     )
 
 
-def _beginning(cache: Cache, there: Array) -> Cache:
-    """The first tokens of the sequences that `there` names."""
-    sink = any(segment.sink for segment in cache.segments)
-    size = 0 if sink else sharding.devices_along(cache.partition.blocks)
+def _first_block(cache: Cache, there: Array) -> Cache:
+    """The first block of the sequences that `there` names."""
+    size = sharding.devices_along(cache.partition.blocks)
     none = jnp.zeros_like(cache.lengths)
     lengths = {"lengths": jnp.where(there, BLOCK, 0), "history_blocks": there.astype(jnp.int32), "lost": none}
     return _with_blocks(whole_blocks_alone(cache), none, size, origins=none, shared=None, **lengths)

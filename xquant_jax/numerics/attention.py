@@ -91,8 +91,8 @@ def attend(
         q = rope.rotate(q, *rope.turned(ahead, rope.rotation(first - origin[:, None, None], geometry.frequencies)))
         k = rope.rotate(k, *rope.rotation(numbers[:, None], geometry.frequencies))
 
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, *([length] if length > 1 else []), dim)
-    by_head = (((grouped.ndim - 1,), (3,)), ((0, 1), (0, 1)))  # with an axis of one token, XLA would transpose all keys
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    by_head = (((3,), (3,)), ((0, 1), (0, 1)))  # of heads and tokens as one axis: with two, XLA transposes all keys
     score = lax.dot_general(grouped, k, by_head, preferred_element_type=jnp.float32)
     score = score.reshape(batch, kv_heads, heads // kv_heads, length, keys)
     score = jnp.where(mask[:, None, None], score * geometry.scale, -jnp.inf)
@@ -100,8 +100,8 @@ def attend(
     weights = jnp.exp(score - top)
     total = weights.sum(axis=-1, keepdims=True)
     sets = v.shape[1]  # of values: one for each kv head, or one that all query heads share
-    shared = weights.astype(v.dtype).reshape(batch, sets, heads // sets, length, keys)
-    by_set = (((4,), (2,)), ((0, 1), (0, 1)))
+    shared = weights.astype(v.dtype).reshape(batch, sets, -1, keys)
+    by_set = (((3,), (2,)), ((0, 1), (0, 1)))
     out = lax.dot_general(shared, v, by_set, preferred_element_type=jnp.float32).reshape(*total.shape[:-1], -1)
     out = out / jnp.where(total > 0, total, 1.0)
     lse = (top + jnp.log(total))[..., 0]
