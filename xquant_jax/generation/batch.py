@@ -17,7 +17,7 @@ from xquant_jax.errors import XQuantError
 from xquant_jax.generation.answer import Answer, Completion
 from xquant_jax.generation.buckets import bucket_length, rows_at_once
 from xquant_jax.generation.engine import Engine
-from xquant_jax.generation.prefix import Prefix, check_begins, check_prefix
+from xquant_jax.generation.prefix import Prefix, check_begins, check_prefix, quantum
 from xquant_jax.generation.request import CheckedRequest, Options, Repeats, Request, checked
 from xquant_jax.generation.sharing import Plan, plan_sharing
 from xquant_jax.model.loading import Model
@@ -127,7 +127,8 @@ class _Run:
         """An engine that the expected requests fit, with its programs compiled."""
         size = min(slots, sharding.round_up(len(expected), self.parts))
         plan = self.plan(size, expected)
-        engine = Engine(self.model, self.options, slots=size, tokens=plan.tokens, sharing=plan.sharing)
+        sharing = dataclasses.replace(plan.sharing, found=self.found_within(self.options.memory, size, expected))
+        engine = Engine(self.model, self.options, slots=size, tokens=plan.tokens, sharing=sharing)
         engine.compile(expected)
         return engine
 
@@ -144,8 +145,10 @@ class _Run:
                     break
                 if self.waiting[0][1].capacity <= shorter >= max((r.capacity for r in engine.running()), default=0):
                     break
-                index, request = self.waiting.popleft()
-                sent[engine.submit(request)] = index, request.repeat
+                index = self.waiting[0][0]
+                while self.waiting and self.waiting[0][0] == index:  # all answers to it, which share what they can
+                    _, request = self.waiting.popleft()
+                    sent[engine.submit(request)] = index, request.repeat
             if not engine.busy:
                 return
             for progress in engine.step(hurry=bool(self.waiting)):
@@ -183,20 +186,29 @@ class _Run:
             slots -= 1
         return self.parts * slots
 
-    def bytes_of(self, slots: int, expected: Sequence[CheckedRequest]) -> int:
-        """Bytes of so many slots for these requests, of what they share, and of the largest small cache that prompts
-        are fed into."""
+    def found_within(self, memory: int | None, slots: int, expected: Sequence[CheckedRequest]) -> int:
+        """Blocks that are kept for later prompts: as many as help, or as these slots leave memory for."""
+        wanted = self.plan(slots, expected).sharing.found
+        if memory is None or not wanted:
+            return wanted
+        one, two = (self.bytes_of(slots, expected, blocks) for blocks in (1, 2))
+        blocks = min(wanted, 1 + (memory - one) // (two - one))
+        return blocks if blocks * BLOCK >= quantum(self.options) else 0
+
+    def bytes_of(self, slots: int, expected: Sequence[CheckedRequest], found: int = 0) -> int:
+        """Bytes of so many slots for these requests, of what they share, of blocks that are kept for later ones, and of
+        the largest small cache that prompts are fed into."""
         plan = self.plan(slots, expected)
         sharing, longest = plan.sharing, max(plan.tokens, plan.sharing.tokens)
-        whole = self.model.mesh is not None or sharing.found > 0
+        whole = self.model.mesh is not None or found > 0
         buckets = {bucket_length(len(r.tokens) - plan.origin, self.options.prefill_chunk) for r in expected}
         feeding = max(
             self.bytes_of_cache(rows_at_once(chunk, self.model.mesh), longest if whole else length)
             for length, chunk in buckets
         )
         shared = self.bytes_of_cache(sharing.prompts, sharing.tokens) if sharing.prompts else 0
-        found = self.bytes_of_cache(sharing.found, BLOCK) if sharing.found else 0
-        return feeding + self.bytes_of_cache(slots, plan.tokens) + shared + found
+        kept = self.bytes_of_cache(found, BLOCK) if found else 0
+        return feeding + self.bytes_of_cache(slots, plan.tokens) + shared + kept
 
     def bytes_of_cache(self, batch: int, tokens: int) -> int:
         with sharding.using(self.model.mesh):

@@ -1,6 +1,7 @@
 """Offline batches: every answer is what the model alone says, and `generate` gives, whatever shares the slots."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from xquant_jax.generation.answer import Answer, Completion
 from xquant_jax.generation.batch import prepare
 from xquant_jax.generation.engine import Engine
 from xquant_jax.generation.request import Options, Request
+from xquant_jax.generation.runner import Runner
 
 
 def requests(number: int, longest: int = 60, **asked: Any) -> list[Request]:
@@ -152,6 +154,37 @@ def test_memory_decides_the_slots_and_is_kept(model: xq.Model, monkeypatch: pyte
     assert few < many
     assert large > 600 > small
     assert max(one, other) < memory
+
+
+def test_answers_to_a_prompt_are_fed_together(model: xq.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four to each of three prompts in four slots: no prompt is fed more than twice, and no slot waits for the last."""
+    fed, feed = [], Runner.feed
+
+    def watched(runner: Runner, arrivals: Any, *others: Any) -> Any:
+        fed.extend(len(arrival.slots) for arrival in arrivals)
+        return feed(runner, arrivals, *others)
+
+    monkeypatch.setattr(Runner, "feed", watched)
+    tokens = [int(t) for t in np.random.default_rng(5).integers(259, 500, 140)]
+    sampling = xq.Sampling(temperature=1.0)
+    asked = [Request([i, *tokens], 6 + 9 * i, i, sampling, n=4) for i in range(3)]
+    answers = {answer.index: answer for answer in prepare(model, Options(EXACT, 128, slots=4)).answers(asked)}
+    assert sum(fed) == 12
+    assert min(fed) >= 2
+    assert [len({one.text for one in answers[i].completions}) for i in range(3)] == [4, 4, 4]
+
+
+def test_what_is_kept_for_later_prompts_fits_into_the_memory_that_is_left(model: xq.Model) -> None:
+    """Prompts that begin alike: with room for it a later one is not fed what an earlier one was, without it is."""
+    tokens = [int(t) for t in np.random.default_rng(6).integers(259, 500, 200)]
+    asked = [Request([*tokens, i], 60, stop_ids=[]) for i in range(3)]
+    (refused, *_) = prepare(model, Options(EXACT, 128, memory=1)).answers(asked)
+    least = int(re.findall(r"a cache of (\d+) bytes", str(refused.error))[0])
+    cached = []
+    for memory in (least, 10 * least):
+        answers = prepare(model, Options(EXACT, 128, memory=memory)).answers(asked)
+        cached.append(sorted(answer.completions[0].cached_tokens for answer in answers))
+    assert cached == [[0, 0, 0], [0, 128, 128]]
 
 
 def as_it_came(**fields: Any) -> Request:
