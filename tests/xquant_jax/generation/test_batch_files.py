@@ -63,7 +63,7 @@ def test_every_prompt_gets_the_answer_of_generate(small: str, tmp_path: Path, ca
     expected = [xq.generate(model, [p], seed=s, **alike).results[0] for p, s in zip(prompts, (3, 3, 5), strict=True)]
     assert written.keys() == {1, 3, 4}
     assert written[1]["id"] == 7
-    assert set(written[3]) == {"line", "text", "tokens", "logprobs", "finish_reason", "seed"}
+    assert set(written[3]) == {"line", "text", "tokens", "logprobs", "finish_reason", "seed", "cached_tokens"}
     assert [written[n]["tokens"] for n in (1, 3, 4)] == [
         expected[0].tokens,
         expected[1].tokens[:3],

@@ -135,6 +135,7 @@ def test_columns_that_mean_nothing_are_kept_where_that_is_asked() -> None:
     assert unknown_columns(lines, keep=True) == ["label", "question"]
     answer = Answer(0, (Completion("x", "t", [1], [-1.0], "length", 3),))
     plain = {"line": 1, "text": "t", "tokens": [1], "logprobs": [-1.0], "finish_reason": "length", "seed": 3}
+    plain |= {"cached_tokens": 0}
     assert lines[0].record(answer) == plain
     assert lines[0].record(answer, keep=True) == {**plain, "question": "why?", "label": 3}
     with pytest.raises(xq.ConfigError, match="columns text cannot be kept"):

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import random_model, random_tokens, tiny_config
 from tests.xquant_jax.cache.methods.test_xquant import STEPS, TOLERANCE, run_library
 from tests.xquant_jax.reference import Reference, bf16, directed, fake_quantize, fake_quantize_block, rms, rope
-from xquant_jax.cache import attend
+from xquant_jax.cache import layer
 from xquant_jax.cache.config import CacheConfig
 from xquant_jax.cache.flush import flush
 from xquant_jax.cache.state import Cache, allocate, cache_bytes
@@ -159,7 +159,7 @@ def test_values_rebuilt_or_absorbed_give_the_same(spec: str, monkeypatch: pytest
     cache = flush(fed(tokens, allocate(cache_config, model.config, batch=2, tokens=300), 270, 140)[1], method_params)
     logits = []
     for bound in (0, 16):
-        monkeypatch.setattr(attend, "MOST_NEW_TOKENS", bound)
+        monkeypatch.setattr(layer, "MOST_NEW_TOKENS", bound)
         logits.append(np.asarray(fed(tokens[:, :3], cache, 3, 3)[0]))
     assert np.abs(logits[0] - logits[1]).max() <= TOLERANCE * np.ptp(logits[0])
 
