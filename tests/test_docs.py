@@ -1,4 +1,4 @@
-"""What docs/plan.md, docs/batch.md, docs/prefixes.md and docs/prompts.md show is what the commands print."""
+"""What docs/plan.md, docs/batch.md, docs/prefixes.md, docs/prompts.md and docs/speculation.md show is what runs."""
 
 import json
 import re
@@ -87,3 +87,8 @@ def test_the_python_of_a_chat_runs(tmp_path: Path, capsys) -> None:
     (directory / "chat_template.jinja").write_text("{% for m in messages %}# {{ m.content }}\n{% endfor %}")
     exec(compile(code, "prompts.md", "exec"), {"directory": directory})
     assert len(capsys.readouterr().out) > 100
+
+
+def test_the_python_of_speculation_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "speculation.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(code, "speculation.md", "exec"), {})
