@@ -128,15 +128,15 @@ def shared() -> Path:
     return SHARED
 
 
-MOST_MAPS = 25_000
-"""Memory maps of a process from which on compiled programs are forgotten: every program has dozens to hundreds, and
-Linux allows 65,530; beyond, the compiler crashes."""
+MANY_MAPS, MOST_MAPS = 25_000, 45_000
+"""Memory maps of a process from which on compiled programs are forgotten, between two files and between two tests:
+every program has dozens to hundreds, and Linux allows 65,530; beyond, the compiler crashes."""
 
 
-def forget_programs() -> None:
+def forget_programs(many: int = MANY_MAPS) -> None:
     """Frees compiled programs if there are many."""
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    if maps.exists() and maps.read_bytes().count(b"\n") > many:
         jax.clear_caches()
 
 
@@ -144,6 +144,12 @@ def forget_programs() -> None:
 def _few_programs() -> Iterator[None]:
     yield
     forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _not_too_many_programs() -> Iterator[None]:
+    yield
+    forget_programs(MOST_MAPS)
 
 
 @pytest.fixture(scope="session", autouse=True)

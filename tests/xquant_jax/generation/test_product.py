@@ -1,14 +1,16 @@
 """Features meet: what requests share, drafts, reused slots, cancelled requests, stop strings, every cache method.
 
-Every pair of two features' values stands in one of the cells. In each a few requests go through one engine, and every
-answer is the one that the request gets alone, plainly, in a cache of its own. All models have a layer that attends to
-all tokens and one with a sliding window.
+Every pair of two features' values stands in one of the cells, every method in one; with `XQUANT_EXHAUSTIVE=1` every
+method with every way to draft and to share. In each a few requests go through one engine, and every answer is the one
+that the request gets alone, plainly, in a cache of its own. All models have a layer that attends to all tokens and one
+with a sliding window.
 """
 
 import dataclasses
 import itertools
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +33,8 @@ from xquant_jax.generation.sharing import Sharing
 from xquant_jax.model.calibration_file import FILE, Calibration
 from xquant_jax.numerics.packing import BLOCK
 
+EXHAUSTIVE = os.environ.get("XQUANT_EXHAUSTIVE") == "1"
+
 METHODS = {
     EXACT: "given*2 found none*2",
     "bf16": "none found*2 given",
@@ -43,9 +47,8 @@ METHODS = {
     "xquant:8": "none found given*2",
     "xquant-cl:4": "none given found*2",
 }
-"""What the requests of each method's cells begin with, without drafts, with drafts from the text, and from the window;
-*2: answers to the same prompt share its blocks. Most without drafts share nothing: they have the programs of what is
-compared with, and compiling takes all the time."""
+"""Where all cells run, what the requests of each method's begin with, without drafts, with drafts from the text, and
+from the window; *2: answers to the same prompt share its blocks."""
 
 FEATURES = {
     "method": tuple(METHODS),
@@ -89,25 +92,46 @@ class Cell:
 
     @property
     def pairs(self) -> set[tuple]:
-        """Any two of its values."""
-        return set(itertools.combinations(dataclasses.asdict(self).items(), 2))
+        """Any two of its values; with its method only where all cells run."""
+        values = [(name, v) for name, v in dataclasses.asdict(self).items() if EXHAUSTIVE or name != "method"]
+        return set(itertools.combinations(values, 2))
 
     def __str__(self) -> str:
         flags = [name for name, value in dataclasses.asdict(self).items() if value is True]
         return "-".join([self.method, self.speculate or "plain", self.prefix, f"n={self.samples}", *flags])
 
 
+def wanted() -> set[tuple]:
+    """All pairs of two features' values; with methods only where all cells run."""
+    features = [(name, values) for name, values in FEATURES.items() if EXHAUSTIVE or name != "method"]
+    return {
+        ((a, one), (b, two))
+        for (a, ones), (b, twos) in itertools.combinations(features, 2)
+        for one, two in itertools.product(ones, twos)
+    }
+
+
 def all_pairs() -> list[Cell]:
-    """The cells of every method. What `METHODS` leaves open makes as many pairs as it can that no cell before has, then
-    rare ones."""
+    """One cell for every method and more for the last until all pairs are there, or one for each way to draft of all.
+    What is open makes as many pairs as it can that no cell before has, then rare ones."""
     flags = list(itertools.product((True, False), repeat=4))
+    anything = [*itertools.product(FEATURES["speculate"], FEATURES["prefix"], FEATURES["samples"])]
     cells, times = [], Counter()
+
+    def add(method: str, ways: Sequence[tuple]) -> None:
+        possible = (Cell(method, *way, *own) for way, own in itertools.product(ways, flags))
+        cells.append(max(possible, key=partial(gain, times)))
+        times.update(cells[-1].pairs)
+
     for method, prefixes in METHODS.items():
-        for speculate, prefix in zip(FEATURES["speculate"], prefixes.split(), strict=True):
-            kind, _, samples = prefix.partition("*")
-            possible = (Cell(method, speculate, kind, int(samples or 1), *own) for own in flags)
-            cells.append(max(possible, key=partial(gain, times)))
-            times.update(cells[-1].pairs)
+        if EXHAUSTIVE:
+            for speculate, prefix in zip(FEATURES["speculate"], prefixes.split(), strict=True):
+                kind, _, samples = prefix.partition("*")
+                add(method, [(speculate, kind, int(samples or 1))])
+        else:
+            add(method, anything)
+    while wanted() - times.keys():
+        add([*METHODS][-1], anything)
     return cells
 
 
@@ -120,12 +144,8 @@ CELLS = all_pairs()
 
 
 def test_every_pair_of_values_stands_in_a_cell() -> None:
-    wanted = {
-        ((a, one), (b, two))
-        for (a, ones), (b, twos) in itertools.combinations(FEATURES.items(), 2)
-        for one, two in itertools.product(ones, twos)
-    }
-    assert wanted <= set().union(*(cell.pairs for cell in CELLS))
+    assert wanted() <= set().union(*(cell.pairs for cell in CELLS))
+    assert {cell.method for cell in CELLS} == set(METHODS)
 
 
 @pytest.fixture(scope="module")
